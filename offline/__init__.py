@@ -1,0 +1,1 @@
+"""What runs on the workstation: sessions to windows, training, evaluation."""

@@ -1,0 +1,140 @@
+"""Two clocks: the probe's samples and the host's monotonic nanoseconds, and the fit between them."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from rt_neds.errors import ConfigError
+
+monotonic_ns = time.monotonic_ns
+
+
+def samples_per_bin(bin_ms: float, rate: float) -> int:
+    """Width of a bin in samples.
+
+    Parameters
+    ----------
+    bin_ms : float
+        Width in milliseconds.
+    rate : float
+        Samples per second.
+
+    Returns
+    -------
+    int
+        ``round(bin_ms / 1000 * rate)``.
+
+    Raises
+    ------
+    ConfigError
+        If that is less than one sample.
+    """
+    width = round(bin_ms / 1000.0 * rate)
+    if width < 1:
+        raise ConfigError(
+            f"bins of {bin_ms} ms at {rate} Hz are {width} samples; "
+            "a bin must hold at least one: choose a larger bin_ms"
+        )
+    return width
+
+
+class ClockFit:
+    """When, by the host's clock, was a sample taken?
+
+    Delay on the way here is one-sided: a message can come late, never early. So of every second only
+    the least-delayed message counts, and a line through the last minute of those gives offset and
+    rate. (Median and mean would follow every stall of the machine.)
+
+    Parameters
+    ----------
+    rate : float
+        Nominal samples per second.
+    slip_ms : float
+        A change of the offset that lasts ``PATIENCE`` seconds and exceeds this is a slip.
+
+    Attributes
+    ----------
+    realtime : bool
+        The stream runs at the probe's rate (within 0.1 %), so that lateness means something. A
+        replay at another speed is not late, it is not real time.
+    slips : int
+        Slips seen so far.
+    """
+
+    BUCKET_NS = 1_000_000_000
+    KEPT = 60
+    PATIENCE = 3
+    REALTIME_TOLERANCE = 1e-3
+
+    def __init__(self, rate: float, slip_ms: float = 5.0) -> None:
+        self.rate = rate
+        self.slips = 0
+        self._slip_ns = slip_ms * 1e6
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything: a new epoch has another origin."""
+        self.realtime = False
+        self._minima: list[tuple[int, int]] = []  # (host ns, offset ns) of each finished bucket
+        self._bucket_start = 0
+        self._best: tuple[int, int] | None = None
+        self._off_by_one_way = 0
+        self._origin_ns = 0
+        self._slope = 0.0
+        self._intercept = 0.0
+        self._fitted = False
+
+    def observe(self, sample: int, host_ns: int) -> bool:
+        """Take in that ``sample`` was known of at ``host_ns``; say whether the clock slipped."""
+        offset = host_ns - round(sample * 1e9 / self.rate)
+        if self._best is None:
+            self._bucket_start = host_ns
+            self._best = (host_ns, offset)
+        elif offset < self._best[1]:
+            self._best = (host_ns, offset)
+        if host_ns - self._bucket_start < self.BUCKET_NS:
+            return False
+        finished, self._best = self._best, None
+        return self._close_bucket(finished)
+
+    def _close_bucket(self, finished: tuple[int, int]) -> bool:
+        slipped = False
+        if self._fitted and self.realtime:
+            off = abs(finished[1] - self._offset_at(finished[0])) > self._slip_ns
+            self._off_by_one_way = self._off_by_one_way + 1 if off else 0
+            if self._off_by_one_way >= self.PATIENCE:
+                self.slips += 1
+                slipped = True
+                self._minima = self._minima[-(self.PATIENCE - 1) :]
+                self._off_by_one_way = 0
+        self._minima.append(finished)
+        del self._minima[: -self.KEPT]
+        if self._off_by_one_way == 0:  # a bucket under suspicion must not pull the line towards it
+            self._refit()
+        return slipped
+
+    def _refit(self) -> None:
+        if len(self._minima) < 2:
+            return
+        host, offset = np.array(self._minima, dtype=np.int64).T
+        self._origin_ns = int(host[0])
+        elapsed = (host - self._origin_ns).astype(np.float64)
+        relative = (offset - offset[0]).astype(np.float64)
+        # Slope only once it can be told from jitter; a quartz is never 0.1 % off.
+        slope = float(np.polyfit(elapsed, relative, 1)[0])
+        self.realtime = abs(slope) < self.REALTIME_TOLERANCE or len(self._minima) < 5
+        self.realtime &= abs(slope) < 0.02
+        self._slope = slope if len(self._minima) >= 10 else 0.0
+        self._intercept = float(offset[0]) + float(np.min(relative - self._slope * elapsed))
+        self._fitted = True
+
+    def _offset_at(self, host_ns: int) -> float:
+        return self._intercept + self._slope * (host_ns - self._origin_ns)
+
+    def host_ns(self, sample: int, near_ns: int) -> int | None:
+        """Host time at which ``sample`` was taken, or None before two seconds have been seen."""
+        if not self._fitted:
+            return None
+        return round(sample * 1e9 / self.rate + self._offset_at(near_ns))

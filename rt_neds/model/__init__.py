@@ -1,0 +1,1 @@
+"""The network both halves share: torch only, no sockets, files or training."""

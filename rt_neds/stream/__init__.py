@@ -1,0 +1,1 @@
+"""The hot path. Read in this order: receiver, binner, decoder, publisher, loop."""
