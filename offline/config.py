@@ -1,0 +1,183 @@
+"""What a training TOML may say. Each struct stands beside what it configures in meaning, not in code."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from rt_neds.model.neds import SCHEMES, ModelConfig
+
+
+class BehaviourConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a behaviour is in the session file and what it is decoded as.
+
+    Attributes
+    ----------
+    source : str or list of str
+        Dotted name, such as ``wheel.wheel_speed`` or ``trials.choice``; several for ``speed``.
+    kind : {"gaussian", "poisson", "categorical"}
+    transform : {"none", "speed"}
+        ``speed`` is the length of the step per second of a one-sided exponential average of the
+        sources, restarted wherever they are.
+    tau_s : float
+        Time constant of that average, in seconds.
+    classes : dict of str to number
+        For a categorical one: its class names and the values that stand for them in the file.
+    scored : (str, str)
+        For a trial variable: columns of ``trials`` between which it is asked for.
+    known_from : str
+        For a trial variable: column of ``trials`` from which an observer could know it.
+    unit : str
+    weight : float
+        Of its loss.
+    """
+
+    source: str | list[str]
+    kind: Literal["gaussian", "poisson", "categorical"] = "gaussian"
+    transform: Literal["none", "speed"] = "none"
+    tau_s: float = 0.2
+    classes: dict[str, float] = {}
+    scored: tuple[str, str] = ("start", "end")
+    known_from: str = "end"
+    unit: str = ""
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if (self.kind == "categorical") != (len(self.classes) > 1):
+            raise ValueError("classes: two or more for a categorical behaviour, none for another")
+
+    @property
+    def sources(self) -> list[str]:
+        return [self.source] if isinstance(self.source, str) else self.source
+
+    @property
+    def is_trial_variable(self) -> bool:
+        return self.sources[0].startswith("trials.")
+
+
+class DataConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Bins and splits.
+
+    Attributes
+    ----------
+    bin_ms : float
+    window_bins : int
+        Length of a training window; longer than the context, so that the banded mask is trained.
+    split : str
+        ``time``: three contiguous pieces; ``trials``: contiguous folds over trial order; any other
+        name ``X``: the intervals ``X_train_domain``, ``X_val_domain``, ``X_test_domain`` of the file.
+    fractions : (float, float, float)
+        For ``time``: shares of train, validation and test.
+    gap_s : float
+        Left out between pieces.
+    folds, fold : int
+        For ``trials``: their number, and which one is the test; the next one is validation.
+    """
+
+    bin_ms: float = 20.0
+    window_bins: int = 300
+    split: str = "time"
+    fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
+    gap_s: float = 2.0
+    folds: int = 5
+    fold: int = 0
+
+    def __post_init__(self) -> None:
+        if self.bin_ms <= 0 or self.window_bins < 2 or self.gap_s < 0:
+            raise ValueError("bin_ms > 0, window_bins >= 2 and gap_s >= 0 are needed")
+        if min(self.fractions) <= 0 or abs(sum(self.fractions) - 1) > 1e-6:
+            raise ValueError(f"fractions {self.fractions} must be positive and sum to 1")
+        if not 0 <= self.fold < self.folds or self.folds < 3:
+            raise ValueError("folds >= 3 and 0 <= fold < folds are needed")
+
+
+class MaskingConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What training hides.
+
+    Attributes
+    ----------
+    schemes : dict of str to float
+        Weight with which each scheme is drawn, per sample.
+    ratio : float
+        Share of bins hidden by the schemes that hide bins at random.
+    unit_dropout : float
+        Mean share of units replaced by their stand-in, per sample; what survives lost units.
+    """
+
+    schemes: dict[str, float] = msgspec.field(default_factory=lambda: {"decoding": 1.0})
+    ratio: float = 0.3
+    unit_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, weight in self.schemes.items():
+            if name not in SCHEMES:
+                raise ValueError(f"schemes: no scheme {name}; there are {', '.join(SCHEMES)}")
+            if weight < 0:
+                raise ValueError(f"schemes: weight {weight} of {name}; it must not be negative")
+        if sum(self.schemes.values()) <= 0:
+            raise ValueError("schemes: at least one needs a positive weight")
+        if not 0 < self.ratio < 1 or not 0 <= self.unit_dropout < 0.5:
+            raise ValueError("0 < ratio < 1 and 0 <= unit_dropout < 0.5 are needed")
+
+
+class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How the weights are found.
+
+    Attributes
+    ----------
+    steps : int
+        Optimiser steps.
+    batch : int
+        Windows per step.
+    learning_rate : float
+        Highest of the one-cycle schedule.
+    warmup : float
+        Share of the steps in which it rises.
+    weight_decay, clip : float
+        AdamW's decay; largest gradient norm.
+    average : float
+        Decay of the running average of the weights, which is what is validated and kept.
+    validate_every : int
+        Steps between validations.
+    spikes_weight : float
+        Of the loss on spikes, where a scheme hides them.
+    seed : int
+    device : str
+        ``auto``, ``cpu`` or ``cuda``.
+    """
+
+    steps: int = 1000
+    batch: int = 16
+    learning_rate: float = 2e-3
+    warmup: float = 0.15
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    average: float = 0.99
+    validate_every: int = 100
+    spikes_weight: float = 1.0
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1 or self.validate_every < 1:
+            raise ValueError("steps, batch and validate_every must be at least 1")
+        if not 0 <= self.average < 1 or not 0 <= self.warmup <= 1 or self.learning_rate <= 0:
+            raise ValueError("0 <= average < 1, 0 <= warmup <= 1 and learning_rate > 0 are needed")
+
+
+class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One complete training run."""
+
+    behaviour: dict[str, BehaviourConfig]
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    masking: MaskingConfig = MaskingConfig()
+    training: TrainingConfig = TrainingConfig()
+
+    def __post_init__(self) -> None:
+        if not self.behaviour:
+            raise ValueError("behaviour: name at least one, as [behaviour.NAME] source = ...")
+        for name in self.behaviour:
+            if not name.isidentifier() or name == "spikes":
+                raise ValueError(f"behaviour.{name}: use letters, digits and _, and not 'spikes'")

@@ -1,0 +1,296 @@
+"""A session on the grid of bins: targets, splits, and windows binned on the fly.
+
+Counts come from the runtime's own kernel, so the trainer cannot disagree with the rig about a bin.
+
+Shape suffixes: B windows of a batch, T bins, M modalities (0 is spikes), N units, K intervals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offline.config import BehaviourConfig, DataConfig
+from rt_neds.clock import samples_per_bin
+from rt_neds.errors import SessionError
+from rt_neds.model.readout import Behaviour
+from rt_neds.session import Session
+from rt_neds.stream.binner import as_pairs, count_spikes
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+@dataclass
+class BinnedSession:
+    """A session seen through bins.
+
+    Attributes
+    ----------
+    session : Session
+    width : int
+        Samples per bin.
+    values_TM : ndarray of float32
+        Behaviours in physical units, or class numbers; column 0 (spikes) is zero.
+    shown_TM : ndarray of bool
+        Where a modality may be shown: spikes where the whole bin was recorded, a trial variable only
+        once an observer could know it.
+    scored_TM : ndarray of bool
+        Where it may be asked for.
+    split_T : ndarray of int8
+        0 train, 1 val, 2 test; -1 for gaps and what is not used.
+    trial_T : ndarray of int32
+        Number of the trial whose scored stretch holds the bin; -1 for none.
+    present : tuple of str
+        Behaviours this session has.
+    """
+
+    session: Session
+    width: int
+    values_TM: NDArray[np.float32]
+    shown_TM: NDArray[np.bool_]
+    scored_TM: NDArray[np.bool_]
+    split_T: NDArray[np.int8]
+    trial_T: NDArray[np.int32]
+    present: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        self._samples_S = np.ascontiguousarray(self.session.records_S["sample"])
+        self._rows_U = np.arange(len(self.session.unit_ids), dtype=np.int32)
+
+    @property
+    def bins(self) -> int:
+        return len(self.split_T)
+
+    def counts_TN(self, first: int, stop: int) -> NDArray[np.float32]:
+        """Counts of bins ``[first, stop)``; bins before 0 and after the end are empty."""
+        width = self.width
+        low, high = np.searchsorted(self._samples_S, [max(first, 0) * width, max(stop, 0) * width])
+        ring_TC = np.zeros((stop - first, len(self._rows_U) + 2), np.float32)
+        if high > low:
+            shifted_S2 = as_pairs(self.session.records_S[low:high]).copy()
+            shifted_S2[:, 0] -= first * width  # the ring's rows are bin % rows: start at zero
+            count_spikes(
+                shifted_S2, self._rows_U, ring_TC, 0, stop - first, width, np.zeros(2, np.int64)
+            )
+        return ring_TC[:, :-2]
+
+    def cut(self, array_T: NDArray, first: int, stop: int) -> NDArray:
+        """Rows ``[first, stop)`` of a per-bin array, zero (False) outside the session."""
+        out = np.zeros((stop - first, *array_T.shape[1:]), array_T.dtype)
+        low, high = max(first, 0), min(stop, self.bins)
+        if high > low:
+            out[low - first : high - first] = array_T[low:high]
+        return out
+
+    def of_split(self, split: Split) -> NDArray[np.bool_]:
+        """Bins of a split, shape (bins,)."""
+        return self.split_T == SPLITS.index(split)
+
+    def spans(self, split: Split) -> list[tuple[int, int]]:
+        """Runs of consecutive bins of a split, as ``[first, stop)``."""
+        inside = np.concatenate([[0], self.of_split(split).astype(np.int8), [0]])
+        edges = np.flatnonzero(np.diff(inside))
+        return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+
+
+def bin_session(
+    session: Session,
+    data: DataConfig,
+    behaviour_configs: dict[str, BehaviourConfig],
+    *,
+    require: bool = True,
+) -> BinnedSession:
+    """Put a session on the grid of bins.
+
+    Parameters
+    ----------
+    session : Session
+    data : DataConfig
+    behaviour_configs : dict of str to BehaviourConfig
+    require : bool
+        Whether a behaviour that the file lacks is an error, or simply absent.
+
+    Returns
+    -------
+    BinnedSession
+
+    Raises
+    ------
+    SessionError
+        If a behaviour, a trial column or the intervals of the split are not in the file.
+    """
+    width = samples_per_bin(data.bin_ms, session.rate)
+    bins = -(-session.end // width)
+    modalities = 1 + len(behaviour_configs)
+    values_TM = np.zeros((bins, modalities), np.float32)
+    shown_TM = np.zeros((bins, modalities), bool)
+    scored_TM = np.zeros((bins, modalities), bool)
+    trial_T = np.full(bins, -1, np.int32)
+    shown_TM[:, 0] = scored_TM[:, 0] = _whole_bins(session.domain_K2, bins, width)
+    present = []
+    for m, (name, config) in enumerate(behaviour_configs.items(), start=1):
+        if not require and not all(session.has(source) for source in config.sources):
+            continue
+        present.append(name)
+        if config.is_trial_variable:
+            value, shown, scored, trial = _trial_variable(session, config, bins, width)
+            trial_T = np.where(trial >= 0, trial, trial_T)
+        else:
+            value, shown = _continuous(session, config, bins, width)
+            scored = shown
+        values_TM[:, m], shown_TM[:, m], scored_TM[:, m] = value, shown, scored
+    if not present:
+        raise SessionError(
+            f"{session.path} has none of {', '.join(behaviour_configs)}; "
+            f"it has: {', '.join(session.behaviours()) or 'no behaviour'}"
+        )
+    split_T = split_bins(session, data, bins, width)
+    return BinnedSession(
+        session, width, values_TM, shown_TM, scored_TM, split_T, trial_T, tuple(present)
+    )
+
+
+def behaviours_of(configs: dict[str, BehaviourConfig]) -> list[Behaviour]:
+    """What the model decodes, from what the configuration asks."""
+    return [
+        Behaviour(name=name, kind=c.kind, classes=tuple(c.classes), unit=c.unit)
+        for name, c in configs.items()
+    ]
+
+
+def _whole_bins(domain_K2: NDArray[np.int64], bins: int, width: int) -> NDArray[np.bool_]:
+    inside = np.zeros(bins, bool)
+    for start, end in domain_K2:
+        inside[-(-start // width) : max(0, end // width)] = True
+    return inside
+
+
+def _right_edge_in(domain_K2: NDArray[np.int64], bins: int, width: int) -> NDArray[np.bool_]:
+    """Bins whose last moment lies in ``(start, end]`` of an interval."""
+    inside = np.zeros(bins, bool)
+    for start, end in domain_K2:
+        inside[max(0, start // width) : max(0, end // width)] = True
+    return inside
+
+
+def _continuous(
+    session: Session, config: BehaviourConfig, bins: int, width: int
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Value at each bin: the last sample at or before its right edge, so nothing is known early."""
+    edges_T = np.arange(1, bins + 1) * width
+    columns, valid = [], np.ones(bins, bool)
+    for source in config.sources:
+        series = session.series(source)
+        last = np.searchsorted(series.samples_L, edges_T, side="right") - 1
+        value = series.values_L[np.maximum(last, 0)]
+        valid &= _right_edge_in(series.domain_K2, bins, width) & (last >= 0) & np.isfinite(value)
+        columns.append(np.where(valid, value, 0.0))
+    if config.transform == "speed":
+        value = _speed(np.stack(columns, axis=1), valid, width / session.rate, config.tau_s)
+    else:
+        value = columns[0]
+    return value.astype(np.float32), valid
+
+
+def _speed(
+    position_TX: NDArray[np.float64], valid_T: NDArray[np.bool_], dt: float, tau: float
+) -> NDArray[np.float64]:
+    """Length of the step per second of a one-sided exponential average, restarted at each run."""
+    speed_T = np.zeros(len(position_TX))
+    alpha = 1.0 - np.exp(-dt / tau)
+    smooth = None
+    for t in range(len(position_TX)):
+        if not valid_T[t]:
+            smooth = None
+            continue
+        before = position_TX[t] if smooth is None else smooth
+        smooth = before + alpha * (position_TX[t] - before)
+        speed_T[t] = np.linalg.norm(smooth - before) / dt
+    return speed_T
+
+
+def _trial_variable(
+    session: Session, config: BehaviourConfig, bins: int, width: int
+) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+    stored = np.asarray(session.column(config.sources[0]), dtype=np.float64)
+    start, stop, known, end = (
+        session.samples(session.column(f"trials.{column}"))
+        for column in (*config.scored, config.known_from, "end")
+    )
+    value_T = np.zeros(bins, np.float32)
+    shown_T, scored_T = np.zeros(bins, bool), np.zeros(bins, bool)
+    trial_T = np.full(bins, -1, np.int32)
+    codes = list(config.classes.values())
+    for trial, code in enumerate(stored):
+        if code not in codes or min(start[trial], stop[trial]) < 0:
+            continue
+        scored = slice(max(0, start[trial] // width), max(0, stop[trial] // width))
+        value_T[scored] = codes.index(code)
+        scored_T[scored] = True
+        trial_T[scored] = trial
+        if known[trial] >= 0:
+            # Known at a moment: shown from the first bin that ends after it.
+            shown = slice(known[trial] // width, max(0, max(end[trial], known[trial]) // width))
+            value_T[shown] = codes.index(code)
+            shown_T[shown] = True
+    return value_T, shown_T, scored_T, trial_T
+
+
+def split_bins(session: Session, data: DataConfig, bins: int, width: int) -> NDArray[np.int8]:
+    """Which split each bin belongs to; pieces are contiguous in time, with a gap between them."""
+    split_T = np.full(bins, -1, np.int8)
+    for code, intervals_K2 in enumerate(_split_intervals(session, data)):
+        for start, end in intervals_K2:
+            split_T[-(-start // width) : max(0, end // width)] = code
+    return split_T
+
+
+def _split_intervals(session: Session, data: DataConfig) -> list[NDArray[np.int64]]:
+    if data.split == "time":
+        return _time_split(session, data)
+    if data.split == "trials":
+        return _trial_folds(session, data)
+    return [session.intervals(f"{data.split}_{name}_domain") for name in SPLITS]
+
+
+def _time_split(session: Session, data: DataConfig) -> list[NDArray[np.int64]]:
+    """Cut recorded time (not wall time: recordings can have holes) by the fractions."""
+    lengths = np.diff(session.domain_K2, axis=1)[:, 0]
+    cuts = np.concatenate([[0.0], np.cumsum(data.fractions)]) * lengths.sum()
+    gap = round(data.gap_s * session.rate)
+    before = np.concatenate([[0], np.cumsum(lengths)])
+    pieces = []
+    for code in range(3):
+        low = cuts[code] + (gap if code else 0)
+        kept = []
+        for (start, end), done in zip(session.domain_K2, before, strict=False):
+            a, b = start + max(0, low - done), min(end, start + cuts[code + 1] - done)
+            if b > a:
+                kept.append((a, b))
+        pieces.append(np.array(kept, dtype=np.float64).reshape(-1, 2).astype(np.int64))
+    return pieces
+
+
+def _trial_folds(session: Session, data: DataConfig) -> list[NDArray[np.int64]]:
+    trials_K2 = session.intervals("trials")
+    folds = np.array_split(np.arange(len(trials_K2)), data.folds)
+    gap = round(data.gap_s * session.rate)
+    spans = []
+    for fold in folds:
+        if len(fold) == 0:
+            raise SessionError(
+                f"{session.path}: {len(trials_K2)} trials cannot make {data.folds} folds; lower folds"
+            )
+        first, last = trials_K2[fold[0], 0], trials_K2[fold[-1], 1]
+        spans.append((first, last))
+    code_of = {data.fold: 2, (data.fold + 1) % data.folds: 1}
+    pieces: list[list[tuple[int, int]]] = [[], [], []]
+    for index, span in enumerate(spans):
+        pieces[code_of.get(index, 0)].append(span)
+    if any(b[0] - a[1] < min(gap, 1) for a, b in zip(spans, spans[1:], strict=False)):
+        raise SessionError(f"{session.path}: trials overlap; folds over trials need gaps between")
+    return [np.array(piece, dtype=np.int64).reshape(-1, 2) for piece in pieces]

@@ -1,0 +1,82 @@
+"""From what was observed to tokens: one session's units, or one behaviour.
+
+Shape suffixes: B batch, T bins, N units of one session, K boxcar widths, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+
+def boxcar_sums(counts_BTN: Tensor, history: Sequence[int]) -> Tensor:
+    """Spikes in the last ``k`` bins, the current one included, for each ``k`` of ``history``.
+
+    Parameters
+    ----------
+    counts_BTN : tensor
+        Counts; unobserved bins must be zero. Before the first bin there is nothing.
+    history : sequence of int
+
+    Returns
+    -------
+    tensor, shape (B, T, K, N)
+    """
+    # Sums of integers below 2**24 are exact in float32, so a long cumulative sum loses nothing.
+    total = nnf.pad(counts_BTN.cumsum(dim=1), (0, 0, max(history), 0))
+    T = counts_BTN.shape[1]
+    last = total[:, max(history) :]
+    sums = [last - total[:, max(history) - k : max(history) - k + T] for k in history]
+    return torch.stack(sums, dim=2)
+
+
+class SpikeReadIn(nn.Module):
+    """One session's counts to one vector per bin.
+
+    Square roots of boxcar sums, standardised by unit, then linear. A unit that is masked (in
+    training) or missing (at the rig) enters with a learned value instead, so that "masked", "dead"
+    and "silent" are three different things (MtM, arXiv 2407.14668, masks with zeros instead).
+    """
+
+    mean_KN: Tensor
+    sd_KN: Tensor
+
+    def __init__(self, units: int, dim: int, history: Sequence[int]) -> None:
+        super().__init__()
+        self.history = tuple(history)
+        self.linear = nn.Linear(len(history) * units, dim)
+        self.missing_KN = nn.Parameter(torch.zeros(len(history), units))
+        self.register_buffer("mean_KN", torch.zeros(len(history), units))
+        self.register_buffer("sd_KN", torch.ones(len(history), units))
+
+    def forward(self, counts_BTN: Tensor, missing_BTN: Tensor | None = None) -> Tensor:
+        """Counts to vectors of shape (B, T, D); ``missing_BTN`` broadcasts over bins."""
+        z_BTKN = (boxcar_sums(counts_BTN, self.history).sqrt() - self.mean_KN) / self.sd_KN
+        if missing_BTN is not None:
+            z_BTKN = torch.where(missing_BTN[:, :, None], self.missing_KN, z_BTKN)
+        return self.linear(z_BTKN.flatten(2))
+
+
+class ContinuousReadIn(nn.Module):
+    """One session's continuous behaviour, already normalised, to one vector per bin."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, dim)
+
+    def forward(self, value_BT: Tensor) -> Tensor:
+        return self.linear(value_BT[..., None])
+
+
+class CategoricalReadIn(nn.Module):
+    """A categorical behaviour, shared by all sessions, to one vector per bin."""
+
+    def __init__(self, classes: int, dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(classes, dim)
+
+    def forward(self, value_BT: Tensor) -> Tensor:
+        return self.embedding(value_BT.long())

@@ -1,0 +1,252 @@
+"""Spikes to counts, by the probe's own clock.
+
+A bin closes when the watermark passes its end, never because a spike of the next bin came, so bins
+are a pure function of the stream: how it was cut into messages, and in which order spikes arrived
+within the allowed lateness, cannot change them.
+
+Shape suffixes: S spikes, R rows of the ring (open bins), N units, C = N + 2 columns of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from rt_neds.clock import monotonic_ns
+from rt_neds.frames import BinnedFrame, SpikeBatch
+
+OPEN_BINS = 64
+COUNTERS = (
+    "bins",
+    "bins_unobserved",
+    "bins_skipped",
+    "spikes",
+    "spikes_unknown",
+    "spikes_late",
+    "spikes_far",
+    "spikes_outside",
+    "samples_lost",
+)
+
+_I8_READONLY = numba.types.Array(numba.int64, 2, "C", readonly=True)
+_MAP_READONLY = numba.types.Array(numba.int32, 1, "C", readonly=True)
+
+
+@numba.njit(
+    numba.void(
+        _I8_READONLY,  # records_S2
+        _MAP_READONLY,  # row_of_unit_U
+        numba.float32[:, ::1],  # ring_RC
+        numba.int64,  # first_bin
+        numba.int64,  # end_bin
+        numba.int64,  # width
+        numba.int64[::1],  # tally
+    ),
+    cache=True,
+    nogil=True,
+    boundscheck=False,
+)
+def count_spikes(records_S2, row_of_unit_U, ring_RC, first_bin, end_bin, width, tally):  # type: ignore[no-untyped-def]
+    """Add the spikes of bins ``[first_bin, end_bin)`` to their rows of the ring.
+
+    Parameters
+    ----------
+    records_S2 : int64 array, shape (spikes, 2)
+        SPIKE_DTYPE records seen as pairs: sample, and unit in the low 32 bits.
+    row_of_unit_U : int32 array
+        Column of each stream unit; -1 for one that is not known.
+    ring_RC : float32 array, shape (rows, units + 2)
+        Counts; the last two columns of a row count unknown-unit spikes and known ones.
+    first_bin, end_bin : int
+        ``end_bin - first_bin`` is at most the number of rows.
+    width : int
+        Samples per bin.
+    tally : int64 array, shape (2,)
+        Increased by the spikes before ``first_bin`` and at or after ``end_bin``.
+    """
+    rows = ring_RC.shape[0]
+    units = ring_RC.shape[1] - 2
+    row, low, high = (
+        0,
+        np.int64(0),
+        np.int64(0),
+    )  # bounds of the bin last seen: most spikes share it
+    start, stop = first_bin * width, end_bin * width
+    for i in range(records_S2.shape[0]):
+        sample = records_S2[i, 0]
+        if sample < start:
+            tally[0] += 1
+            continue
+        if sample >= stop:
+            tally[1] += 1
+            continue
+        if sample < low or sample >= high:
+            bin_ = sample // width
+            low, high, row = bin_ * width, (bin_ + 1) * width, bin_ % rows
+        unit = records_S2[i, 1] & 0xFFFFFFFF
+        column = row_of_unit_U[unit] if unit < row_of_unit_U.shape[0] else -1
+        if column >= 0:
+            ring_RC[row, column] += 1.0
+            ring_RC[row, units + 1] += 1.0
+        else:
+            ring_RC[row, units] += 1.0
+
+
+def as_pairs(records_S: NDArray[np.void]) -> NDArray[np.int64]:
+    """See SPIKE_DTYPE records as the int64 pairs the kernel takes; copies only if unaligned."""
+    records_S = np.ascontiguousarray(records_S)
+    if not records_S.flags.aligned:
+        records_S = records_S.copy()
+    return records_S.view(np.int64).reshape(-1, 2)
+
+
+class Binner:
+    """Turns batches into closed bins, in order, each exactly once.
+
+    Parameters
+    ----------
+    row_of_unit_U : ndarray of int32
+        For each unit number of the stream its column, or -1 if it is not known.
+    units : int
+        Columns of the counts.
+    width : int
+        Samples per bin.
+    context : int
+        Bins of context of the decoder. A hole of at least so many bins is skipped, because nothing
+        from before it can matter after it; a shorter one is filled with unobserved bins.
+    lateness : int
+        Samples by which bins are held open past their end, for sources whose spikes come late.
+
+    Attributes
+    ----------
+    counters : dict of str to int
+        Every spike ends in exactly one of ``spikes`` and ``spikes_unknown`` (in a closed bin),
+        ``spikes_late`` (its bin was closed), ``spikes_far`` (beyond all open bins: absurd) and
+        ``spikes_outside`` (in bins never published: before the first whole bin, or skipped). Then
+        ``bins``, of which ``bins_unobserved``; ``bins_skipped``; ``samples_lost``.
+    """
+
+    def __init__(
+        self,
+        row_of_unit_U: NDArray[np.int32],
+        units: int,
+        width: int,
+        context: int,
+        lateness: int = 0,
+    ) -> None:
+        self.width = width
+        self.context = context
+        self.lateness = lateness
+        self.counters = dict.fromkeys(COUNTERS, 0)
+        self._row_of_unit_U = np.ascontiguousarray(row_of_unit_U, dtype=np.int32)
+        rows = OPEN_BINS + -(-lateness // width)
+        self._ring_RC = np.zeros((rows, units + 2), np.float32)
+        self._counts_N = np.zeros(units, np.float32)
+        self._tally = np.zeros(2, np.int64)
+        self._epoch: int | None = None
+        self._next_bin = 0  # the oldest bin still open
+        self._end = 0  # samples are complete, or known to be lost, up to here
+        self._holes: list[tuple[int, int]] = []  # missing sample ranges that touch open bins
+        self._late = self._lost = 0
+        self._first_of_run = True
+
+    def frames(self, batch: SpikeBatch) -> Iterator[BinnedFrame]:
+        """Take in a batch and yield the bins it closes; each frame is valid until the next."""
+        if batch.epoch != self._epoch:
+            self._begin_run(batch.first)
+            self._epoch = batch.epoch
+        elif batch.first > self._end:
+            self._note_hole(self._end, batch.first)
+        self._end = max(self._end, batch.end)
+        self._lost += batch.lost
+        closing = (self._end - self.lateness) // self.width
+        records_S2 = as_pairs(batch.records_S)
+        before, beyond = self._count(records_S2)
+        self._note_early_or_late(before)
+        while True:
+            counted_to = self._next_bin + len(self._ring_RC)
+            while self._next_bin < min(closing, counted_to):
+                yield self._close(batch)
+            if self._next_bin >= closing:
+                break
+            # The batch spans more bins than are open at once: count it again, further on.
+            _, beyond = self._count(records_S2)
+        self.counters["spikes_far"] += beyond
+
+    def _count(self, records_S2: NDArray[np.int64]) -> tuple[int, int]:
+        """Count spikes into the open bins; return how many lay before and beyond them."""
+        self._tally[:] = 0
+        count_spikes(
+            records_S2,
+            self._row_of_unit_U,
+            self._ring_RC,
+            self._next_bin,
+            self._next_bin + len(self._ring_RC),
+            self.width,
+            self._tally,
+        )
+        return int(self._tally[0]), int(self._tally[1])
+
+    def _note_early_or_late(self, spikes: int) -> None:
+        if self._first_of_run:  # nothing has closed yet: they lie in the bin we joined midway
+            self.counters["spikes_outside"] += spikes
+        else:
+            self.counters["spikes_late"] += spikes
+            self._late += spikes
+
+    def _begin_run(self, first: int) -> None:
+        """Open bins anew from ``first``; what was open lacks samples and is never published."""
+        self.counters["spikes_outside"] += int(self._ring_RC[:, -2:].sum())
+        self._ring_RC[:] = 0.0
+        self._holes.clear()
+        # The bin we join in the middle of can never be complete: start with the next whole one.
+        self._next_bin = -(-first // self.width)
+        self._end = first
+        self._first_of_run = True
+
+    def _note_hole(self, start: int, end: int) -> None:
+        self.counters["samples_lost"] += end - start
+        whole_bins = end // self.width - -(-start // self.width)
+        if whole_bins < self.context:
+            self._holes.append((start, end))
+            return
+        # Nothing from before can matter after it: skip the bins, and account for them.
+        oldest_open = self._next_bin
+        self._begin_run(end)
+        self.counters["bins_skipped"] += self._next_bin - oldest_open
+
+    def _close(self, batch: SpikeBatch) -> BinnedFrame:
+        bin_, width = self._next_bin, self.width
+        start, end = bin_ * width, (bin_ + 1) * width
+        observed = not any(hole[0] < end and hole[1] > start for hole in self._holes)
+        if self._holes:
+            self._holes = [hole for hole in self._holes if hole[1] > end]
+        row_C = self._ring_RC[bin_ % len(self._ring_RC)]
+        self._counts_N[:] = row_C[:-2]
+        frame = BinnedFrame(
+            epoch=batch.epoch,
+            bin=bin_,
+            end=end,
+            counts_N=self._counts_N,
+            observed=observed,
+            spikes=int(row_C[-1]),
+            unknown=int(row_C[-2]),
+            late=self._late,
+            lost=self._lost,
+            first_of_run=self._first_of_run,
+            sent_ns=batch.sent_ns,
+            received_ns=batch.received_ns,
+            binned_ns=monotonic_ns(),
+        )
+        row_C[:] = 0.0
+        self._next_bin += 1
+        self._late = self._lost = 0
+        self._first_of_run = False
+        self.counters["bins"] += 1
+        self.counters["bins_unobserved"] += not observed
+        self.counters["spikes"] += frame.spikes
+        self.counters["spikes_unknown"] += frame.unknown
+        return frame

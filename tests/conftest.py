@@ -1,0 +1,23 @@
+"""Shared fixtures: one torch thread, and the real recordings where they are."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+DATA = Path(
+    os.environ.get(
+        "RT_NEDS_TEST_DATA", Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
+    )
+)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of the real recordings; the test is skipped, with the reason, where it is absent."""
+    if not (DATA / "rat_w_maze.h5").is_file():
+        pytest.skip(f"no recordings in {DATA}; set RT_NEDS_TEST_DATA to the folder that has them")
+    return DATA
