@@ -187,10 +187,7 @@ def priors() -> Priors:
 
 @dataclass(frozen=True)
 class Timing:
-    """What the observer is told about the task, in bins: trial r covers [start_R, end_R).
-
-    `block_R` is 1 (left more likely), 0 (right) or -1 (unbiased).
-    """
+    """What the observer is told, in bins: trial r is [start_R, end_R); blocks as in `BLOCKS`."""
 
     n_bins: int
     start_R: Int

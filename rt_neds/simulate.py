@@ -168,14 +168,14 @@ def simulate_file(
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    n_spikes = len(session.spikes.timestamps)
+    n_spikes, seconds = len(session.spikes.timestamps), float(session.domain.end[-1])
     return {
         "session": session.session.id,
         "units": units,
         "spikes": n_spikes,
         "trials": len(session.trials),
-        "minutes": session.domain.end[-1] / 60,
-        "mean_rate": n_spikes / units / session.domain.end[-1],
+        "minutes": seconds / 60,
+        "mean_rate": n_spikes / units / seconds,
         "ideal": ideal.scores(session),
     }
 

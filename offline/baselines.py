@@ -1,0 +1,257 @@
+"""Baselines: causal ridge and logistic regression on square roots of recent spike counts.
+
+Both read what the network may read, spikes of the bin and of the second before it, and are fitted on
+the scored bins of the training split; the validation split chooses how strongly they are held back.
+
+Shape suffixes: T bins, N units, F features (widths x units), A penalties tried, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.linalg import solve
+from sklearn.linear_model import LogisticRegression
+
+from offline.windows import BinnedSession
+from rt_neds.errors import ConfigError
+from rt_neds.model.readin import boxcar_sums
+
+ALPHAS = tuple(float(alpha) for alpha in np.logspace(-4, 4, 17))
+"""Ridge penalties tried, per training bin."""
+
+INVERSE_PENALTIES = tuple(float(c) for c in np.logspace(-6, 0, 7))
+"""Values of C tried for the logistic regression, times 1000 over the training bins."""
+
+BLOCK = 2000
+"""Bins whose features are held at once: 77 MB for 1600 units."""
+
+MOST_CELLS = 200_000_000
+"""Numbers in the largest table the logistic regression is given (0.8 GB); longer ones are thinned."""
+
+
+def ridge(
+    binned: BinnedSession,
+    name: str,
+    bins: NDArray[np.int64],
+    *,
+    history_s: float = 1.0,
+    alphas: tuple[float, ...] = ALPHAS,
+) -> NDArray[np.float64]:
+    """Causal ridge regression of one continuous behaviour, or of counts.
+
+    Parameters
+    ----------
+    binned : BinnedSession
+    name : str
+        Behaviour, as configured.
+    bins : ndarray of int
+        Bins to predict, in any order.
+    history_s : float
+        Seconds of spikes that are read.
+    alphas : tuple of float
+        Penalties to choose from, per training bin.
+
+    Returns
+    -------
+    ndarray, shape (bins asked,)
+        In physical units.
+    """
+    m, widths = _column(binned, name), _widths(binned, history_s)
+    train, val = _fitting_bins(binned, m)
+    scaler = _Scaler.fit(binned, train, widths)
+    target_T = binned.values_TM[train, m].astype(np.float64)
+    offset = float(target_T.mean())
+
+    gram_FF = np.zeros((len(scaler.mean_F),) * 2)
+    cross_F = np.zeros(len(scaler.mean_F))
+    for part, x_TF in _blocks(binned, train, widths):
+        z_TF = scaler(x_TF)
+        gram_FF += z_TF.T @ z_TF
+        cross_F += z_TF.T.astype(np.float64) @ (target_T[part] - offset)
+    weights_FA = np.stack([_solve(gram_FF, cross_F, alpha * len(train)) for alpha in alphas], 1)
+    del gram_FF
+
+    guess_TA = _predict(binned, val, widths, scaler, weights_FA) + offset
+    error_A = ((guess_TA - binned.values_TM[val, m].astype(np.float64)[:, None]) ** 2).sum(axis=0)
+    best = len(alphas) - 1 - int(error_A[::-1].argmin())  # of equals, the strongest
+    return _predict(binned, bins, widths, scaler, weights_FA[:, [best]])[:, 0] + offset
+
+
+def logistic(
+    binned: BinnedSession,
+    name: str,
+    bins: NDArray[np.int64],
+    *,
+    history_s: float = 1.0,
+    classes: int | None = None,
+) -> NDArray[np.float64]:
+    """Causal logistic regression of one categorical behaviour.
+
+    Parameters
+    ----------
+    binned : BinnedSession
+    name : str
+        Behaviour, as configured.
+    bins : ndarray of int
+        Bins to predict, in any order.
+    history_s : float
+        Seconds of spikes that are read.
+    classes : int, optional
+        Number of classes; by default as many as occur in the session.
+
+    Returns
+    -------
+    ndarray, shape (bins asked, classes)
+        Probabilities. A class that training never saw has none; if it saw one only, that is certain.
+    """
+    m, widths = _column(binned, name), _widths(binned, history_s)
+    train, val = _fitting_bins(binned, m)
+    if classes is None:
+        classes = int(binned.values_TM[binned.scored_TM[:, m], m].max()) + 1
+    features = len(widths) * len(binned.session.unit_ids)
+    train = train[:: -(-len(train) * features // MOST_CELLS)]
+    label_T = binned.values_TM[train, m].astype(np.int64)
+    if len(np.unique(label_T)) == 1:
+        return np.tile(np.eye(classes)[label_T[0]], (len(bins), 1))
+
+    scaler = _Scaler.fit(binned, train, widths)
+    z_TF = np.concatenate([scaler(x_TF) for _, x_TF in _blocks(binned, train, widths)])
+    val_label_T, best_score, best = binned.values_TM[val, m].astype(np.int64), -1.0, None
+    for c in INVERSE_PENALTIES:
+        model = LogisticRegression(C=c * 1000 / len(train), max_iter=300, tol=1e-3)
+        model.fit(z_TF, label_T)
+        logits_TC = _predict(binned, val, widths, scaler, model.coef_.T) + model.intercept_
+        score = _balanced(val_label_T, model.classes_[_softmax(logits_TC).argmax(axis=1)])
+        if score > best_score:  # of equals, the strongest penalty
+            best_score, best = score, model
+    assert best is not None
+    probability_TC = np.zeros((len(bins), classes))
+    logits_TC = _predict(binned, bins, widths, scaler, best.coef_.T) + best.intercept_
+    probability_TC[:, best.classes_] = _softmax(logits_TC)
+    return probability_TC
+
+
+# -- which bins, which column --------------------------------------------------------------------
+
+
+def _column(binned: BinnedSession, name: str) -> int:
+    """Column of a behaviour; columns follow the configuration, all of which must be present."""
+    if name not in binned.present or len(binned.present) + 1 != binned.values_TM.shape[1]:
+        raise ConfigError(
+            f"{binned.session.id}: a baseline of {name} needs a session with every behaviour of the "
+            f"configuration; it has {', '.join(binned.present)}; leave out the others"
+        )
+    return 1 + binned.present.index(name)
+
+
+def _fitting_bins(binned: BinnedSession, m: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Scored bins of training and of validation; without the latter, training's last fifth."""
+    train = np.flatnonzero(binned.of_split("train") & binned.scored_TM[:, m])
+    val = np.flatnonzero(binned.of_split("val") & binned.scored_TM[:, m])
+    if len(train) < 2:
+        raise ConfigError(
+            f"{binned.session.id}: {len(train)} training bins of a behaviour; a baseline needs two "
+            "or more: choose another data.split"
+        )
+    if len(val) == 0:
+        train, val = np.split(train, [len(train) - max(1, len(train) // 5)])
+    return train, val
+
+
+# -- features ------------------------------------------------------------------------------------
+
+
+def _widths(binned: BinnedSession, history_s: float) -> tuple[int, ...]:
+    """Boxcar widths: 1, 2, 5, 10, 25 and 50 bins for a second of 20 ms bins."""
+    longest = history_s * binned.session.rate / binned.width
+    return tuple(sorted({max(1, round(longest * f)) for f in (0.02, 0.04, 0.1, 0.2, 0.5, 1.0)}))
+
+
+def _blocks(
+    binned: BinnedSession, bins: NDArray[np.int64], widths: tuple[int, ...]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Features of ascending bins, a few at a time: their positions in ``bins`` and their rows.
+
+    A feature is the square root of a unit's spikes in the last ``width`` bins, the current one
+    included. Bins that were not wholly recorded count as empty.
+    """
+    past = max(widths)
+    apart = np.flatnonzero(np.diff(bins) > past) + 1
+    for run in np.split(np.arange(len(bins)), apart):
+        for low in range(0, len(run), BLOCK):
+            part = run[low : low + BLOCK]
+            if len(part) == 0:
+                continue
+            first, stop = int(bins[part[0]]) - past, int(bins[part[-1]]) + 1
+            shown_T = binned.cut(binned.shown_TM[:, 0], first, stop)
+            counts_TN = binned.counts_TN(first, stop) * shown_T[:, None]
+            sums_TKN = boxcar_sums(torch.from_numpy(counts_TN)[None], widths)[0].numpy()
+            yield part, np.sqrt(sums_TKN[bins[part] - first]).reshape(len(part), -1)
+
+
+@dataclass
+class _Scaler:
+    """Standardisation by the training bins; a feature that never moved is left at zero."""
+
+    mean_F: NDArray[np.float32]
+    sd_F: NDArray[np.float32]
+
+    @classmethod
+    def fit(
+        cls, binned: BinnedSession, bins: NDArray[np.int64], widths: tuple[int, ...]
+    ) -> _Scaler:
+        features = len(widths) * len(binned.session.unit_ids)
+        total_F, squares_F = np.zeros(features), np.zeros(features)
+        for _, x_TF in _blocks(binned, bins, widths):
+            total_F += x_TF.sum(axis=0, dtype=np.float64)
+            squares_F += np.square(x_TF, dtype=np.float64).sum(axis=0)
+        mean_F = total_F / len(bins)
+        sd_F = np.sqrt(np.maximum(squares_F / len(bins) - mean_F**2, 0.0))
+        sd_F[sd_F < 1e-4] = np.inf
+        return cls(mean_F.astype(np.float32), sd_F.astype(np.float32))
+
+    def __call__(self, x_TF: NDArray[np.float32]) -> NDArray[np.float32]:
+        return (x_TF - self.mean_F) / self.sd_F
+
+
+# -- arithmetic ----------------------------------------------------------------------------------
+
+
+def _solve(gram_FF: NDArray, cross_F: NDArray, penalty: float) -> NDArray[np.float64]:
+    held_FF = gram_FF.copy()
+    held_FF.flat[:: len(gram_FF) + 1] += penalty
+    return solve(held_FF, cross_F, assume_a="pos", overwrite_a=True)
+
+
+def _predict(
+    binned: BinnedSession,
+    bins: NDArray[np.int64],
+    widths: tuple[int, ...],
+    scaler: _Scaler,
+    weights_FA: NDArray,
+) -> NDArray[np.float64]:
+    """Weighted features of bins in any order, shape (bins, columns of the weights)."""
+    out_TA = np.zeros((len(bins), weights_FA.shape[1]))
+    order = np.argsort(bins, kind="stable")
+    weights_FA = weights_FA.astype(np.float32)
+    for part, x_TF in _blocks(binned, np.asarray(bins)[order], widths):
+        out_TA[order[part]] = scaler(x_TF) @ weights_FA
+    return out_TA
+
+
+def _softmax(logits_TC: NDArray) -> NDArray[np.float64]:
+    """Probabilities; one column of logits, as sklearn gives for two classes, is the second's."""
+    if logits_TC.shape[1] == 1:
+        logits_TC = np.concatenate([np.zeros_like(logits_TC), logits_TC], axis=1)
+    e_TC = np.exp(logits_TC - logits_TC.max(axis=1, keepdims=True))
+    return e_TC / e_TC.sum(axis=1, keepdims=True)
+
+
+def _balanced(true_T: NDArray, guess_T: NDArray) -> float:
+    """Balanced accuracy, over the classes that occur."""
+    return float(np.mean([np.mean(guess_T[true_T == c] == c) for c in np.unique(true_T)]))

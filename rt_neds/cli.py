@@ -1,0 +1,127 @@
+"""The command line: a table of commands; nothing heavy is imported until one is chosen."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rt_neds import __version__
+from rt_neds.errors import RtNedsError
+
+COMMANDS = {
+    "demo": ("rt_neds.demo", "see it work: simulate, train, replay into serve, measure, draw"),
+    "simulate": ("rt_neds.simulate_command", "write a simulated session with an ideal observer"),
+    "inspect": ("rt_neds.inspect", "say what is in a session file or a bundle"),
+    "train": ("offline.train", "train on sessions and leave a bundle"),
+    "evaluate": ("offline.evaluate", "score a bundle on a session, through the streaming path"),
+    "serve": ("rt_neds.serve", "decode a probe's spikes, live"),
+    "replay": ("rt_neds.replay", "send a recorded session as an acquisition would"),
+    "watch": ("rt_neds.watch", "show what is decoded, with latency, live"),
+    "bench": ("rt_neds.bench", "measure this machine: latency, step"),
+}
+"""Each module has ``add_arguments(parser)`` and ``run(args)``, which may return a result for --json."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments; those of the process by default.
+
+    Returns
+    -------
+    int
+        0 done, 1 begun and failed, 2 unusable input.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"rt-neds {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        import difflib
+
+        nearest = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        advice = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(COMMANDS)}"
+        return _fail(f"no command {argv[0]}; {advice}", 2)
+    try:
+        return _run(argv[0], argv[1:])
+    except RtNedsError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 1)
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python would complain once more while closing it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(name: str, argv: Sequence[str]) -> int:
+    module_name, help_text = COMMANDS[name]
+    module = importlib.import_module(module_name)
+    parser = argparse.ArgumentParser(prog=f"rt-neds {name}", description=help_text)
+    module.add_arguments(parser)
+    parser.add_argument("--config", metavar="FILE", help="TOML with the whole run")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="section.key=value", help="override one key"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the result there; - for the screen")
+    parser.add_argument("--quiet", action="store_true", help="no progress, no chatter")
+    args = parser.parse_args(argv)
+    if args.json == "-":
+        # Standard output belongs to the JSON alone.
+        with contextlib.redirect_stdout(sys.stderr):
+            result = module.run(args)
+    else:
+        result = module.run(args)
+    if args.json is not None and result is not None:
+        _write_json(args.json, result)
+    return 0
+
+
+def _write_json(target: str, result: Any) -> None:
+    text = json.dumps(clean(result), indent=1)
+    if target == "-":
+        print(text)
+        return
+    try:
+        with open(target, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+    except OSError as error:
+        raise RtNedsError(f"cannot write {target} ({error.strerror}); name another file") from None
+
+
+def clean(value: Any) -> Any:
+    """The same for JSON, which knows no NaN: it becomes null."""
+    if isinstance(value, dict):
+        return {str(key): clean(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [clean(item) for item in value]
+    if isinstance(value, float) and value != value:
+        return None
+    return value
+
+
+def _overview() -> str:
+    lines = ["usage: rt-neds COMMAND [options]", ""]
+    lines += [f"  {name:<10} {help_text}" for name, (_, help_text) in COMMANDS.items()]
+    return "\n".join([*lines, "", "rt-neds COMMAND --help says more."])
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"rt-neds: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,49 @@
+"""Latency histograms: constant memory for hours, exact maximum, percentiles that can be trusted.
+
+Latency is measured from the *intended* time (a bin's end by the sample clock), so that a stall
+cannot hide: what waits during it is as late as it is, not as late as it looked once read.
+"""
+
+from __future__ import annotations
+
+from hdrh.histogram import HdrHistogram
+
+LONGEST_NS = 3_600_000_000_000
+
+
+class Latency:
+    """A histogram of nanoseconds.
+
+    Attributes
+    ----------
+    count : int
+    """
+
+    def __init__(self) -> None:
+        self._histogram = HdrHistogram(1_000, LONGEST_NS, 3)
+        self._max = 0
+        self.count = 0
+
+    def record(self, ns: int) -> None:
+        """Add one latency; one below zero (a clock fit that is not exact) counts as zero."""
+        self._histogram.record_value(min(max(ns, 1_000), LONGEST_NS))
+        self._max = max(self._max, ns)
+        self.count += 1
+
+    def percentiles_ms(self) -> dict[str, float]:
+        """``p50``, ``p99``, ``p99_9`` and ``max`` in milliseconds."""
+        if not self.count:
+            return dict.fromkeys(("p50", "p99", "p99_9", "max"), float("nan"))
+        at = self._histogram.get_value_at_percentile
+        marks = {"p50": at(50.0), "p99": at(99.0), "p99_9": at(99.9), "max": self._max}
+        return {name: round(min(ns, self._max) / 1e6, 4) for name, ns in marks.items()}
+
+    def shares(self, edges_ms: list[float]) -> list[int]:
+        """How many latencies lie between successive edges, for drawing."""
+        counts = [0] * (len(edges_ms) - 1)
+        for item in self._histogram.get_recorded_iterator():
+            value = item.value_iterated_to / 1e6
+            for index in range(len(counts)):
+                if edges_ms[index] <= value < edges_ms[index + 1]:
+                    counts[index] += item.count_added_in_this_iter_step
+        return counts

@@ -1,0 +1,207 @@
+"""``rt-neds replay``: send a recorded session as an acquisition would. ``serve`` cannot tell."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from rt_neds.clock import monotonic_ns
+from rt_neds.errors import ConfigError, StreamError
+from rt_neds.frames import SpikeBatch
+from rt_neds.session import Session, load_session
+from rt_neds.wire import DEFAULT_SPIKES
+
+ANNOUNCE_NS = 1_000_000_000
+
+
+def batches(
+    session: Session,
+    batch_ms: float,
+    *,
+    epoch: int,
+    first: int = 0,
+    end: int | None = None,
+) -> Iterator[SpikeBatch]:
+    """Cut a session into the batches an acquisition would send.
+
+    Outside the session's domain nothing is sent: the next batch begins later than the last ended,
+    which is how the wire says "not recorded".
+
+    Parameters
+    ----------
+    session : Session
+    batch_ms : float
+        Length of a batch.
+    epoch : int
+    first, end : int
+        Samples to send; all of the recording by default.
+
+    Yields
+    ------
+    SpikeBatch
+        With ``sent_ns`` and ``received_ns`` zero.
+    """
+    step = max(1, round(batch_ms / 1000 * session.rate))
+    samples_S = np.ascontiguousarray(session.records_S["sample"])
+    seq = 0
+    for low, high in session.domain_K2:
+        low, high = max(int(low), first), int(high) if end is None else min(int(high), end)
+        edges = np.append(np.arange(low, high, step), high)
+        rows = np.searchsorted(samples_S, edges)
+        for i in range(len(edges) - 1 if high > low else 0):
+            records_S = session.records_S[rows[i] : rows[i + 1]]
+            yield SpikeBatch(
+                epoch, seq, int(edges[i]), int(edges[i + 1]), session.rate, 0, 0, records_S
+            )
+            seq += 1
+
+
+def replay(
+    session: Session,
+    probe: str,
+    *,
+    bind: str = DEFAULT_SPIKES,
+    speed: float = 1.0,
+    batch_ms: float = 1.0,
+    from_s: float = 0.0,
+    to_s: float | None = None,
+    wait_s: float = 30.0,
+    epoch: int | None = None,
+) -> dict[str, Any]:
+    """Send a session over ZeroMQ, in its own time.
+
+    Parameters
+    ----------
+    session : Session
+    probe : str
+    bind : str
+        Address to bind.
+    speed : float
+        1 is real time; 0 is as fast as the subscriber takes it, losing nothing.
+    batch_ms : float
+    from_s, to_s : float
+        Part of the session clock to send.
+    wait_s : float
+        How long to wait for a subscriber.
+    epoch : int, optional
+        Number of this acquisition run; the time of day by default.
+
+    Returns
+    -------
+    dict
+        ``epoch``, ``messages``, ``spikes``, ``first``, ``end`` (samples), ``rate``, ``zero_ns``:
+        host time at which sample 0 would have been taken (None unless the speed is 1), ``seconds``,
+        ``behind_ms_max``: how late this sender itself was at worst.
+
+    Raises
+    ------
+    StreamError
+        Address in use, or nobody subscribed in time.
+    """
+    from rt_neds.stream.sender import Sender
+
+    if speed < 0 or batch_ms <= 0:
+        raise ConfigError(f"speed {speed}, batch-ms {batch_ms}; speed >= 0, batch-ms > 0 expected")
+    epoch = time.time_ns() // 1_000_000 if epoch is None else epoch
+    end = None if to_s is None else round(to_s * session.rate)
+    plan = batches(session, batch_ms, epoch=epoch, first=round(from_s * session.rate), end=end)
+    announce = {
+        "epoch": epoch,
+        "rate": session.rate,
+        "session": session.id,
+        "units": session.unit_ids,
+    }
+    sender = Sender(bind, probe, lossless=speed == 0)
+    try:
+        if not sender.wait_for_subscriber(wait_s):
+            raise StreamError(
+                f"nobody subscribed to spikes/{probe} at {bind} within {wait_s:g} s; "
+                f"start rt-neds serve --probe {probe} or raise --wait"
+            )
+        sender.announce(**announce)
+        return _send_all(sender, plan, session, speed, announce)
+    finally:
+        sender.close()
+
+
+def _send_all(
+    sender: Any, plan: Iterator[SpikeBatch], session: Session, speed: float, announce: dict
+) -> dict[str, Any]:
+    started = monotonic_ns() + 20_000_000
+    announced = started
+    zero_ns: int | None = None
+    sent = spikes = behind = 0
+    first = end = None
+    ns_per_sample = 1e9 / session.rate / speed if speed else 0.0
+    for batch in plan:
+        if first is None:
+            first = batch.first
+            zero_ns = started - round(first * ns_per_sample)
+        if speed:
+            due = zero_ns + round(batch.end * ns_per_sample)  # type: ignore[operator]
+            while (early := due - monotonic_ns()) > 0:
+                time.sleep(early / 1e9)
+            behind = max(behind, -early)
+        batch.sent_ns = monotonic_ns()
+        if batch.sent_ns - announced > ANNOUNCE_NS:
+            sender.announce(**announce)
+            announced = batch.sent_ns
+        sender.send(batch)
+        sent, spikes, end = sent + 1, spikes + len(batch.records_S), batch.end
+    if first is None:
+        raise ConfigError(f"{session.path} has nothing recorded in that part; widen --from and --to")
+    return {
+        "session": session.id,
+        "epoch": announce["epoch"],
+        "messages": sent,
+        "spikes": spikes,
+        "first": first,
+        "end": end,
+        "rate": session.rate,
+        "zero_ns": zero_ns if speed == 1 else None,
+        "seconds": round((monotonic_ns() - started) / 1e9, 3),
+        "behind_ms_max": round(behind / 1e6, 3),
+    }
+
+
+# -- command -------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--session", required=True, metavar="S.h5", help="session file")
+    parser.add_argument("--probe", required=True, help="name of the probe, such as imec0")
+    parser.add_argument("--bind", default=DEFAULT_SPIKES, metavar="URL", help="address to send from")
+    parser.add_argument(
+        "--speed", type=float, default=1.0, help="1 real time (default); 0 as fast as it is taken"
+    )
+    parser.add_argument("--batch-ms", type=float, default=1.0, help="length of a message (1)")
+    parser.add_argument("--from", dest="from_s", type=float, default=0.0, metavar="S")
+    parser.add_argument("--to", dest="to_s", type=float, default=None, metavar="S")
+    parser.add_argument(
+        "--wait", type=float, default=30.0, metavar="S", help="for a subscriber, at most (30)"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    summary = replay(
+        load_session(args.session),
+        args.probe,
+        bind=args.bind,
+        speed=args.speed,
+        batch_ms=args.batch_ms,
+        from_s=args.from_s,
+        to_s=args.to_s,
+        wait_s=args.wait,
+    )
+    if not args.quiet:
+        print(
+            f"sent {summary['spikes']} spikes in {summary['messages']} messages, "
+            f"{summary['seconds']} s, at most {summary['behind_ms_max']} ms behind",
+            file=sys.stderr,
+        )
+    return summary

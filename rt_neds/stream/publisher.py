@@ -1,0 +1,113 @@
+"""Both ends of the decoded stream: what serve publishes, and what anyone who listens uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+
+from rt_neds.errors import StreamError, WireError
+from rt_neds.frames import DecodedFrame
+from rt_neds.stream.sender import bind
+from rt_neds.wire import MAX_HEADER_BYTES, pack_decoded, pack_map, unpack_decoded, unpack_map
+
+LINGER_MS = 1000
+
+
+class Publisher:
+    """Sink that publishes decoded frames, and once a second the schema and the status.
+
+    Parameters
+    ----------
+    endpoint : str
+        Address to bind; loopback unless asked otherwise.
+    probe : str
+    """
+
+    def __init__(self, endpoint: str, probe: str) -> None:
+        self._probe = probe
+        self._socket = zmq.Context.instance().socket(zmq.PUB)
+        self._socket.set(zmq.LINGER, LINGER_MS)
+        self._socket.set(zmq.SNDHWM, 20_000)
+        bind(self._socket, endpoint)
+
+    def write(self, frame: DecodedFrame) -> None:
+        """Publish one decoded bin."""
+        self._socket.send_multipart(pack_decoded(frame))
+
+    def note(self, kind: str, fields: dict[str, Any]) -> None:
+        """Publish a map under ``schema``, ``status`` or ``trigger``."""
+        self._socket.send_multipart(pack_map(kind, self._probe, fields))
+
+    def close(self) -> None:
+        """Close the socket once what was written has gone out."""
+        self._socket.close()
+
+
+@dataclass(frozen=True)
+class Note:
+    """A schema, status or trigger message."""
+
+    kind: str
+    fields: dict[str, Any]
+
+
+class DecodedListener:
+    """Reads the decoded stream of one probe.
+
+    Parameters
+    ----------
+    endpoint : str
+        Address to connect to.
+    probe : str
+    kinds : tuple of str
+        Topics to hear.
+
+    Attributes
+    ----------
+    malformed : int
+        Messages that broke the protocol and were skipped.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        probe: str,
+        kinds: tuple[str, ...] = ("decoded", "schema", "status", "trigger"),
+    ) -> None:
+        self.malformed = 0
+        self._socket = zmq.Context.instance().socket(zmq.SUB)
+        self._socket.set(zmq.LINGER, 0)
+        self._socket.set(zmq.RCVHWM, 100_000)
+        self._socket.set(zmq.MAXMSGSIZE, 64 * MAX_HEADER_BYTES)
+        for kind in kinds:
+            self._socket.subscribe(f"{kind}/{probe}".encode())
+        try:
+            self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self._socket.close()
+            raise StreamError(
+                f"cannot connect to {endpoint} ({error}); expected something like "
+                "tcp://127.0.0.1:5580"
+            ) from None
+
+    def read(self, timeout_ms: int) -> DecodedFrame | Note | None:
+        """The next message, or None if none came in time."""
+        if not self._socket.poll(timeout_ms):
+            return None
+        frames = self._socket.recv_multipart()
+        try:
+            if len(frames) != 2:
+                raise WireError(f"{len(frames)} frames; two were expected")
+            kind = frames[0].partition(b"/")[0].decode(errors="replace")
+            if kind == "decoded":
+                return unpack_decoded(frames[1])
+            return Note(kind, unpack_map(frames[1]))
+        except WireError:
+            self.malformed += 1
+            return None
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()

@@ -1,0 +1,82 @@
+"""The other end of the native stream: what an acquisition, or a replay, binds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import zmq
+
+from rt_neds.errors import StreamError
+from rt_neds.frames import SpikeBatch
+from rt_neds.wire import pack_source, pack_spikes, topic
+
+LINGER_MS = 2000
+
+
+class Sender:
+    """Publishes the spikes of one probe.
+
+    Parameters
+    ----------
+    endpoint : str
+        Address to bind.
+    probe : str
+    lossless : bool
+        Wait for a subscriber that cannot keep up, instead of dropping as an acquisition does.
+
+    Raises
+    ------
+    StreamError
+        If the address is in use or cannot be bound.
+    """
+
+    def __init__(self, endpoint: str, probe: str, *, lossless: bool = False) -> None:
+        self._probe = probe
+        # XPUB is PUB that also hears who subscribes: how we know that somebody is listening.
+        self._socket = zmq.Context.instance().socket(zmq.XPUB)
+        self._socket.set(zmq.LINGER, LINGER_MS)
+        self._socket.set(zmq.SNDHWM, 20_000)
+        if lossless:
+            self._socket.set(zmq.XPUB_NODROP, 1)
+        bind(self._socket, endpoint)
+
+    def wait_for_subscriber(self, seconds: float) -> bool:
+        """Wait until somebody subscribes to the spikes; False if nobody did in time."""
+        deadline = time.monotonic() + seconds
+        wants = topic("spikes", self._probe)
+        while (left := deadline - time.monotonic()) > 0:
+            if self._socket.poll(max(1, int(left * 1000))):
+                message = self._socket.recv()
+                if message[:1] == b"\x01" and wants.startswith(message[1:]):
+                    return True
+        return False
+
+    def announce(self, *, epoch: int, rate: float, session: str, units: Sequence[str]) -> None:
+        """Say whose spikes these are and what the unit numbers mean."""
+        self._socket.send_multipart(
+            pack_source(self._probe, epoch=epoch, rate=rate, session=session, units=units)
+        )
+
+    def send(self, batch: SpikeBatch) -> None:
+        """Send one batch."""
+        self._socket.send_multipart(pack_spikes(self._probe, batch), copy=False)
+
+    def close(self) -> None:
+        """Close the socket once what was sent has gone out."""
+        self._socket.close()
+
+
+def bind(socket: zmq.Socket, endpoint: str) -> None:
+    """Bind a socket, or say in one line why not."""
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        socket.close(linger=0)
+        if error.errno == zmq.EADDRINUSE:
+            raise StreamError(
+                f"{endpoint} is in use; stop what holds that port or choose another address"
+            ) from None
+        raise StreamError(
+            f"cannot bind {endpoint} ({error}); expected something like tcp://127.0.0.1:5570"
+        ) from None

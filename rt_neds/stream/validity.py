@@ -1,0 +1,100 @@
+"""Reasons to distrust a bin, from what has been seen up to it."""
+
+from __future__ import annotations
+
+from rt_neds.clock import ClockFit
+from rt_neds.frames import BinnedFrame, Flag, SpikeBatch
+
+
+class Validity:
+    """Keeps the flags of one stream.
+
+    Parameters
+    ----------
+    context : int
+        Bins of context of the decoder; a fault stays flagged while it is inside.
+    bin_ns : int
+        Width of a bin.
+    fit : ClockFit
+    stale_ms : float
+        A source silent for longer is stale.
+    units_missing : bool
+        Whether units of the bundle are not in the stream.
+
+    Attributes
+    ----------
+    counters : dict of str to int
+        ``late`` frames, ``stale`` silences, clock ``slips``, ``restarts``.
+    """
+
+    def __init__(
+        self, context: int, bin_ns: int, fit: ClockFit, stale_ms: float, units_missing: bool
+    ) -> None:
+        self.units_missing = units_missing
+        self.counters = dict.fromkeys(("late", "stale", "slips", "restarts"), 0)
+        self._context, self._bin_ns, self._fit = context, bin_ns, fit
+        self._stale_ns = round(stale_ms * 1e6)
+        self._epoch: int | None = None
+        self._bins_in_run = 0
+        self._began_before = False
+        self._bins_since_hole = self._bins_since_slip = context
+        self._last_received_ns = 0
+        self._stale = False
+
+    @property
+    def realtime(self) -> bool:
+        """Whether the stream runs at the probe's own rate."""
+        return self._fit.realtime
+
+    def take(self, batch: SpikeBatch) -> None:
+        """Look at a batch before its bins."""
+        silent_ns = batch.received_ns - self._last_received_ns
+        self._stale = bool(self._last_received_ns) and silent_ns > self._stale_ns
+        self.counters["stale"] += self._stale
+        self._last_received_ns = batch.received_ns
+        if batch.epoch != self._epoch:
+            self._fit.restart()
+            self._epoch = batch.epoch
+        if self._fit.observe(batch.end, batch.received_ns):
+            self.counters["slips"] += 1
+            self._bins_since_slip = 0
+
+    def flags(self, frame: BinnedFrame) -> int:
+        """Flags of a bin that is about to be decoded; lateness is added by :meth:`lateness`."""
+        if frame.first_of_run:
+            self.counters["restarts"] += self._began_before
+            self._bins_in_run = 0
+            self._bins_since_hole = self._context
+        self._bins_in_run += 1
+        self._bins_since_hole = 0 if not frame.observed else self._bins_since_hole + 1
+        self._bins_since_slip += 1
+        flags = 0
+        if self._bins_since_hole < self._context:
+            flags |= Flag.GAP
+        if self._bins_in_run < self._context:
+            flags |= Flag.WARMING
+            if self.counters["restarts"]:
+                flags |= Flag.RESTARTED
+        if self._stale:
+            flags |= Flag.STALE
+        if self._bins_since_slip <= self._context:
+            flags |= Flag.SLIPPED
+        if frame.unknown:
+            flags |= Flag.UNKNOWN_UNITS
+        if self.units_missing:
+            flags |= Flag.MISSING_UNITS
+        if frame.late:
+            flags |= Flag.LATE
+        self._began_before = True
+        return int(flags)
+
+    def lateness(self, end: int, published_ns: int) -> int:
+        """``Flag.LATE`` if a bin that ended at sample ``end`` comes out more than a bin later.
+
+        Only a stream at the probe's own rate can be late.
+        """
+        ended_ns = self._fit.host_ns(end, published_ns) if self._fit.realtime else None
+        if ended_ns is None or published_ns - ended_ns <= self._bin_ns:
+            return 0
+        self.counters["late"] += 1
+        return int(Flag.LATE)
