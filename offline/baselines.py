@@ -1,7 +1,7 @@
 """Baselines: causal ridge and logistic regression on square roots of recent spike counts.
 
-Both read what the network may read, spikes of the bin and of the second before it, and are fitted on
-the scored bins of the training split; the validation split chooses how strongly they are held back.
+Both read what the network may read, spikes of the bin and of the second before it, and are fitted
+on the scored bins of the training split; the validation split chooses the penalty.
 
 Shape suffixes: T bins, N units, F features (widths x units), A penalties tried, C classes.
 """
@@ -31,7 +31,7 @@ BLOCK = 2000
 """Bins whose features are held at once: 77 MB for 1600 units."""
 
 MOST_CELLS = 200_000_000
-"""Numbers in the largest table the logistic regression is given (0.8 GB); longer ones are thinned."""
+"""Numbers in the largest table the logistic regression is given (0.8 GB); the rest is thinned out."""
 
 
 def ridge(
@@ -107,7 +107,7 @@ def logistic(
     Returns
     -------
     ndarray, shape (bins asked, classes)
-        Probabilities. A class that training never saw has none; if it saw one only, that is certain.
+        Probabilities; zero for a class that training never saw, one if it saw no other.
     """
     m, widths = _column(binned, name), _widths(binned, history_s)
     train, val = _fitting_bins(binned, m)
@@ -143,8 +143,8 @@ def _column(binned: BinnedSession, name: str) -> int:
     """Column of a behaviour; columns follow the configuration, all of which must be present."""
     if name not in binned.present or len(binned.present) + 1 != binned.values_TM.shape[1]:
         raise ConfigError(
-            f"{binned.session.id}: a baseline of {name} needs a session with every behaviour of the "
-            f"configuration; it has {', '.join(binned.present)}; leave out the others"
+            f"{binned.session.id}: a baseline of {name} needs every behaviour of the configuration; "
+            f"this session has {', '.join(binned.present)}; leave out the others"
         )
     return 1 + binned.present.index(name)
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offline.windows import BinnedSession
-from rt_neds.model.neds import NEDS, SCHEMES
+from rt_neds.model.neds import NEDS, SCHEMES, SPIKES
+from rt_neds.model.readout import LOG_RATE_RANGE
 
 SEGMENT = 1000
 """Bins decoded at once; bounds memory, changes nothing."""
@@ -88,7 +89,39 @@ def _segments(model: NEDS, first: int, stop: int, window: int) -> list[tuple[int
     return segments
 
 
-@torch.no_grad()
+def encode_spans(
+    model: NEDS,
+    binned: BinnedSession,
+    spans: Iterable[tuple[int, int]],
+    by: Sequence[tuple[float, float]],
+    *,
+    window: int = 300,
+) -> NDArray[np.float32]:
+    """Predicted spike counts from behaviours alone, offline.
+
+    Parameters
+    ----------
+    model, binned, spans, window
+        As for :func:`decode_spans`.
+    by : sequence of (mean, sd)
+        Normalisers of the behaviours.
+
+    Returns
+    -------
+    ndarray, shape (bins of all spans, units)
+    """
+    pieces = []
+    for first, stop in spans:
+        for low, high, start, end in _segments(model, first, stop, window):
+            shown = binned.cut(binned.shown_TM, start, end)
+            shown[:, 0] = False
+            values = normalise(binned.cut(binned.values_TM, start, end), by).astype(np.float32)
+            counts = np.zeros((end - start, len(binned.session.unit_ids)), np.float32)
+            raw = _forward(model, binned, counts, values, shown, "encoding", [SPIKES])[SPIKES]
+            pieces.append(raw[0, low - start : high - start].clamp(*LOG_RATE_RANGE).exp())
+    return torch.cat(pieces).numpy()
+
+
 def _decode(
     model: NEDS,
     binned: BinnedSession,
@@ -97,10 +130,25 @@ def _decode(
     wanted: Sequence[str],
     device: torch.device | str,
 ) -> dict[str, Tensor]:
-    counts = torch.from_numpy(binned.counts_TN(start, end))[None].to(device)
     shown = binned.cut(binned.shown_TM, start, end)
     shown[:, 1:] = False
-    observed = torch.from_numpy(shown)[None].to(device)
-    values = torch.zeros(observed.shape, device=device)
-    scheme = torch.tensor([SCHEMES.index("decoding")], device=device)
-    return model(binned.session.id, counts, values, observed, scheme, wanted=wanted)
+    values = np.zeros(shown.shape, np.float32)
+    counts = binned.counts_TN(start, end)
+    return _forward(model, binned, counts, values, shown, "decoding", wanted, device)
+
+
+@torch.no_grad()
+def _forward(
+    model: NEDS,
+    binned: BinnedSession,
+    counts_TN: NDArray[np.float32],
+    values_TM: NDArray[np.float32],
+    shown_TM: NDArray[np.bool_],
+    scheme: str,
+    wanted: Sequence[str],
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    arrays = (counts_TN, values_TM, shown_TM)
+    counts, values, shown = (torch.from_numpy(array)[None].to(device) for array in arrays)
+    scheme_B = torch.tensor([SCHEMES.index(scheme)], device=device)
+    return model(binned.session.id, counts, values, shown, scheme_B, wanted=wanted)
