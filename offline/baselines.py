@@ -31,7 +31,7 @@ BLOCK = 2000
 """Bins whose features are held at once: 77 MB for 1600 units."""
 
 MOST_CELLS = 200_000_000
-"""Numbers in the largest table the logistic regression is given (0.8 GB); the rest is thinned out."""
+"""Numbers in the largest table the logistic regression is given (0.8 GB); more is thinned out."""
 
 
 def ridge(
@@ -143,7 +143,7 @@ def _column(binned: BinnedSession, name: str) -> int:
     """Column of a behaviour; columns follow the configuration, all of which must be present."""
     if name not in binned.present or len(binned.present) + 1 != binned.values_TM.shape[1]:
         raise ConfigError(
-            f"{binned.session.id}: a baseline of {name} needs every behaviour of the configuration; "
+            f"{binned.session.id}: a baseline of {name} needs every configured behaviour; "
             f"this session has {', '.join(binned.present)}; leave out the others"
         )
     return 1 + binned.present.index(name)

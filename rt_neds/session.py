@@ -83,6 +83,11 @@ class Session:
             raise SessionError(f"{self.path}: {name} is not a set of intervals; name one that is")
         return np.stack([self.samples(interval.start), self.samples(interval.end)], axis=1)
 
+    def names(self, of: str = "") -> list[str]:
+        """Names of the groups in the file, or of what is inside one of them."""
+        group = self._get(of) if of else self._data
+        return sorted(str(key) for key in group.keys())  # noqa: SIM118
+
     def has(self, name: str) -> bool:
         """Whether a dotted name, such as ``wheel.wheel_speed``, is in the file."""
         try:

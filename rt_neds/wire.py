@@ -189,8 +189,8 @@ def unpack_map(header: bytes, limit: int = MAX_HEADER_BYTES) -> dict[str, Any]:
     if len(header) > limit:
         raise WireError(f"a header of {len(header)} bytes; at most {limit} were expected")
     try:
-        fields = msgpack.unpackb(header, strict_map_key=True, max_buffer_size=limit)
-    except Exception as error:  # msgpack raises a zoo: ValueError, its own, UnicodeDecodeError
+        fields = msgpack.unpackb(header, strict_map_key=True)
+    except (ValueError, msgpack.UnpackException) as error:
         raise WireError(f"a header that is not msgpack ({type(error).__name__})") from None
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
         raise WireError("a header that is not a map with string keys")

@@ -8,22 +8,25 @@ weight once per bin; what this saves is everything around that:
 * The tokens of behaviours are hidden, hence constant: their first queries are computed at load.
 * Scales, shifts and means (of the norms, of the standardisation, of missing units, of the softmax)
   are folded into the linear maps at load.
-* Weights lie in one array in the order they are read, which is as the prefetcher wants them; all
-  tokens use a weight while it is in a register.
-* Keys lie so that scores are one more linear map whose bias says who is seen, and values so that
-  mixing them is another; the sink is a row of both that never changes.
+* Weights lie in one array in the order they are read, as the prefetcher likes them; all tokens use
+  a weight while it is in a register.
+* Keys lie such that scores are one more linear map, whose bias says who is seen, and values such
+  that mixing them is another; the sink is a row of both that never changes.
 
 Shape suffixes: N units, K boxcar widths, C bins of the longest boxcar, M tokens (0 is spikes, then
-each wanted behaviour), D model width padded to panels, G widened likewise, R rows of the ring and
-the sink likewise, F half the width of a head, O numbers read out, L layers.
+each wanted behaviour), D model width, E outputs and I inputs of a linear map, G width of the
+feed-forward layer, L layers, H heads, F width of a head (of rotary angles: half of it), R rows of
+the ring and the sink, P panels, V outputs of a panel, O numbers read out. D, G and R of the
+kernel's arrays are padded to whole panels; what is beyond ``dim`` is zero or never read.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-import llvmlite.binding as llvm
+import llvmlite.binding as llvm  # type: ignore[import-untyped]
 import numba
 import numpy as np
 from llvmlite import ir
@@ -33,151 +36,139 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rt_neds.model.attention import ROTARY_BASE
-from rt_neds.model.neds import NEDS, SCHEMES, SPIKES, Layer, SessionParts
-from rt_neds.model.readin import SpikeReadIn
+from rt_neds.model.neds import NEDS, SCHEMES, SPIKES
 
 LANES = 16 if llvm.get_host_cpu_features().get("avx512f", False) else 8
 PANEL = 2 * LANES
-"""Outputs computed together: two vectors per token."""
-TILE_TOKENS = 6
-"""Most tokens computed together: 2 * 6 sums, 2 weights and an input fill 16 vector registers."""
+"""Outputs of a linear map that are computed together: two vectors for each token."""
+TILE = 6
+"""Most tokens computed together: their sums, two weights and an input are 15 vectors, of 16."""
 
-Array = NDArray[np.float32]
+F4 = NDArray[np.float32]
+F8 = NDArray[np.float64]
+
+# "contract" lets a product and a sum be one instruction, which rounds once less. Sums over a token
+# may also be taken in any order, or they could not be taken many lanes at a time.
+_plain = numba.njit(error_model="numpy", fastmath={"contract"})
+_summing = numba.njit(error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
 
 # -- linear maps ---------------------------------------------------------------------------------
 
 
-@intrinsic(prefer_literal=True)
-def _tile(typingctx, tokens, weights, at, inputs, x, x_at, x_stride, y, y_at, y_stride):  # type: ignore[no-untyped-def]
-    """``y = bias + weights x`` for one panel of outputs and a constant number of tokens.
+class _TileWriter:
+    """Writes ``y = bias + weights x`` for one panel and a constant number of tokens.
 
-    Written as vector code because the sums must stay in registers over the whole of ``inputs``,
-    which the compiler cannot promise of array elements that might overlap.
+    In vectors, by hand, because the sums must stay in registers over all inputs, which a compiler
+    cannot promise for elements of arrays that might overlap.
     """
-    if not isinstance(tokens, types.IntegerLiteral):
-        return None
+
+    def __init__(self, builder: Any, tokens: int, w: Any, x: Any, x_stride: Any) -> None:
+        self.builder, self.tokens, self.w, self.x, self.x_stride = builder, tokens, w, x, x_stride
+        self.vector = ir.VectorType(ir.FloatType(), LANES)
+        self.size = x_stride.type
+        # A sum waits for the one before it: a few tokens need more sums at once to keep busy.
+        self.chains = {1: 4, 2: 2, 3: 2}.get(tokens, 1)
+
+    def at(self, pointer: Any, *terms: Any) -> Any:
+        """Pointer to the vector that begins so many numbers further."""
+        for term in terms:
+            pointer = self.builder.gep(pointer, [self.size(term) if type(term) is int else term])
+        return self.builder.bitcast(pointer, self.vector.as_pointer())
+
+    def multiply(self, i: Any, sums: dict[tuple[int, int], Any]) -> None:
+        """Add the products of input ``i``."""
+        b = self.builder
+        row = b.mul(b.add(i, self.size(1)), self.size(PANEL))
+        weights = [b.load(self.at(self.w, row, half * LANES), align=4) for half in (0, 1)]
+        lane0, mask = ir.IntType(32)(0), ir.VectorType(ir.IntType(32), LANES)([0] * LANES)
+        for m in range(self.tokens):
+            number = b.load(b.gep(self.x, [b.add(i, b.mul(self.size(m), self.x_stride))]))
+            spread = b.insert_element(self.vector(ir.Undefined), number, lane0)
+            spread = b.shuffle_vector(spread, spread, mask)
+            for half, weight in enumerate(weights):
+                product = b.fmul(weight, spread, flags=["contract"])
+                total = b.fadd(product, b.load(sums[m, half]), flags=["contract"])
+                b.store(total, sums[m, half])
+
+    def write(self, inputs: Any, y: Any, y_stride: Any) -> None:
+        b, zero = self.builder, self.vector([0.0] * LANES)
+        places = [(m, half) for m in range(self.tokens) for half in (0, 1)]
+        chains = [
+            {place: cgutils.alloca_once(b, self.vector) for place in places}
+            for _ in range(self.chains)
+        ]
+        for m, half in places:
+            b.store(b.load(self.at(self.w, half * LANES), align=4), chains[0][m, half])
+            for sums in chains[1:]:
+                b.store(zero, sums[m, half])
+        whole = b.sub(inputs, b.urem(inputs, self.size(self.chains)))
+        with cgutils.for_range_slice(b, self.size(0), whole, self.size(self.chains)) as (i, _):
+            for chain, sums in enumerate(chains):
+                self.multiply(b.add(i, self.size(chain)), sums)
+        with cgutils.for_range_slice(b, whole, inputs, self.size(1)) as (i, _):
+            self.multiply(i, chains[0])
+        for m, half in places:
+            total = b.load(chains[0][m, half])
+            for sums in chains[1:]:
+                total = b.fadd(total, b.load(sums[m, half]))
+            b.store(total, self.at(y, b.mul(self.size(m), y_stride), half * LANES), align=4)
+
+
+@intrinsic
+def _tile(typingctx, tokens, weights, at, inputs, x, x_at, x_stride, y, y_at, y_stride):  # type: ignore[no-untyped-def]
+    """One panel of a linear map for 1 to TILE tokens; all places count numbers of flat arrays."""
     signature = types.void(tokens, weights, at, inputs, x, x_at, x_stride, y, y_at, y_stride)
-    vector = ir.VectorType(ir.FloatType(), LANES)
-    chains = 4 if tokens.literal_value == 1 else 2 if tokens.literal_value <= 3 else 1
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        def start(array: int, index: int) -> ir.Value:
-            value = context.make_array(signature.args[array])(context, builder, args[array])
-            return builder.gep(value.data, [args[index]])
+        def pointer(n: int) -> Any:
+            array = context.make_array(signature.args[n])(context, builder, args[n])
+            return builder.gep(array.data, [args[n + 1]])
 
-        def load(pointer: ir.Value, offset: ir.Value) -> ir.Value:
-            pointer = builder.gep(pointer, [offset])
-            return builder.load(builder.bitcast(pointer, vector.as_pointer()), align=4)
-
-        def fused(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-            return builder.fadd(builder.fmul(a, b, flags=["contract"]), c, flags=["contract"])
-
-        def accumulate(first: ir.Value, count: int) -> None:
-            """Add the products of ``count`` inputs, each to the sums of its own chain."""
-            for chain in range(count):
-                i = builder.add(first, size(chain))
-                row = builder.mul(builder.add(i, size(1)), size(PANEL))
-                columns = [load(w, builder.add(row, size(v * LANES))) for v in range(2)]
-                for m in range(tokens.literal_value):
-                    xi = builder.load(
-                        builder.gep(x, [builder.add(i, builder.mul(size(m), args[6]))])
-                    )
-                    spread = builder.insert_element(ir.Constant(vector, ir.Undefined), xi, lane0)
-                    spread = builder.shuffle_vector(spread, spread, all_lane0)
-                    for v in range(2):
-                        slot = sums[chain][m][v]
-                        builder.store(fused(columns[v], spread, builder.load(slot)), slot)
-
-        def size(n: int) -> ir.Constant:
-            return ir.Constant(args[2].type, n)
-
-        lane0 = ir.Constant(ir.IntType(32), 0)
-        all_lane0 = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-        w, x, y = start(1, 2), start(4, 5), start(7, 8)
-        rows, halves = range(tokens.literal_value), range(2)
-        sums = [
-            [[cgutils.alloca_once(builder, vector) for _ in halves] for _ in rows]
-            for _ in range(chains)
-        ]
-        zero = ir.Constant(vector, [0.0] * LANES)
-        for chain, of_chain in enumerate(sums):
-            for of_row in of_chain:
-                for v, slot in enumerate(of_row):
-                    builder.store(zero if chain else load(w, size(v * LANES)), slot)
-        whole = builder.udiv(args[3], size(chains))
-        with cgutils.for_range(builder, whole, intp=args[2].type) as loop:
-            accumulate(builder.mul(loop.index, size(chains)), chains)
-        if chains > 1:
-            with cgutils.for_range_slice(
-                builder, builder.mul(whole, size(chains)), args[3], size(1), intp=args[2].type
-            ) as (index, _):
-                accumulate(index, 1)
-        for m in rows:
-            for v in halves:
-                total = builder.load(sums[0][m][v])
-                for chain in range(1, chains):
-                    total = builder.fadd(total, builder.load(sums[chain][m][v]))
-                to = builder.add(builder.mul(size(m), args[9]), size(v * LANES))
-                pointer = builder.bitcast(builder.gep(y, [to]), vector.as_pointer())
-                builder.store(total, pointer, align=4)
+        w, x, y = pointer(1), pointer(4), pointer(7)
+        for count in range(1, TILE + 1):
+            with builder.if_then(builder.icmp_signed("==", args[0], args[0].type(count))):
+                _TileWriter(builder, count, w, x, args[6]).write(args[3], y, args[9])
         return context.get_dummy_value()
 
     return signature, generate
 
 
-@numba.njit(error_model="numpy", boundscheck=False)
+@_plain
 def _linear(weights, at, outputs, inputs, x, x_column, y, y_column, first, last):  # type: ignore[no-untyped-def]
-    """Map columns of ``x`` to columns of ``y`` for tokens ``[first, last)``; return what follows.
+    """Map columns of ``x`` to columns of ``y`` for tokens [first, last); return where it ends.
 
     The map begins at ``weights[at]``: for each panel its bias, then its weights input by input.
     """
-    x_stride, y_stride = x.shape[1], y.shape[1]
+    tiles = (last - first + TILE - 1) // TILE
     for column in range(y_column, y_column + outputs, PANEL):
-        m = first
-        while m < last:
-            tiles = (last - m + TILE_TOKENS - 1) // TILE_TOKENS
-            tokens = (last - m + tiles - 1) // tiles
-            a, b = m * x_stride + x_column, m * y_stride + column
-            if tokens == 1:
-                _tile(1, weights, at, inputs, x, a, x_stride, y, b, y_stride)
-            elif tokens == 2:
-                _tile(2, weights, at, inputs, x, a, x_stride, y, b, y_stride)
-            elif tokens == 3:
-                _tile(3, weights, at, inputs, x, a, x_stride, y, b, y_stride)
-            elif tokens == 4:
-                _tile(4, weights, at, inputs, x, a, x_stride, y, b, y_stride)
-            elif tokens == 5:
-                _tile(5, weights, at, inputs, x, a, x_stride, y, b, y_stride)
-            else:
-                _tile(6, weights, at, inputs, x, a, x_stride, y, b, y_stride)
-            m += tokens
+        for tile in range(tiles):
+            m = first + (last - first) * tile // tiles
+            tokens = first + (last - first) * (tile + 1) // tiles - m
+            x_at, y_at = m * x.shape[1] + x_column, m * y.shape[1] + column
+            _tile(tokens, weights, at, inputs, x, x_at, x.shape[1], y, y_at, y.shape[1])
         at += PANEL * (1 + inputs)
     return at
 
 
-# -- what is done to single numbers --------------------------------------------------------------
-# "contract" lets a product and a sum be one instruction, which rounds once less. Sums over a token
-# may also be reordered ("reassoc"), or they could not be taken many lanes at a time.
-
-_EXP2 = tuple(np.float32(math.log(2) ** k / math.factorial(k)) for k in range(8))
+# -- everything between the linear maps ----------------------------------------------------------
 
 
-def _fit_log2_tail(degree: int = 8, top: float = 6.0) -> tuple[np.float32, ...]:
+def _log2_tail(degree: int = 8, top: float = 6.0) -> tuple[np.float32, ...]:
     """Polynomial close to log2 of the upper tail of the normal distribution on [0, top].
 
     The logarithm is nearly a parabola, and an error in it hardly matters where the tail is thin.
     """
-    chebyshev = np.polynomial.chebyshev
-    a = (chebyshev.chebpts1(200) + 1) * top / 2
+    a = (np.polynomial.chebyshev.chebpts1(200) + 1) * top / 2
     tail = np.array([0.5 * math.erfc(float(v) / math.sqrt(2)) for v in a])
-    fit = chebyshev.Chebyshev.fit(a, np.log2(tail), degree, [0, top], w=a * tail + 1e-3)
+    fit = np.polynomial.Chebyshev.fit(a, np.log2(tail), degree, [0, top], w=a * tail + 1e-3)
     return tuple(np.float32(c) for c in fit.convert(kind=np.polynomial.Polynomial).coef)
 
 
-_TAIL = _fit_log2_tail()
+_TAIL = _log2_tail()
+_EXP2 = tuple(np.float32(math.log(2) ** k / math.factorial(k)) for k in range(8))
 
 
-@numba.njit(error_model="numpy", fastmath={"contract"})
+@_plain
 def _exp2(x):  # type: ignore[no-untyped-def]
     """2**x for x <= 0, to one part in 1e7; at least 2**-126."""
     x = x if x > np.float32(-126) else np.float32(-126)
@@ -189,9 +180,9 @@ def _exp2(x):  # type: ignore[no-untyped-def]
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@numba.njit(error_model="numpy", fastmath={"contract"}, boundscheck=False)
+@_plain
 def _gelu(x_MG, first, last, columns):  # type: ignore[no-untyped-def]
-    """x times the normal distribution function of x, to 1e-7."""
+    """Multiply each number by the normal distribution function of it, to 1e-7."""
     c = _TAIL
     for m in range(first, last):
         for g in range(columns):
@@ -203,16 +194,16 @@ def _gelu(x_MG, first, last, columns):  # type: ignore[no-untyped-def]
             x_MG[m, g] = (x if x > 0 else np.float32(0)) - size * _exp2(p)
 
 
-@numba.njit(error_model="numpy", fastmath={"contract", "reassoc", "nsz"}, boundscheck=False)
+@_summing
 def _add_and_norm(x_MD, more_MD, normed_MD, first, last, dim, epsilon):  # type: ignore[no-untyped-def]
-    """Add to the tokens, and scale each to mean 0 and variance 1."""
+    """Add to the tokens, and bring each to mean 0 and variance 1."""
     for m in range(first, last):
         x_D, more_D, normed_D = x_MD[m], more_MD[m], normed_MD[m]
-        total = np.float32(0)
+        total = squares = np.float32(0)
         for d in range(dim):
             x_D[d] += more_D[d]
             total += x_D[d]
-        mean, squares = total / np.float32(dim), np.float32(0)
+        mean = total / np.float32(dim)
         for d in range(dim):
             squares += (x_D[d] - mean) * (x_D[d] - mean)
         scale = np.float32(1) / np.sqrt(squares / np.float32(dim) + epsilon)
@@ -220,21 +211,25 @@ def _add_and_norm(x_MD, more_MD, normed_MD, first, last, dim, epsilon):  # type:
             normed_D[d] = (x_D[d] - mean) * scale
 
 
-@numba.njit(error_model="numpy", fastmath={"nnan", "nsz"}, boundscheck=False)
+@_plain
 def _top(x_R):  # type: ignore[no-untyped-def]
-    """Largest number; "nnan" and "nsz" because otherwise it is sought one lane at a time."""
-    top = x_R[0]
-    for r in range(1, x_R.size):
-        top = x_R[r] if x_R[r] > top else top
+    """Bits of the largest number, which must not be negative.
+
+    Such numbers are ordered as their bits are, with all negative ones below. A largest integer is
+    sought many lanes at a time; a largest float is not, because it might not be a number.
+    """
+    bits_R, top = x_R.view(np.int32), np.int32(0)
+    for r in range(bits_R.size):
+        top = max(top, bits_R[r])
     return top
 
 
-@numba.njit(error_model="numpy", fastmath={"contract", "reassoc", "nsz"}, boundscheck=False)
+@_summing
 def _softmax(x_MR, first, last):  # type: ignore[no-untyped-def]
     """Logits, in bits, to shares; one of -inf gets as good as nothing."""
     for m in range(first, last):
-        x_R = x_MR[m]
-        top, total = _top(x_R), np.float32(0)
+        x_R, total = x_MR[m], np.float32(0)
+        top = np.int32(_top(x_R)).view(np.float32)  # not negative: the sink has 0
         for r in range(x_R.size):
             x_R[r] = _exp2(x_R[r] - top)
             total += x_R[r]
@@ -243,294 +238,224 @@ def _softmax(x_MR, first, last):  # type: ignore[no-untyped-def]
             x_R[r] *= scale
 
 
-@numba.njit(error_model="numpy", fastmath={"contract"}, boundscheck=False)
+@_plain
 def _rotate(x_MD, first, last, heads, turn_2F):  # type: ignore[no-untyped-def]
     """Turn the two halves of each head."""
     half = turn_2F.shape[1]
     for m in range(first, last):
-        for head in range(heads):
-            a_F = x_MD[m, 2 * head * half : (2 * head + 1) * half]
-            b_F = x_MD[m, (2 * head + 1) * half : (2 * head + 2) * half]
+        for at in range(0, 2 * half * heads, 2 * half):
+            a_F, b_F = x_MD[m, at : at + half], x_MD[m, at + half : at + 2 * half]
             for f in range(half):
                 a, b = a_F[f], b_F[f]
                 a_F[f] = a * turn_2F[0, f] - b * turn_2F[1, f]
                 b_F[f] = b * turn_2F[0, f] + a * turn_2F[1, f]
 
 
-# -- the step ------------------------------------------------------------------------------------
-
-
-@numba.njit(error_model="numpy", boundscheck=False)
+@_plain
 def _sum_counts(counts_N, observed, bin_, history_K, counts_CN, sums_KN):  # type: ignore[no-untyped-def]
     """Move the boxcars on by one bin; sums of integers are exact however long this goes on."""
-    new_N = counts_CN[bin_ % counts_CN.shape[0]]
     for k in range(history_K.size):
-        old_N, sums_N = counts_CN[(bin_ - history_K[k]) % counts_CN.shape[0]], sums_KN[k]
+        old_N, sums_N = counts_CN[(bin_ - history_K[k]) % len(counts_CN)], sums_KN[k]
         for n in range(counts_N.size):
             sums_N[n] += (counts_N[n] if observed else np.float32(0)) - old_N[n]
+    new_N = counts_CN[bin_ % len(counts_CN)]
     for n in range(counts_N.size):
         new_N[n] = counts_N[n] if observed else np.float32(0)
 
 
-@numba.njit(error_model="numpy", fastmath={"contract"}, boundscheck=False)
-def _read_in(weights, at, sums_KN, found_X, token_D):  # type: ignore[no-untyped-def]
+@_plain
+def _read_in(weights, sums_KN, token_D):  # type: ignore[no-untyped-def]
     """Softsign of the linear map of root sums, reading only the weights of sums that are not 0."""
-    sums_X, D, found = sums_KN.reshape(sums_KN.size), token_D.size, 0
-    for x in range(sums_X.size):
-        found_X[found] = x
-        found += sums_X[x] != 0
-    token_D[:] = weights[at : at + D]
-    for i in range(0, found - 3, 4):
-        x0, x1, x2, x3 = found_X[i], found_X[i + 1], found_X[i + 2], found_X[i + 3]
-        r0, r1, r2, r3 = np.sqrt(sums_X[x0]), np.sqrt(sums_X[x1]), np.sqrt(sums_X[x2]), np.sqrt(sums_X[x3])
-        w0, w1 = weights[at + (1 + x0) * D :], weights[at + (1 + x1) * D :]
-        w2, w3 = weights[at + (1 + x2) * D :], weights[at + (1 + x3) * D :]
-        for d in range(D):
-            token_D[d] += r0 * w0[d] + r1 * w1[d] + (r2 * w2[d] + r3 * w3[d])
-    for i in range(found - found % 4, found):
-        root, w = np.sqrt(sums_X[found_X[i]]), weights[at + (1 + found_X[i]) * D :]
-        for d in range(D):
-            token_D[d] += root * w[d]
-    for d in range(D):
+    sums_I, at = sums_KN.reshape(sums_KN.size), token_D.size
+    token_D[:] = weights[:at]
+    for i in range(sums_I.size):
+        if sums_I[i] != 0:
+            root, weights_D = np.sqrt(sums_I[i]), weights[at : at + token_D.size]
+            for d in range(token_D.size):
+                token_D[d] += root * weights_D[d]
+        at += token_D.size
+    for d in range(token_D.size):
         token_D[d] /= np.float32(1) + abs(token_D[d])
+    return at
 
 
-@numba.njit(error_model="numpy", boundscheck=False)
+@_plain
 def _remember(kv_12D, row, observed, keys_HPFV, values_HPRV):  # type: ignore[no-untyped-def]
-    """Put key and value of the spike token into one layer's ring, or make its row unseen."""
+    """Put key and value of the spike token into a layer's ring, or make its row unseen."""
     width, half = keys_HPFV.shape[2] - 1, kv_12D.shape[1] // 2
     panel, lane = row // PANEL, row % PANEL
-    for head in range(keys_HPFV.shape[0]):
+    for head in range(len(keys_HPFV)):
         keys_HPFV[head, panel, 0, lane] = np.float32(0) if observed else np.float32(-np.inf)
         if observed:
             for f in range(width):
-                keys_HPFV[head, panel, 1 + f, lane] = kv_12D[0, head * width + f]
                 value = kv_12D[0, half + head * width + f]
+                keys_HPFV[head, panel, 1 + f, lane] = kv_12D[0, head * width + f]
                 values_HPRV[head, f // PANEL, 1 + row, f % PANEL] = value
 
 
-@numba.njit(error_model="numpy", boundscheck=False)
+@_plain
 def _attend(keys_HPFV, values_HPRV, q_MD, scores_MR, mixed_MD, first, last):  # type: ignore[no-untyped-def]
-    """Mix the values of one layer's ring for each query."""
-    heads, width, rows = keys_HPFV.shape[0], keys_HPFV.shape[2] - 1, values_HPRV.shape[2] - 1
+    """Mix the values of a layer's ring for each query."""
+    width, rows, R = keys_HPFV.shape[2] - 1, values_HPRV.shape[2] - 1, scores_MR.shape[1]
     keys, values = keys_HPFV.reshape(keys_HPFV.size), values_HPRV.reshape(values_HPRV.size)
     at_key = at_value = 0
-    for head in range(heads):
-        column = head * width
-        at_key = _linear(
-            keys, at_key, scores_MR.shape[1], width, q_MD, column, scores_MR, 0, first, last
-        )
+    for at in range(0, len(keys_HPFV) * width, width):
+        at_key = _linear(keys, at_key, R, width, q_MD, at, scores_MR, 0, first, last)
         _softmax(scores_MR, first, last)
-        # A head narrower than a panel spills zeros over the next head, which comes later.
-        at_value = _linear(
-            values, at_value, width, rows, scores_MR, 0, mixed_MD, column, first, last
-        )
+        # A head narrower than its panels spills zeros over the next one, which comes later.
+        at_value = _linear(values, at_value, width, rows, scores_MR, 0, mixed_MD, at, first, last)
 
 
-@numba.njit(error_model="numpy", fastmath={"contract", "reassoc", "nsz"}, boundscheck=False)
-def _read_out(normed_MD, heads_OX, token_of_O, dim, raw_O):  # type: ignore[no-untyped-def]
-    """Each number read out: a row of weights, its bias last, times the token it is read from."""
+@_summing
+def _read_out(normed_MD, heads_OI, token_of_O, dim, raw_O):  # type: ignore[no-untyped-def]
+    """Each number read out: a row of weights, its bias last, times its token."""
     for o in range(raw_O.size):
-        head_X, normed_D, total = heads_OX[o], normed_MD[token_of_O[o]], np.float32(0)
+        total, head_I, normed_D = np.float32(0), heads_OI[o], normed_MD[token_of_O[o]]
         for d in range(dim):
-            total += head_X[d] * normed_D[d]
-        raw_O[o] = total + head_X[dim]
+            total += head_I[d] * normed_D[d]
+        raw_O[o] = total + head_I[dim]
 
 
-_F4, _F4_2, _F4_5 = (numba.types.Array(numba.float32, n, "C") for n in (1, 2, 5))
-
-
-@numba.njit(
-    numba.void(
-        numba.types.Array(numba.float32, 1, "C", readonly=True),  # counts_N
-        numba.boolean,  # observed
-        numba.int64,  # bin_
-        _F4,  # weights
-        _F4_2,  # tokens_MD
-        _F4_2,  # queries_MD
-        _F4_2,  # heads_OD
-        numba.int64[::1],  # token_of_O
-        numba.float64[::1],  # frequency_F
-        numba.int64[::1],  # history_K
-        numba.float32,  # epsilon
-        numba.int64,  # dim
-        numba.int64,  # widened
-        _F4_2,  # counts_CN
-        _F4_2,  # sums_KN
-        _F4_5,  # keys_LHPFV
-        _F4_5,  # values_LHPRV
-        numba.int64[::1],  # found_X
-        _F4_2,  # turn_2F
-        _F4_2,  # x_MD
-        _F4_2,  # normed_MD
-        _F4_2,  # more_MD
-        _F4_2,  # kv_12D
-        _F4_2,  # q_MD
-        _F4_2,  # mixed_MD
-        _F4_2,  # wide_MG
-        _F4_2,  # scores_MR
-        _F4,  # raw_O
-    ),
-    cache=True,
-    nogil=True,
-    error_model="numpy",
-    boundscheck=False,
-)
+@numba.njit(error_model="numpy", cache=True, nogil=True)
 def fused_step(  # type: ignore[no-untyped-def]
     counts_N, observed, bin_,
-    weights, tokens_MD, queries_MD, heads_OD, token_of_O, frequency_F, history_K,
-    epsilon, dim, widened,
+    weights, constant_2MD, heads_OI, token_of_O, frequency_F, history_K, epsilon, dim, widened,
     counts_CN, sums_KN, keys_LHPFV, values_LHPRV,
-    found_X, turn_2F, x_MD, normed_MD, more_MD, kv_12D, q_MD, mixed_MD, wide_MG, scores_MR, raw_O,
+    turn_2F, work_5MD, kv_12D, wide_MG, scores_MR, raw_O,
 ):  # fmt: skip
     """One bin; :class:`FusedStep` owns all arrays."""
-    M, D = x_MD.shape
-    layers, heads = keys_LHPFV.shape[:2]
+    x_MD, normed_MD, more_MD = work_5MD[0], work_5MD[1], work_5MD[2]
+    q_MD, mixed_MD = work_5MD[3], work_5MD[4]
+    x_MD[:], q_MD[:] = constant_2MD[0], constant_2MD[1]
+    more_MD[:] = 0
+    L, H = keys_LHPFV.shape[:2]
+    M, D, G = len(x_MD), kv_12D.shape[1] // 2, wide_MG.shape[1]
     row = bin_ % (values_LHPRV.shape[3] - 2)
     shown = 1 if observed else 0
-    first = 1 - shown  # tokens [first, M) are worked on; that of an unseen bin matters to nobody
+    first = 1 - shown  # of the tokens worked on; that of an unseen bin matters to nobody
     for f in range(frequency_F.size):
         turn_2F[0, f] = math.cos(bin_ * frequency_F[f])
         turn_2F[1, f] = math.sin(bin_ * frequency_F[f])
     _sum_counts(counts_N, observed, bin_, history_K, counts_CN, sums_KN)
     if observed:
-        _read_in(weights, 0, sums_KN, found_X, more_MD[0])
-    at = more_MD.shape[1] * (1 + sums_KN.size)
-    x_MD[:] = tokens_MD
-    q_MD[:] = queries_MD
-    at = _linear(weights, at, D, dim, more_MD, 0, x_MD, 0, 0, shown)
-    more_MD[:] = 0
-    for layer in range(layers):
+        _read_in(weights, sums_KN, normed_MD[0, :D])
+    at = D * (1 + sums_KN.size)
+    at = _linear(weights, at, D, dim, normed_MD, 0, x_MD, 0, 0, shown)
+    for layer in range(L):
         keys_HPFV, values_HPRV = keys_LHPFV[layer], values_LHPRV[layer]
         _add_and_norm(x_MD, more_MD, normed_MD, first, M, dim, epsilon)
         at = _linear(weights, at, 2 * D, dim, normed_MD, 0, kv_12D, 0, 0, shown)
-        _rotate(kv_12D, 0, shown, heads, turn_2F)
+        _rotate(kv_12D, 0, shown, H, turn_2F)
         _remember(kv_12D, row, observed, keys_HPFV, values_HPRV)
-        if layer == layers - 1:
+        if layer == L - 1:
             first = 1
         asking = M if layer else shown  # the first queries of behaviours are known
         at = _linear(weights, at, D, dim, normed_MD, 0, q_MD, 0, first, asking)
-        _rotate(q_MD, first, M, heads, turn_2F)
+        _rotate(q_MD, first, M, H, turn_2F)
         _attend(keys_HPFV, values_HPRV, q_MD, scores_MR, mixed_MD, first, M)
         at = _linear(weights, at, D, dim, mixed_MD, 0, more_MD, 0, first, M)
         _add_and_norm(x_MD, more_MD, normed_MD, first, M, dim, epsilon)
-        at = _linear(weights, at, wide_MG.shape[1], dim, normed_MD, 0, wide_MG, 0, first, M)
+        at = _linear(weights, at, G, dim, normed_MD, 0, wide_MG, 0, first, M)
         _gelu(wide_MG, first, M, widened)
         at = _linear(weights, at, D, widened, wide_MG, 0, more_MD, 0, first, M)
     _add_and_norm(x_MD, more_MD, normed_MD, 1, M, dim, epsilon)
-    _read_out(normed_MD, heads_OD, token_of_O, dim, raw_O)
+    _read_out(normed_MD, heads_OI, token_of_O, dim, raw_O)
 
 
 # -- its arrays ----------------------------------------------------------------------------------
 
 
-def _zeros(*shape: int) -> Array:
+def _zeros(*shape: int) -> F4:
     """Zeros that begin on a cache line, so that no vector of a panel lies on two."""
-    size = math.prod(shape)
-    raw = np.zeros(size + 16, np.float32)
+    raw = np.zeros(math.prod(shape) + 16, np.float32)
     start = -raw.ctypes.data % 64 // raw.itemsize
-    return raw[start : start + size].reshape(shape)
+    return raw[start : start + math.prod(shape)].reshape(shape)
 
 
 def _up(n: int) -> int:
     return -(-n // PANEL) * PANEL
 
 
-def _f8(tensor: Tensor) -> NDArray[np.float64]:
+def _f8(tensor: Tensor) -> F8:
     return tensor.detach().cpu().numpy().astype(np.float64)
 
 
-def _after(norm: nn.LayerNorm, linear: nn.Linear) -> _Map:
-    """The linear map, with the scale and shift of the norm before it folded in."""
-    weight_OI, bias_O = _f8(linear.weight), _f8(linear.bias)
-    return weight_OI * _f8(norm.weight), bias_O + weight_OI @ _f8(norm.bias)
+def _map(linear: nn.Linear, norm: nn.LayerNorm | None = None) -> tuple[F8, F8]:
+    """Weights and biases of a linear map, with scale and shift of the norm before it folded in."""
+    weight_EI, bias_E = _f8(linear.weight), _f8(linear.bias)
+    if norm is None:
+        return weight_EI, bias_E
+    return weight_EI * _f8(norm.weight), bias_E + weight_EI @ _f8(norm.bias)
 
 
-def _panels(weight_OI: NDArray[np.float64], bias_O: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A linear map as the kernel reads it: panel by panel, its bias and then each input's weights."""
-    outputs, inputs = weight_OI.shape
-    rows_XO = np.zeros((1 + inputs, _up(outputs)))
-    rows_XO[0, :outputs] = bias_O
-    rows_XO[1:, :outputs] = weight_OI.T
-    return rows_XO.reshape(1 + inputs, -1, PANEL).swapaxes(0, 1).ravel()
+def _rows(weight_EI: F8, bias_E: F8) -> F8:
+    """Bias, then the weights of each input."""
+    rows_IE = np.zeros((1 + weight_EI.shape[1], _up(len(bias_E))))
+    rows_IE[0, : len(bias_E)] = bias_E
+    rows_IE[1:, : len(bias_E)] = weight_EI.T
+    return rows_IE
 
 
-def _read_in_map(parts: SpikeReadIn, missing_N: NDArray[np.bool_] | None) -> NDArray[np.float64]:
-    """Bias, then the weights of each root sum; what is constant goes into the bias."""
-    mean_KN, sd_KN, stand_in_KN = _f8(parts.mean_KN), _f8(parts.sd_KN), _f8(parts.missing_KN)
-    weight_DKN = _f8(parts.linear.weight).reshape(-1, *mean_KN.shape)
-    gone_N = np.zeros(mean_KN.shape[1], bool) if missing_N is None else missing_N
-    constant_KN = np.where(gone_N, stand_in_KN, -mean_KN / sd_KN)
-    bias_D = _f8(parts.linear.bias) + np.einsum("dkn,kn->d", weight_DKN, constant_KN)
-    rows_XD = np.zeros((1 + mean_KN.size, _up(len(bias_D))))
-    rows_XD[0, : len(bias_D)] = bias_D
-    rows_XD[1:, : len(bias_D)] = np.where(gone_N, 0.0, weight_DKN / sd_KN).reshape(len(bias_D), -1).T
-    return rows_XD.ravel()
+def _panels(weight_EI: F8, bias_E: F8) -> F8:
+    """The same for one panel of outputs after the other."""
+    rows_IE = _rows(weight_EI, bias_E)
+    return rows_IE.reshape(len(rows_IE), -1, PANEL).swapaxes(0, 1).ravel()
 
 
-_Map = tuple[NDArray[np.float64], NDArray[np.float64]]
+def _read_in_map(read_in: Any, missing_N: NDArray[np.bool_] | None) -> tuple[F8, F8]:
+    """Map of root sums; what is constant goes into the bias."""
+    weight_EI, bias_E = _map(read_in.linear)
+    mean_KN, sd_KN, stand_in_KN = map(_f8, (read_in.mean_KN, read_in.sd_KN, read_in.missing_KN))
+    missing_KN = np.broadcast_to(False if missing_N is None else missing_N, mean_KN.shape)
+    constant_KN = np.where(missing_KN, stand_in_KN, -mean_KN / sd_KN)
+    scale_KN = np.where(missing_KN, 0, 1 / sd_KN)
+    return weight_EI * scale_KN.ravel(), bias_E + weight_EI @ constant_KN.ravel()
 
 
-def _constant_tokens(model: NEDS, session: str, wanted: Sequence[str]) -> NDArray[np.float64]:
-    """Embeddings of the spike token, then the whole hidden token of each wanted behaviour."""
-    use = [0, *(model.modalities.index(name) for name in wanted)]
-    tokens_MD = _f8(model.modality_MD)[use] + _f8(model.session_XD)[model.session_ids.index(session)]
-    tokens_MD += _f8(model.scheme_XD)[SCHEMES.index("decoding")]
-    tokens_MD[1:] += _f8(model.hidden_D)
-    return tokens_MD
-
-
-def _query_map(layer: Layer) -> _Map:
+def _query_map(layer: Any) -> tuple[F8, F8]:
     """Queries scaled such that softmax is of powers of two."""
-    attention = layer.attention
-    dim = attention.out.in_features
-    scale = math.log2(math.e) / math.sqrt(dim // attention.heads)
-    weight_ED, bias_E = _after(layer.norm1, attention.qkv)
-    return weight_ED[:dim] * scale, bias_E[:dim] * scale
+    (dim, _), heads = layer.attention.out.weight.shape, layer.attention.heads
+    weight_EI, bias_E = _map(layer.attention.qkv, layer.norm1)
+    scale = math.log2(math.e) / math.sqrt(dim // heads)
+    return weight_EI[:dim] * scale, bias_E[:dim] * scale
 
 
-def _first_queries(model: NEDS, tokens_MD: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Queries of constant tokens in the first layer, not yet rotated."""
-    layer = model.layers[0]
-    centred_MD = tokens_MD - tokens_MD.mean(axis=1, keepdims=True)
-    variance_M1 = (centred_MD**2).mean(axis=1, keepdims=True)
-    weight_DD, bias_D = _query_map(layer)
-    return centred_MD / np.sqrt(variance_M1 + layer.norm1.eps) @ weight_DD.T + bias_D
-
-
-def _blocks(
-    model: NEDS,
-    parts: SessionParts,
-    spike_embedding_D: NDArray[np.float64],
-    missing_N: NDArray[np.bool_] | None,
-) -> Iterator[NDArray[np.float64]]:
-    """All weights in the order the kernel reads them."""
+def _blocks(model: Any, parts: Any, spikes_D: F4, missing_N: Any) -> Iterator[F8]:
+    """All weights in the order they are read; ``spikes_D`` is added to the spike token."""
     dim = model.config.dim
-    shared = model.spikes_shared
-    yield _read_in_map(parts.spikes_in, missing_N)
-    yield _panels(_f8(shared.weight), _f8(shared.bias) + spike_embedding_D)
+    yield _rows(*_read_in_map(parts.spikes_in, missing_N)).ravel()
+    weight_EI, bias_E = _map(model.spikes_shared)
+    yield _panels(weight_EI, bias_E + spikes_D)
     for layer in model.layers:
-        weight_ED, bias_E = _after(layer.norm1, layer.attention.qkv)
+        weight_EI, bias_E = _map(layer.attention.qkv, layer.norm1)
         for part in (slice(dim, 2 * dim), slice(2 * dim, None)):
-            yield _panels(weight_ED[part], bias_E[part])
+            yield _panels(weight_EI[part], bias_E[part])
         yield _panels(*_query_map(layer))
-        yield _panels(_f8(layer.attention.out.weight), _f8(layer.attention.out.bias))
-        yield _panels(*_after(layer.norm2, layer.widen))
-        yield _panels(_f8(layer.narrow.weight), _f8(layer.narrow.bias))
+        yield _panels(*_map(layer.attention.out))
+        yield _panels(*_map(layer.widen, layer.norm2))
+        yield _panels(*_map(layer.narrow))
 
 
-def _heads(
-    model: NEDS, parts: SessionParts, wanted: Sequence[str]
-) -> tuple[Array, NDArray[np.int64]]:
-    """Read-outs, one row for each number, its bias last; and the token each number is read from."""
-    maps = [_after(model.norm, parts.behaviour_out[name].linear) for name in wanted]
-    rows_OX = np.concatenate([np.column_stack(weight_and_bias) for weight_and_bias in maps])
-    token_of_O = np.repeat(np.arange(1, 1 + len(maps)), [len(bias_O) for _, bias_O in maps])
-    return np.ascontiguousarray(rows_OX, np.float32), token_of_O.astype(np.int64)
+def _constant(model: Any, session: str, wanted: Sequence[str], shape_2MD: tuple[int, ...]) -> F4:
+    """What the tokens begin with, and the first queries of the hidden ones, not yet rotated."""
+    use, dim = [0, *(model.modalities.index(name) for name in wanted)], model.config.dim
+    x_MD = _f8(model.modality_MD)[use] + _f8(model.session_XD)[model.session_ids.index(session)]
+    x_MD += _f8(model.scheme_XD)[SCHEMES.index("decoding")]
+    x_MD[1:] += _f8(model.hidden_D)
+    centred_MD = x_MD - x_MD.mean(axis=1, keepdims=True)
+    variance_M1 = (centred_MD**2).mean(axis=1, keepdims=True)
+    weight_EI, bias_E = _query_map(model.layers[0])
+    constant_2MD = _zeros(*shape_2MD)
+    constant_2MD[0, :, :dim] = x_MD
+    constant_2MD[1, :, :dim] = centred_MD / np.sqrt(variance_M1 + model.norm.eps) @ weight_EI.T
+    constant_2MD[1, :, :dim] += bias_E
+    return constant_2MD
 
 
 class FusedStep:
     """The network, one bin at a time, for one stream that shows only spikes.
+
+    Making one compiles the step, unless an earlier run left it in the cache.
 
     Parameters
     ----------
@@ -541,20 +466,14 @@ class FusedStep:
     wanted : sequence of str
         Behaviours to decode, at least one, in the order of their outputs.
     missing_N : ndarray of bool, shape (units,), optional
-        Units to replace by their learned stand-in. Their counts must still be numbers.
+        Units to replace by their learned stand-in. Their counts must be numbers all the same.
 
     Attributes
     ----------
     raw_O : ndarray of float32, shape (numbers of all wanted outputs,)
         What the last step gave: the ``outputs`` numbers of each behaviour, one after the other.
     nbytes : int
-        Bytes of weights, keys and values that a step reads if no count is zero.
-
-    Examples
-    --------
-    >>> step = FusedStep(model, "session", ["speed"])  # doctest: +SKIP
-    >>> step.reset(first_bin=1200)  # doctest: +SKIP
-    >>> mean, log_variance = step.step(counts_N, observed=True)  # doctest: +SKIP
+        Bytes of weights, keys and values: what a step reads when no boxcar is empty.
     """
 
     def __init__(
@@ -565,77 +484,66 @@ class FusedStep:
         missing_N: NDArray[np.bool_] | None = None,
     ) -> None:
         model.start(session)  # refuses a model that cannot be streamed
-        config, parts = model.config, model.sessions[model.session_ids.index(session)]
         if not wanted or SPIKES in wanted:
-            raise ValueError("the fused step decodes at least one behaviour, and not spikes")
-        tokens_MX = _constant_tokens(model, session, wanted)
-        blocks = list(_blocks(model, parts, tokens_MX[0], missing_N))
+            raise ValueError("the fused step decodes at least one behaviour, and never spikes")
+        c = model.config
+        parts: Any = model.sessions[model.session_ids.index(session)]
+        layers: Any = model.layers
+        sinks = [_f8(layer.attention.sink_value_HF) for layer in layers]
+        M, D, R, width = 1 + len(wanted), _up(c.dim), _up(c.context + 1), c.dim // c.heads
+        constant_2MD = _constant(model, session, wanted, (2, M, D + PANEL))
+        blocks = list(_blocks(model, parts, constant_2MD[0, 0, : c.dim], missing_N))
         weights = _zeros(sum(block.size for block in blocks))
         np.concatenate(blocks, out=weights, casting="same_kind")
-
-        M, D, G = len(tokens_MX), _up(config.dim), _up(config.widen * config.dim)
-        width, longest = config.dim // config.heads, max(config.history)
-        R, inputs = _up(config.context + 1), parts.units * len(config.history)
-        self._units, self._bin = parts.units, 0
-        self._sinks_LHF = np.stack([_f8(layer.attention.sink_value_HF) for layer in model.layers])
-        self._counts_CN = _zeros(longest, parts.units)
-        self._sums_KN = _zeros(len(config.history), parts.units)
-        self._keys_LHPFV = _zeros(config.layers, config.heads, R // PANEL, 1 + width, PANEL)
-        self._values_LHPRV = _zeros(
-            config.layers, config.heads, _up(width) // PANEL, 2 + config.context, PANEL
-        )
+        maps = [_map(parts.behaviour_out[name].linear, model.norm) for name in wanted]
+        outputs = [len(bias_E) for _, bias_E in maps]
+        heads_OI = np.concatenate([np.column_stack(pair) for pair in maps]).astype(np.float32)
+        self.raw_O = np.zeros(len(heads_OI), np.float32)
+        self._counts_N, self._bin = np.zeros(parts.units, np.float32), 0
+        self._counts_CN = _zeros(max(c.history), parts.units)
+        self._sums_KN = _zeros(len(c.history), parts.units)
+        self._keys_LHPFV = _zeros(c.layers, c.heads, R // PANEL, 1 + width, PANEL)
+        self._values_LHPRV = _zeros(c.layers, c.heads, _up(width) // PANEL, 2 + c.context, PANEL)
+        self._sink_LHPV = _zeros(c.layers, c.heads, _up(width) // PANEL, PANEL)
+        self._sink_LHPV.reshape(c.layers, c.heads, -1)[:, :, :width] = sinks
         self.nbytes = weights.nbytes + self._keys_LHPFV.nbytes + self._values_LHPRV.nbytes
-        tokens_MD, queries_MD = _zeros(M, D), _zeros(M, D + PANEL)
-        tokens_MD[1:, : config.dim] = tokens_MX[1:]
-        queries_MD[1:, : config.dim] = _first_queries(model, tokens_MX[1:])
-        heads_OD, token_of_O = _heads(model, parts, wanted)
-        self.raw_O = np.zeros(len(token_of_O), np.float32)
         self._arguments = (
             weights,
-            tokens_MD,
-            queries_MD,
-            heads_OD,
-            token_of_O,
+            constant_2MD,
+            heads_OI,
+            np.repeat(np.arange(1, M), outputs),  # token_of_O
             ROTARY_BASE ** -(np.arange(0, width, 2, dtype=np.float64) / width),
-            np.array(config.history, np.int64),
-            model.norm.eps,
-            config.dim,
-            config.widen * config.dim,
+            np.array(c.history, np.int64),
+            np.float32(model.norm.eps),
+            c.dim,
+            c.widen * c.dim,
             self._counts_CN,
             self._sums_KN,
             self._keys_LHPFV,
             self._values_LHPRV,
-            np.zeros(inputs + 1, np.int64),  # found_X
             _zeros(2, width // 2),  # turn_2F
-            _zeros(M, D),  # x_MD
-            _zeros(M, D),  # normed_MD
-            _zeros(M, D),  # more_MD
+            _zeros(5, M, D + PANEL),  # work_5MD
             _zeros(1, 2 * D),  # kv_12D
-            _zeros(M, D + PANEL),  # q_MD
-            _zeros(M, D + PANEL),  # mixed_MD
-            _zeros(M, G),  # wide_MG
+            _zeros(M, _up(c.widen * c.dim)),  # wide_MG
             _zeros(M, R),  # scores_MR
             self.raw_O,
         )
+        self.reset()
+        self.step(self._counts_N, False)  # compiles
         self.reset()
 
     def reset(self, first_bin: int = 0) -> None:
         """Forget the past; the next bin has this number."""
         self._bin = first_bin
-        self._counts_CN[:] = 0
-        self._sums_KN[:] = 0
-        L, H, _, rows, _ = self._values_LHPRV.shape
-        context = rows - 2
-        panel, lane = divmod(context, PANEL)
+        self._counts_CN[:], self._sums_KN[:] = 0, 0
+        sink = self._values_LHPRV.shape[3] - 2  # its row, after those of the ring
         self._keys_LHPFV[:] = 0
         self._keys_LHPFV[:, :, :, 0] = -np.inf
-        self._keys_LHPFV[:, :, panel, 0, lane] = 0  # the sink, after the rows of the ring
+        self._keys_LHPFV[:, :, sink // PANEL, 0, sink % PANEL] = 0
         self._values_LHPRV[:] = 0
-        sinks_LHPV = np.zeros((L, H, self._values_LHPRV.shape[2] * PANEL))
-        sinks_LHPV[:, :, : self._sinks_LHF.shape[2]] = self._sinks_LHF
-        self._values_LHPRV[:, :, :, 1 + context] = sinks_LHPV.reshape(L, H, -1, PANEL)
+        self._values_LHPRV[:, :, :, 1 + sink] = self._sink_LHPV
 
-    def step(self, counts_N: Array, observed: bool) -> Array:
+    def step(self, counts_N: F4, observed: bool) -> F4:
         """Decode the next bin.
 
         Parameters
@@ -650,8 +558,9 @@ class FusedStep:
         ndarray of float32
             ``raw_O``, valid until the next step.
         """
-        if len(counts_N) != self._units:
-            raise ValueError(f"{len(counts_N)} counts for {self._units} units")
-        fused_step(counts_N, observed, self._bin, *self._arguments)
+        if len(counts_N) != len(self._counts_N):
+            raise ValueError(f"{len(counts_N)} counts for {len(self._counts_N)} units")
+        self._counts_N[:] = counts_N  # whatever came, the kernel meets one type of array
+        fused_step(self._counts_N, bool(observed), self._bin, *self._arguments)
         self._bin += 1
         return self.raw_O

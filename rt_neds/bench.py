@@ -1,0 +1,384 @@
+"""``rt-neds bench``: what this machine manages. ``latency`` end to end, ``step`` the network alone."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rt_neds.errors import ConfigError
+from rt_neds.frames import DecodedFrame
+from rt_neds.latency import Latency
+
+SIZES = {
+    "small": {"dim": 128, "layers": 4, "heads": 4},
+    "base": {"dim": 256, "layers": 5, "heads": 8},
+    "large": {"dim": 256, "layers": 22, "heads": 8},
+}
+BLOCK_S = 10.0
+SESSION_ID = "bench"
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return {
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+    }
+
+
+# -- what is measured ----------------------------------------------------------------------------
+
+
+def random_bundle(
+    folder: Path, size: str, units: int, bin_ms: float, behaviours: int, context: int = 100
+) -> Path:
+    """A bundle with random weights: latency does not depend on their values."""
+    from rt_neds.bundle import BundleSession, save_bundle
+    from rt_neds.model.neds import NEDS, ModelConfig
+    from rt_neds.model.readout import Behaviour
+
+    names = [f"behaviour_{i}" for i in range(behaviours)]
+    model = NEDS(
+        ModelConfig(**SIZES[size], context=context),
+        [Behaviour(name=name, kind="gaussian") for name in names],
+        {SESSION_ID: units},
+    )
+    session = BundleSession(
+        id=SESSION_ID,
+        units=[f"{SESSION_ID}/{n}" for n in range(units)],
+        rate=30_000.0,
+        normalise=dict.fromkeys(names, (0.0, 1.0)),
+        behaviours=names,
+    )
+    save_bundle(folder, model, bin_ms=bin_ms, sessions=[session], training={"random": True})
+    return folder
+
+
+def poisson_session(path: Path, session_id: str, units: list[str], rate: float, seconds: float) -> Path:
+    """A session file of Poisson spikes, ``rate`` per second in all."""
+    from temporaldata import ArrayDict, Data, Interval, IrregularTimeSeries
+
+    rng = np.random.default_rng(0)
+    n = rng.poisson(rate * seconds)
+    domain = Interval(start=np.array([0.0]), end=np.array([seconds]))
+    spikes = IrregularTimeSeries(
+        timestamps=np.sort(rng.uniform(0, seconds, n)),
+        unit_index=rng.integers(0, len(units), n),
+        domain=domain,
+    )
+    data = Data(
+        session=Data(id=session_id), units=ArrayDict(id=np.array(units)), spikes=spikes, domain=domain
+    )
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        data.to_hdf5(file)
+    return path
+
+
+def bench_latency(
+    *,
+    bundle: str | None,
+    seconds: float,
+    size: str,
+    units: int,
+    spikes_per_s: float,
+    bin_ms: float,
+) -> dict[str, Any]:
+    """Latency through real processes and sockets, decoder and control in turns of ten seconds.
+
+    The control is the same path with a decoder that does nothing: what it shows is the machine's
+    and the transport's, not ours. Latency runs from a bin's intended end by the sender's clock, so
+    a stall anywhere cannot hide.
+
+    Returns
+    -------
+    dict
+        As ``rt-neds bench latency --json``; ``missed`` counts bins that came more than one bin
+        width after their end, or never.
+    """
+    from rt_neds.bundle import load_spec
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        path = Path(bundle) if bundle else random_bundle(folder / "b", size, units, bin_ms, 4)
+        spec = load_spec(path)
+        session = spec.sessions[0]
+        turn_s = min(BLOCK_S, seconds)
+        file = poisson_session(folder / "s.h5", session.id, session.units, spikes_per_s, turn_s)
+        turns = max(1, round(seconds / turn_s))
+        decoded, control = _in_turns(path, file, turns, spec.bin_ms)
+    expected = turns * round(turn_s * 1000 / spec.bin_ms)
+    return {
+        "machine": machine(),
+        "bin_ms": spec.bin_ms,
+        "units": len(session.units),
+        "spikes_per_s": spikes_per_s,
+        "model": f"{spec.model.layers} layers of {spec.model.dim}, {len(spec.behaviours)} behaviours",
+        "bins": decoded.bins,
+        "expected": expected,
+        "repeated": decoded.repeated,
+        "missed": decoded.missed + expected - decoded.bins,
+        "control_missed": control.missed + expected - control.bins,
+        "late_spikes": decoded.late_spikes,
+        "lost": decoded.lost,
+        "stages_ms": {
+            "receive_to_publish": decoded.receive_to_publish.percentiles_ms(),
+            "bin_end_to_publish": decoded.bin_end_to_publish.percentiles_ms(),
+            "decode": decoded.decode.percentiles_ms(),
+            "control": control.bin_end_to_publish.percentiles_ms(),
+        },
+    }
+
+
+class Tally:
+    """Latencies and counts of one path."""
+
+    def __init__(self, bin_ms: float) -> None:
+        self.bins = self.repeated = self.missed = self.late_spikes = self.lost = 0
+        self.receive_to_publish, self.decode = Latency(), Latency()
+        self.bin_end_to_publish = Latency()
+        self._bin_ns = bin_ms * 1e6
+        self._seen: set[tuple[int, int]] = set()
+
+    def take(self, frames: list[DecodedFrame], summary: dict[str, Any]) -> None:
+        """Add the frames of one turn; ``summary`` is the sender's."""
+        for frame in frames:
+            key = (frame.epoch, frame.bin)
+            if key in self._seen:
+                self.repeated += 1
+                continue
+            self._seen.add(key)
+            self.bins += 1
+            self.late_spikes += frame.late
+            self.lost += frame.lost
+            stamps = frame.stamps
+            intended = summary["zero_ns"] + round(frame.end * 1e9 / summary["rate"])
+            self.receive_to_publish.record(stamps["published"] - stamps["received"])
+            self.decode.record(stamps["decoded"] - stamps["binned"])
+            self.bin_end_to_publish.record(stamps["published"] - intended)
+            self.missed += stamps["published"] - intended > self._bin_ns
+
+
+def _in_turns(bundle: Path, file: Path, turns: int, bin_ms: float) -> tuple[Tally, Tally]:
+    from rt_neds.children import collect, finish_replay, free_port, serving, start_replay
+    from rt_neds.children import wait_for_schema as ready
+    from rt_neds.stream.publisher import DecodedListener
+
+    tallies = Tally(bin_ms), Tally(bin_ms)
+    spikes, ports = free_port(), (free_port(), free_port())
+    probes, extra = ("bench", "control"), ((), ("--control",))
+    options = [
+        ("--probe", probes[i], "--bundle", str(bundle), "--source", f"rtneds://127.0.0.1:{spikes}",
+         "--publish", f"tcp://127.0.0.1:{ports[i]}", *extra[i])
+        for i in range(2)
+    ]  # fmt: skip
+    listeners = [DecodedListener(f"tcp://127.0.0.1:{ports[i]}", probes[i]) for i in range(2)]
+    with serving(*options[0]) as first, serving(*options[1]) as second:
+        for listener, child in zip(listeners, (first, second), strict=True):
+            ready(listener, child)
+        for turn in range(2 * turns):
+            which = turn % 2
+            out = file.with_suffix(f".{turn}.json")
+            sending = start_replay(
+                "--session", str(file), "--probe", probes[which],
+                "--bind", f"tcp://127.0.0.1:{spikes}", out=out,
+            )  # fmt: skip
+            frames, _ = collect(listeners[which], sending)
+            tallies[which].take(frames, finish_replay(sending, out))
+    for listener in listeners:
+        listener.close()
+    return tallies
+
+
+def bench_step(
+    *, bundle: str | None, size: str, units: int, behaviours: int, seconds: float
+) -> dict[str, Any]:
+    """One bin through the served step, PyTorch's own, and the window run anew, in turns.
+
+    Returns
+    -------
+    dict
+        As ``rt-neds bench step --json``, in microseconds.
+    """
+    import torch
+
+    from rt_neds.bundle import build_model, load_spec
+    from rt_neds.stream.decoder import EagerStep, make_step, outputs_of
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(bundle) if bundle else random_bundle(Path(scratch), size, units, 20.0, behaviours)
+        spec = load_spec(path)
+        model = build_model(path, spec)
+    session = spec.sessions[0]
+    n = len(session.units)
+    wanted = [b.name for b in outputs_of(spec, session)]
+    fast = make_step(model, spec, session, np.zeros(n, bool))
+    eager = EagerStep(model, session.id, wanted)
+    rng = np.random.default_rng(0)
+    counts_TN = rng.poisson(0.5, size=(512, n)).astype(np.float32)
+    worst = 0.0
+    for counts_N in counts_TN[:300]:
+        gap = np.abs(fast.step(counts_N, True) - eager.step(counts_N, True)).max()
+        worst = max(worst, float(gap))
+    window = _window(model, session.id, wanted, counts_TN[: spec.model.context])
+    hot: dict[str, list[float]] = {"step": [], "eager": [], "window": []}
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        hot["step"] += _time(lambda i: fast.step(counts_TN[i % 512], True), 200)
+        hot["eager"] += _time(lambda i: eager.step(counts_TN[i % 512], True), 40)
+        hot["window"] += _time(lambda i: window(), 2)
+    paced = _paced({"step": fast, "eager": eager}, counts_TN, seconds)
+    middle = {name: statistics.median(times) for name, times in hot.items()}
+    return {
+        "machine": machine(),
+        "model": f"{spec.model.layers} layers of {spec.model.dim}, context {spec.model.context}",
+        "units": n,
+        "behaviours": len(wanted),
+        "step_us": {"hot": _percentiles(hot["step"]), "paced": _percentiles(paced["step"])},
+        "eager_us": {"hot": _percentiles(hot["eager"]), "paced": _percentiles(paced["eager"])},
+        "window_us": _percentiles(hot["window"]),
+        "window_over_step": round(middle["window"] / middle["step"], 1),
+        "eager_over_step": round(middle["eager"] / middle["step"], 2),
+        "eager_over_step_paced": round(
+            statistics.median(paced["eager"]) / statistics.median(paced["step"]), 2
+        ),
+        "max_abs_error": worst,
+    }
+
+
+def _window(model: Any, session: str, wanted: list[str], counts_TN: Any) -> Any:
+    """What everyone without a cache does at each bin: the whole window again."""
+    import torch
+
+    T, M = len(counts_TN), len(model.modalities)
+    counts, values = torch.from_numpy(counts_TN)[None], torch.zeros(1, T, M)
+    observed = torch.zeros(1, T, M, dtype=torch.bool)
+    observed[:, :, 0] = True
+    scheme = torch.zeros(1, dtype=torch.int64)
+
+    @torch.no_grad()
+    def run() -> None:
+        model(session, counts, values, observed, scheme, wanted=wanted)
+
+    return run
+
+
+def _time(call: Any, times: int) -> list[float]:
+    took = []
+    for i in range(times):
+        start = time.perf_counter_ns()
+        call(i)
+        took.append((time.perf_counter_ns() - start) / 1e3)
+    return took
+
+
+def _paced(steps: dict[str, Any], counts_TN: Any, seconds: float) -> dict[str, list[float]]:
+    """As the loop meets it: one step per 20 ms, by turns, the caches gone cold in between."""
+    took: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(max(20, round(seconds / 0.02 / len(steps)))):
+        for name, step in steps.items():
+            time.sleep(0.02)
+            took[name] += _time(lambda _, s=step, i=i: s.step(counts_TN[i % 512], True), 1)
+    return took
+
+
+def _percentiles(times: list[float]) -> dict[str, float]:
+    marks = np.percentile(times, [50, 99, 99.9])
+    names = ("p50", "p99", "p99_9")
+    return {**{n: round(float(m), 1) for n, m in zip(names, marks, strict=True)}, "n": len(times)}
+
+
+# -- command -------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=["latency", "step"])
+    parser.add_argument("--bundle", metavar="DIR", help="a trained one; random weights by default")
+    parser.add_argument("--seconds", type=float, default=None, help="60 for latency, 10 for step")
+    parser.add_argument("--size", choices=list(SIZES), default=None, help="of the random bundle")
+    parser.add_argument("--units", type=int, default=400)
+    parser.add_argument("--behaviours", type=int, default=4, help="decoded, for step (4)")
+    parser.add_argument("--spikes-per-s", type=float, default=10_000.0, help="in all, for latency")
+    parser.add_argument("--bin-ms", type=float, default=20.0, help="of the random bundle")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    if args.units < 1 or args.behaviours < 1 or args.spikes_per_s < 0:
+        raise ConfigError("units >= 1, behaviours >= 1 and spikes-per-s >= 0 are needed")
+    if args.seconds is not None and args.seconds < 1:
+        raise ConfigError(f"seconds {args.seconds:g}; at least 1 was expected")
+    if args.what == "step":
+        result = bench_step(
+            bundle=args.bundle,
+            size=args.size or "base",
+            units=args.units,
+            behaviours=args.behaviours,
+            seconds=args.seconds or 10.0,
+        )
+    else:
+        result = bench_latency(
+            bundle=args.bundle,
+            seconds=args.seconds or 60.0,
+            size=args.size or "small",
+            units=args.units,
+            spikes_per_s=args.spikes_per_s,
+            bin_ms=args.bin_ms,
+        )
+    if not args.quiet:
+        show(result)
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the result as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = result.get("stages_ms") or {
+        "step, hot": result["step_us"]["hot"],
+        "step, paced": result["step_us"]["paced"],
+        "PyTorch eager, hot": result["eager_us"]["hot"],
+        "PyTorch eager, paced": result["eager_us"]["paced"],
+        "window run anew": result["window_us"],
+    }
+    unit = "ms" if "stages_ms" in result else "us"
+    table = Table(title=f"{result['model']}, {result['units']} units ({result['machine']['cpu']})")
+    table.add_column(unit)
+    columns = list(next(iter(rows.values())))
+    for column in columns:
+        table.add_column(column.replace("p99_9", "p99.9"), justify="right")
+    for name, marks in rows.items():
+        table.add_row(name.replace("_", " "), *(f"{marks[c]:.2f}" for c in columns))
+    console = Console()
+    console.print(table)
+    if "stages_ms" in result:
+        console.print(
+            f"{result['bins']} of {result['expected']} bins published, {result['repeated']} twice, "
+            f"{result['missed']} later than a bin or never (control {result['control_missed']}), "
+            f"{result['lost']} messages lost"
+        )
+    else:
+        console.print(
+            f"window / step {result['window_over_step']}, eager / step {result['eager_over_step']} "
+            f"(paced {result['eager_over_step_paced']}), max error {result['max_abs_error']:.1e}"
+        )

@@ -1,0 +1,237 @@
+"""``rt-neds watch``: what is decoded, how late, and whether to believe it, on the screen."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import deque
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from rt_neds.errors import ConfigError
+from rt_neds.frames import DecodedFrame, Flag
+from rt_neds.latency import Latency
+from rt_neds.stream.publisher import DecodedListener, Note
+from rt_neds.wire import DEFAULT_DECODED
+
+REFRESH_HZ = 8
+TRACE_BINS = 400
+SPARKS = " ▁▂▃▄▅▆▇█"
+
+WORDS = {
+    Flag.GAP: "samples are missing in the context",
+    Flag.LATE: "frames come out late",
+    Flag.WARMING: "the context is not yet full",
+    Flag.STALE: "the source fell silent",
+    Flag.SLIPPED: "the sample clock jumped",
+    Flag.RESTARTED: "the acquisition began anew",
+    Flag.UNKNOWN_UNITS: "spikes of units the bundle does not know",
+    Flag.MISSING_UNITS: "units of the bundle are not in the stream",
+}
+
+
+class View:
+    """What has been heard, and how it looks.
+
+    Parameters
+    ----------
+    probe : str
+    """
+
+    def __init__(self, probe: str) -> None:
+        self.probe = probe
+        self.schema: dict[str, Any] | None = None
+        self.status: dict[str, Any] = {}
+        self.frames = 0
+        self.holes = 0
+        self.receive_to_publish = Latency()
+        self.publish_to_screen = Latency()
+        self._last: DecodedFrame | None = None
+        self._traces: dict[str, deque[float]] = {}
+        self._range: dict[str, tuple[float, float]] = {}
+
+    def take(self, message: DecodedFrame | Note | None) -> None:
+        """Take in one message."""
+        if isinstance(message, Note) and message.kind == "schema":
+            self.schema = message.fields
+        elif isinstance(message, Note) and message.kind == "status":
+            self.status = message.fields
+        elif isinstance(message, DecodedFrame):
+            self._take_frame(message)
+
+    def _take_frame(self, frame: DecodedFrame) -> None:
+        last = self._last
+        if last is not None and frame.epoch == last.epoch:
+            self.holes += max(0, frame.bin - last.bin - 1)
+        self._last = frame
+        self.frames += 1
+        stamps = frame.stamps
+        self.receive_to_publish.record(stamps["published"] - stamps["received"])
+        self.publish_to_screen.record(time.monotonic_ns() - stamps["published"])
+        for output in self.outputs():
+            value = float(frame.values_V[output["offset"]])
+            self._traces.setdefault(output["name"], deque(maxlen=TRACE_BINS)).append(value)
+            low, high = self._range.get(output["name"], (value, value))
+            self._range[output["name"]] = min(low, value), max(high, value)
+
+    def outputs(self) -> list[dict[str, Any]]:
+        """Outputs of the schema, once it is known."""
+        return self.schema["outputs"] if self.schema else []
+
+    def render(self, width: int) -> Group:
+        """The whole screen."""
+        return Group(self._head(), self._values(width), self._latency(), self._health())
+
+    def _head(self) -> Text:
+        if self.schema is None or self._last is None:
+            return Text(f"{self.probe}: waiting for serve to publish", style="yellow")
+        seconds = self._last.end / self.schema["rate"]
+        return Text.assemble(
+            (self.probe, "bold"),
+            f"  bin {self._last.bin}  {seconds:.2f} s  {self._last.spikes} spikes  ",
+            (f"model {self.schema['model']}  {self.schema['bin_ms']:g} ms bins", "dim"),
+        )
+
+    def _values(self, width: int) -> Table:
+        table = Table(box=None, padding=(0, 1), expand=True)
+        table.add_column("decoded")
+        table.add_column("now", justify="right", min_width=22)
+        table.add_column("last seconds", ratio=1)
+        for output in self.outputs() if self._last is not None else []:
+            values = self._last.values_V[output["offset"] : output["offset"] + output["size"]]
+            trace = self._traces.get(output["name"], deque())
+            low, high = self._range.get(output["name"], (0.0, 1.0))
+            if output["kind"] == "categorical":
+                low, high = 0.0, 1.0
+            line = spark(list(trace), low, high, max(10, width - 48))
+            table.add_row(output["name"], describe(output, values), Text(line, style="cyan"))
+        return table
+
+    def _latency(self) -> Table:
+        table = Table(box=None, padding=(0, 1))
+        for column in ("latency, ms", "p50", "p99", "p99.9", "max"):
+            table.add_column(column, justify="left" if column.startswith("lat") else "right")
+        rows = {
+            "receive to publish": self.receive_to_publish,
+            "publish to here": self.publish_to_screen,
+        }
+        for name, latency in rows.items():
+            table.add_row(name, *(f"{ms:.2f}" for ms in latency.percentiles_ms().values()))
+        return table
+
+    def _health(self) -> Panel:
+        flags = Flag(self._last.flags) if self._last is not None else Flag(0)
+        troubles = [words for flag, words in WORDS.items() if flags & flag]
+        if self.status.get("source") == "silent":
+            troubles.append("no spikes are arriving: is the acquisition running?")
+        if self.holes:
+            troubles.append(f"{self.holes} bins never reached this screen")
+        if self._last is None:
+            troubles.append("nothing decoded yet")
+        text = "; ".join(troubles) if troubles else "all well: a frame to act on"
+        source = self.status.get("source_counters", {})
+        bins = self.status.get("bin_counters", {})
+        counters = (
+            f"bins {bins.get('bins', 0)}  lost messages {source.get('lost', 0)}  "
+            f"malformed {source.get('malformed', 0)}  late spikes {bins.get('spikes_late', 0)}  "
+            f"unknown {bins.get('spikes_unknown', 0)}  "
+            f"restarts {self.status.get('frame_counters', {}).get('restarts', 0)}"
+        )
+        style = "yellow" if troubles else "green"
+        return Panel(Text(f"{text}\n{counters}"), title="health", border_style=style)
+
+    def summary(self) -> dict[str, Any]:
+        """For --json: what was seen."""
+        return {
+            "probe": self.probe,
+            "frames": self.frames,
+            "holes": self.holes,
+            "receive_to_publish_ms": self.receive_to_publish.percentiles_ms(),
+            "status": self.status,
+        }
+
+
+def describe(output: dict[str, Any], values: Any) -> str:
+    """One output in words: mean and sd, a rate, or the likelier class."""
+    if output["kind"] == "gaussian":
+        return f"{values[0]:.2f} ± {values[1]:.2f} {output['unit']}"
+    if output["kind"] == "poisson":
+        return f"{values[0]:.3f} per bin"
+    best = int(max(range(len(values)), key=lambda c: values[c]))
+    return f"{output['classes'][best]} {values[best]:.2f}"
+
+
+def spark(values: list[float], low: float, high: float, width: int) -> str:
+    """A line of blocks, newest at the right, each the mean of a few bins."""
+    if not values or high <= low:
+        return ""
+    per = max(1, -(-len(values) // width))
+    line = []
+    for start in range(len(values) % per, len(values), per):
+        piece = values[start : start + per]
+        share = (sum(piece) / len(piece) - low) / (high - low)
+        line.append(SPARKS[max(0, min(len(SPARKS) - 1, round(share * (len(SPARKS) - 1))))])
+    return "".join(line)
+
+
+def watch(probe: str, connect: str, seconds: float | None, quiet: bool) -> dict[str, Any]:
+    """Listen and show until the time is up or the user ends it.
+
+    Parameters
+    ----------
+    probe : str
+    connect : str
+        Address of the decoded stream.
+    seconds : float or None
+        None is for ever.
+    quiet : bool
+        Show nothing.
+
+    Returns
+    -------
+    dict
+        See :meth:`View.summary`.
+    """
+    view, listener, console = View(probe), DecodedListener(connect, probe), Console()
+    deadline = None if seconds is None else time.monotonic() + seconds
+    shown = 0.0
+    try:
+        with Live(console=console, auto_refresh=False, screen=False) as live:
+            while deadline is None or time.monotonic() < deadline:
+                view.take(listener.read(50))
+                now = time.monotonic()
+                if not quiet and console.is_terminal and now - shown > 1 / REFRESH_HZ:
+                    live.update(view.render(console.width), refresh=True)
+                    shown = now
+    except KeyboardInterrupt:
+        pass
+    finally:
+        listener.close()
+    return view.summary()
+
+
+# -- command -------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--probe", required=True, help="name of the probe, such as imec0")
+    parser.add_argument("--connect", default=DEFAULT_DECODED, metavar="URL")
+    parser.add_argument("--seconds", type=float, default=None, help="stop after so long")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    if args.seconds is not None and args.seconds <= 0:
+        raise ConfigError(f"seconds {args.seconds:g}; more than 0 was expected")
+    summary = watch(args.probe, args.connect, args.seconds, args.quiet)
+    if not args.quiet:
+        p = summary["receive_to_publish_ms"]
+        print(
+            f"{summary['frames']} frames, {summary['holes']} missing; "
+            f"receive to publish p50 {p['p50']:.2f} ms, p99.9 {p['p99_9']:.2f} ms"
+        )
+    return summary
