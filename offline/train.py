@@ -327,29 +327,40 @@ def train_step(
 
 
 def batch_losses(model: NEDS, batch: Batch, config: TrainConfig) -> dict[str, Tensor]:
-    """Weighted loss of each modality that was asked for."""
-    asked = batch.asked_BTM.any(dim=1).any(dim=0).tolist()
-    wanted = [name for m, name in enumerate(model.modalities) if asked[m]]
-    outputs = model(
-        batch.session,
-        batch.counts_BTN,
-        batch.inputs_BTM,
-        batch.observed_BTM,
-        batch.scheme_B,
-        missing_BTN=batch.missing_BN[:, None],
-        wanted=wanted,
-    )
+    """Weighted loss of each modality that was asked for.
+
+    Samples of one scheme go through the network together: they share which modalities are keys, and
+    a token that is neither shown nor asked for costs nothing.
+    """
+    groups: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for scheme in batch.scheme_B.unique():
+        rows = (batch.scheme_B == scheme).nonzero()[:, 0]
+        asked_BTM = batch.asked_BTM[rows]
+        asked_M = asked_BTM.any(dim=1).any(dim=0).tolist()
+        outputs = model(
+            batch.session,
+            batch.counts_BTN[rows],
+            batch.inputs_BTM[rows],
+            batch.observed_BTM[rows],
+            batch.scheme_B[rows],
+            missing_BTN=batch.missing_BN[rows, None],
+            wanted=[name for m, name in enumerate(model.modalities) if asked_M[m]],
+        )
+        for name, raw_BTC in outputs.items():
+            groups.setdefault(name, []).append((rows, raw_BTC))
     losses = {}
-    for name in wanted:
+    for name, parts in groups.items():
+        rows = torch.cat([rows for rows, _ in parts])
+        raw_BTC = torch.cat([raw for _, raw in parts])
         m = model.modalities.index(name)
-        asked_BT = batch.asked_BTM[:, :, m]
+        asked_BT = batch.asked_BTM[rows, :, m]
         if name == SPIKES:
-            loss = spikes_loss(outputs[name], batch.counts_BTN, asked_BT)
+            loss = spikes_loss(raw_BTC, batch.counts_BTN[rows], asked_BT)
             losses[name] = config.training.spikes_weight * loss
         else:
             kind = config.behaviour[name].kind
             target = batch.inputs_BTM if kind == "gaussian" else batch.targets_BTM
-            loss = loss_of(kind, outputs[name], target[:, :, m], asked_BT)
+            loss = loss_of(kind, raw_BTC, target[rows, :, m], asked_BT)
             losses[name] = config.behaviour[name].weight * loss
     return losses
 

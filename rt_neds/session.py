@@ -103,6 +103,7 @@ class Session:
 
     def series(self, name: str) -> Series:
         """A continuous behaviour by its dotted name, such as ``wheel.wheel_speed``."""
+        values = self._get(name)
         group_name, _, _ = name.rpartition(".")
         group = self._get(group_name) if group_name else None
         if group is None or not hasattr(group, "timestamps"):
@@ -113,8 +114,9 @@ class Session:
         domain = np.stack(
             [self.samples(group.domain.start), self.samples(group.domain.end)], axis=1
         )
-        values = np.asarray(self._get(name), dtype=np.float64)
-        return Series(self.samples(group.timestamps), values, domain)
+        return Series(
+            self.samples(group.timestamps), np.asarray(values, dtype=np.float64), domain
+        )
 
     def behaviours(self) -> list[str]:
         """Dotted names of every time series but the spikes."""

@@ -21,3 +21,15 @@ def data_dir() -> Path:
     if not (DATA / "rat_w_maze.h5").is_file():
         pytest.skip(f"no recordings in {DATA}; set RT_NEDS_TEST_DATA to the folder that has them")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory):
+    """A tiny session and a bundle trained on it: ``(session path, run folder, summary)``."""
+    from offline.train import train
+    from tests.making import tiny_config, write_session
+
+    folder = tmp_path_factory.mktemp("tiny")
+    session = write_session(folder / "tiny.h5")
+    summary = train(tiny_config(), [str(session)], folder / "run")
+    return session, folder / "run", summary

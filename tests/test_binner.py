@@ -1,0 +1,199 @@
+"""Bins are a pure function of the stream."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rt_neds.frames import SPIKE_DTYPE, SpikeBatch
+from rt_neds.stream.binner import Binner, as_pairs, count_spikes
+from tests.naive import bins_of
+
+UNITS, WIDTH, RATE = 5, 20, 1000.0
+
+
+def spikes(rng, n, low, high, units=UNITS):
+    records = np.zeros(n, SPIKE_DTYPE)
+    records["sample"] = rng.integers(low, high, n)
+    records["unit"] = rng.integers(0, units, n)
+    return records
+
+
+def batch(first, end, records, epoch=1, seq=0, lost=0):
+    return SpikeBatch(epoch, seq, first, end, RATE, 0, 0, records, lost)
+
+
+def binner(**options):
+    settings_ = {"context": 10, "lateness": 0, **options}
+    return Binner(np.arange(UNITS, dtype=np.int32), UNITS, WIDTH, **settings_)
+
+
+def run(binner_, batches):
+    out = []
+    for b in batches:
+        for frame in binner_.frames(b):
+            out.append((frame.epoch, frame.bin, frame.observed, frame.counts_N.copy(), frame))
+    return out
+
+
+def accounted(counters):
+    names = ("spikes", "spikes_unknown", "spikes_late", "spikes_far", "spikes_outside")
+    return sum(counters[name] for name in names)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    seed=st.integers(0, 10_000),
+    n=st.integers(0, 300),
+    cuts=st.lists(st.integers(0, 2000), max_size=30),
+    start=st.integers(0, 100),
+)
+def test_chunking_never_changes_bins(seed, n, cuts, start):
+    rng = np.random.default_rng(seed)
+    end = start + 2000
+    records = spikes(rng, n, start, end, units=UNITS + 2)
+    edges = sorted({start, end, *(start + c for c in cuts)})
+    batches = []
+    for low, high in zip(edges, edges[1:], strict=False):
+        inside = records[(records["sample"] >= low) & (records["sample"] < high)]
+        batches.append(batch(low, high, rng.permutation(inside)))
+    b = binner()
+    frames = run(b, batches)
+    first = -(-start // WIDTH)
+    assert [bin_ for _, bin_, *_ in frames] == list(range(first, end // WIDTH))
+    counts, unknown, *_ = bins_of(
+        records, list(range(UNITS)), UNITS, WIDTH, first, end // WIDTH
+    )
+    for row, frame in enumerate(frames):
+        np.testing.assert_array_equal(frame[3], counts[row])
+        assert frame[4].unknown == unknown[row]
+        assert frame[4].spikes == counts[row].sum()
+    still_open = int((records["sample"] >= end // WIDTH * WIDTH).sum())
+    assert accounted(b.counters) + still_open == n
+    assert b.counters["spikes_late"] == b.counters["spikes_far"] == 0
+
+
+@settings(deadline=None, max_examples=100)
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 300), lateness=st.integers(1, 90))
+def test_disorder_within_the_lateness_never_changes_bins(seed, n, lateness):
+    rng = np.random.default_rng(seed)
+    end, step = 2000, 10
+    records = spikes(rng, n, 0, end)
+    # Each spike arrives with the first batch that ends after its sample plus a random delay.
+    arrives = records["sample"] + rng.integers(0, lateness + 1 - step if lateness > step else 1, n)
+    batches = [
+        batch(low, low + step, records[(arrives >= low) & (arrives < low + step)])
+        for low in range(0, end + 200, step)
+    ]
+    b = binner(lateness=lateness)
+    frames = run(b, batches)
+    counts, *_ = bins_of(records, list(range(UNITS)), UNITS, WIDTH, 0, end // WIDTH)
+    for row in range(end // WIDTH):
+        np.testing.assert_array_equal(frames[row][3], counts[row])
+    assert b.counters["spikes_late"] == 0
+    assert b.counters["spikes"] == n
+
+
+def test_a_spike_after_its_bin_closed_is_counted_and_not_moved():
+    b = binner()
+    early = run(b, [batch(0, 40, spikes(np.random.default_rng(0), 4, 0, 40))])
+    late = np.zeros(3, SPIKE_DTYPE)
+    late["sample"] = [5, 39, 41]
+    frames = run(b, [batch(40, 60, late)])
+    assert len(early) == 2
+    assert len(frames) == 1
+    assert frames[0][4].late == 2
+    assert frames[0][4].spikes == 1
+    assert b.counters["spikes_late"] == 2
+
+
+def test_one_batch_longer_than_all_open_bins():
+    rng = np.random.default_rng(0)
+    records = spikes(rng, 5000, 0, 300 * WIDTH)
+    frames = run(binner(), [batch(0, 300 * WIDTH, records)])
+    counts, *_ = bins_of(records, list(range(UNITS)), UNITS, WIDTH, 0, 300)
+    np.testing.assert_array_equal(np.stack([f[3] for f in frames]), counts)
+
+
+def test_an_absurd_sample_is_counted_and_ends_nowhere():
+    b = binner()
+    records = np.zeros(2, SPIKE_DTYPE)
+    records["sample"] = [10, 10**12]
+    frames = run(b, [batch(0, 20, records), batch(20, 40, records[:0])])
+    assert [f[4].spikes for f in frames] == [1, 0]
+    assert b.counters["spikes_far"] == 1
+    negative = np.zeros(1, SPIKE_DTYPE)
+    negative["sample"] = -5
+    run(b, [batch(40, 60, negative)])
+    assert b.counters["spikes_late"] == 1
+
+
+def test_a_short_hole_is_filled_with_unobserved_bins():
+    b = binner(context=10)
+    full = spikes(np.random.default_rng(1), 50, 0, 100)
+    frames = run(b, [batch(0, 50, full[full["sample"] < 50]), batch(90, 200, full[:0])])
+    observed = [f[2] for f in frames]
+    assert [f[1] for f in frames] == list(range(10))
+    assert observed == [True, True, False, False, False, True, True, True, True, True]
+    assert b.counters["samples_lost"] == 40
+    assert b.counters["bins_unobserved"] == 3
+    assert not frames[5][4].first_of_run
+
+
+def test_a_hole_longer_than_the_context_is_skipped_and_accounted_for():
+    b = binner(context=10)
+    frames = run(b, [batch(0, 50, spikes(np.random.default_rng(1), 7, 0, 50)),
+                     batch(1010, 1100, spikes(np.random.default_rng(1), 5, 1010, 1100))])  # fmt: skip
+    assert [f[1] for f in frames] == [0, 1, 51, 52, 53, 54]
+    assert [f[4].first_of_run for f in frames] == [True, False, True, False, False, False]
+    assert b.counters["bins_skipped"] == 49
+    assert b.counters["samples_lost"] == 960
+    assert accounted(b.counters) == 12
+
+
+def test_a_new_epoch_begins_anew_with_its_own_bin_numbers():
+    b = binner()
+    none = np.zeros(0, SPIKE_DTYPE)
+    frames = run(b, [batch(1000, 1100, none, epoch=1), batch(0, 60, none, epoch=2)])
+    assert [(f[0], f[1]) for f in frames] == [*((1, k) for k in range(50, 55)), *((2, k) for k in range(3))]
+    assert [f[4].first_of_run for f in frames] == [True, *[False] * 4, True, False, False]
+
+
+def test_lost_messages_are_said_on_the_next_frame():
+    none = np.zeros(0, SPIKE_DTYPE)
+    frames = run(binner(), [batch(0, 10, none), batch(10, 40, none, lost=3)])
+    assert [f[4].lost for f in frames] == [3, 0]
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 10_000), n=st.integers(0, 400), first=st.integers(0, 50))
+def test_kernel_equals_its_naive_twin(seed, n, first):
+    rng = np.random.default_rng(seed)
+    records = spikes(rng, n, 0, 3000, units=9)
+    rows = np.array([3, -1, 0, 2, 1, 4, -1], np.int32)
+    ring = np.zeros((60, UNITS + 2), np.float32)
+    tally = np.zeros(2, np.int64)
+    count_spikes(as_pairs(records), rows, ring, first, first + 60, WIDTH, tally)
+    counts, unknown, before, after = bins_of(records, rows, UNITS, WIDTH, first, first + 60)
+    order = [(first + i) % 60 for i in range(60)]
+    np.testing.assert_array_equal(ring[order, :UNITS], counts)
+    np.testing.assert_array_equal(ring[order, UNITS], unknown)
+    np.testing.assert_array_equal(ring[order, UNITS + 1], counts.sum(axis=1))
+    assert list(tally) == [before, after]
+
+
+def test_one_signature_whatever_the_buffer(tmp_path):
+    records = spikes(np.random.default_rng(0), 100, 0, 1000)
+    (tmp_path / "spikes").write_bytes(records.tobytes())
+    mapped = np.memmap(tmp_path / "spikes", SPIKE_DTYPE, mode="r")
+    shifted = np.frombuffer(b"x" + records.tobytes(), np.uint8)[1:].view(SPIKE_DTYPE)
+    buffers = [records, mapped, np.frombuffer(records.tobytes(), SPIKE_DTYPE), shifted]
+    results = []
+    for buffer in buffers:
+        ring = np.zeros((60, UNITS + 2), np.float32)
+        count_spikes(
+            as_pairs(buffer), np.arange(5, dtype=np.int32), ring, 0, 60, WIDTH, np.zeros(2, np.int64)
+        )
+        results.append(ring)
+    for ring in results[1:]:
+        np.testing.assert_array_equal(ring, results[0])
+    assert len(count_spikes.signatures) == 1

@@ -1,0 +1,57 @@
+"""The bundle: a damaged or foreign one is told by name."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from rt_neds.bundle import _sha256, build_model, load_spec
+from rt_neds.errors import BundleError
+
+
+@pytest.fixture
+def bundle(tiny, tmp_path):
+    return shutil.copytree(tiny[1] / "bundle", tmp_path / "bundle")
+
+
+def change(bundle, **fields):
+    path = bundle / "bundle.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_damage_is_told_in_one_line(bundle, tmp_path):
+    cases = [
+        (lambda: shutil.rmtree(bundle), "is not a bundle"),
+        (lambda: (bundle / "bundle.json").write_text("{"), "cannot be read"),
+        (lambda: (bundle / "bundle.json").write_text("[1]"), "cannot be read"),
+        (lambda: change(bundle, format=99), "format 99"),
+        (lambda: change(bundle, sha256="0" * 64), "missing or damaged"),
+        (lambda: (bundle / "model.safetensors").unlink(), "missing or damaged"),
+        (lambda: (bundle / "model.safetensors").write_bytes(b"x" * 100), "missing or damaged"),
+    ]
+    shutil.copytree(bundle, tmp_path / "whole")
+    for damage, words in cases:
+        damage()
+        with pytest.raises(BundleError, match=words) as caught:
+            load_spec(bundle)
+        assert "\n" not in str(caught.value)
+        shutil.rmtree(bundle, ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", bundle)
+
+
+def test_weights_of_another_shape_are_refused_by_name(bundle):
+    weights = load_file(bundle / "model.safetensors")
+    weights["sessions.0.spikes_out.linear.bias"] = weights["sessions.0.spikes_out.linear.bias"][:3]
+    save_file(weights, bundle / "model.safetensors")
+    change(bundle, sha256=_sha256(bundle / "model.safetensors"))
+    with pytest.raises(BundleError, match=r"sessions\.0\.spikes_out\.linear\.bias is \(3,\)"):
+        build_model(bundle, load_spec(bundle))
+
+
+def test_sessions_are_chosen_by_id(bundle):
+    spec = load_spec(bundle)
+    assert spec.session().id == "tiny"
+    assert spec.session("tiny").id == "tiny"
+    with pytest.raises(BundleError, match="session other with a bundle of tiny"):
+        spec.session("other")

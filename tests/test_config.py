@@ -1,0 +1,71 @@
+"""Configuration: strict, with the nearest right name for a wrong one."""
+
+from pathlib import Path
+
+import pytest
+
+from offline.config import TrainConfig
+from rt_neds.config import config_path, load_config
+from rt_neds.errors import ConfigError
+from rt_neds.serve import ServeConfig, source_endpoint
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+ENOUGH = '[behaviour.x]\nsource = "position.x"\n'
+
+
+def load(tmp_path, text, *overrides):
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    return load_config(path, TrainConfig, overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[trainning]\nsteps = 3", "unknown key trainning; did you mean training"),
+        ("[training]\nlearning_rat = 3", "training.learning_rat; did you mean training.learning_rate"),
+        ('[behaviour.x]\nsorce = "a"', "behaviour.x.sorce; did you mean behaviour.x.source"),
+        ("[training]\nsteps = 'many'", "Expected `int`"),
+        ("[training]\nsteps = 0", "steps"),
+        (ENOUGH + "[model]\ndim = 30\nheads = 4", "even multiple of heads"),
+        (ENOUGH + "[data]\nfractions = [0.5, 0.1, 0.1]", "sum to 1"),
+        (ENOUGH + "[masking]\nschemes = { decodng = 1.0 }", "no scheme decodng"),
+        ("[behaviour.x]\nkind = 'categorical'\nsource = 'trials.choice'", "classes"),
+        ("[training]\nsteps = 3", "behaviour"),
+        ("steps = = 3", "not valid TOML"),
+    ],
+)
+def test_wrong_configurations_are_told_in_one_line(tmp_path, text, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        load(tmp_path, text)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        load_config(tmp_path / "no.toml", TrainConfig)
+    with pytest.raises(ConfigError, match="folder"):
+        load_config(tmp_path, TrainConfig)
+
+
+def test_overrides(tmp_path):
+    config = load(tmp_path, ENOUGH, "training.steps=7", "data.split=blocked", "model.history=[2, 3]")
+    assert (config.training.steps, config.data.split) == (7, "blocked")
+    assert config.model.history == (2, 3)
+    with pytest.raises(ConfigError, match="did you mean training.steps"):
+        load(tmp_path, ENOUGH, "training.step=7")
+    with pytest.raises(ConfigError, match="expected section.key=value"):
+        load(tmp_path, ENOUGH, "training.steps")
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in CONFIGS.glob("*.toml")))
+def test_every_configuration_that_comes_with_us_is_complete(name):
+    kind = ServeConfig if name == "serve.toml" else TrainConfig
+    assert load_config(config_path(name), kind) is not None
+
+
+def test_sources():
+    assert source_endpoint("rtneds://host:5570") == "tcp://host:5570"
+    for wrong in ("host:5570", "http://host:5570", "rtneds://"):
+        with pytest.raises(ConfigError, match="expected rtneds://HOST:PORT"):
+            source_endpoint(wrong)

@@ -1,0 +1,232 @@
+"""The fused step: equal to the network it was made from, for ever, and without allocating."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from numba.core.runtime import _nrt_python, rtsys
+
+from rt_neds.model.neds import NEDS, SCHEMES, SPIKES, ModelConfig
+from rt_neds.model.readout import Behaviour
+from rt_neds.stream.fused import FusedStep, fused_step
+
+BEHAVIOURS = (
+    Behaviour(name="speed", kind="gaussian"),
+    Behaviour(name="choice", kind="categorical", classes=("left", "right", "none")),
+    Behaviour(name="licks", kind="poisson"),
+    Behaviour(name="position", kind="gaussian"),
+)
+NAMES = [b.name for b in BEHAVIOURS]
+SCHEME = torch.tensor([SCHEMES.index("decoding")])
+ATOL = 1e-5
+
+SIZES = [
+    # dim, heads, layers, context, history, widen, units
+    (32, 2, 3, 6, (1, 3), 2, 12),
+    (24, 3, 2, 33, (2,), 2, 7),  # heads and widths that fill no panel
+    (40, 1, 2, 31, (1, 5, 25), 3, 30),  # the ring and its sink fill one panel exactly
+    (6, 3, 1, 1, (4, 1), 1, 3),  # a bin that sees only itself; one layer is first and last
+    (128, 4, 2, 100, (1, 5, 25), 2, 50),
+]
+
+
+def random_model(size=SIZES[0], seed: int = 0) -> NEDS:
+    """Every parameter drawn, so that nothing is hidden behind a zero."""
+    dim, heads, layers, context, history, widen, units = size
+    torch.manual_seed(seed)
+    config = ModelConfig(
+        dim=dim, heads=heads, layers=layers, context=context, history=history, widen=widen
+    )
+    model = NEDS(config, BEHAVIOURS, {"other": 4, "a": units}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        for parts in model.sessions:
+            parts.spikes_in.mean_KN.uniform_(0, 1)
+            parts.spikes_in.sd_KN.uniform_(0.5, 2)
+    return model
+
+
+def random_stream(model: NEDS, bins: int, seed: int = 0, shown: float = 0.8):
+    rng = np.random.default_rng(seed)
+    units = model.sessions[model.session_ids.index("a")].units
+    counts_TN = rng.poisson(rng.uniform(0, 2, units), (bins, units)).astype(np.float32)
+    observed_T = rng.random(bins) < shown
+    return counts_TN, observed_T, rng.random(units) < 0.3
+
+
+def shown_to_torch(model: NEDS, counts_TN, observed_T):
+    """Counts, values and what is observed, as the reference takes them."""
+    observed_1TM = torch.zeros(1, len(counts_TN), len(model.modalities), dtype=torch.bool)
+    observed_1TM[0, :, 0] = torch.from_numpy(observed_T)
+    values_1TM = torch.zeros(observed_1TM.shape, dtype=model.hidden_D.dtype)
+    return torch.from_numpy(counts_TN)[None], values_1TM, observed_1TM
+
+
+def offline(model: NEDS, counts_TN, observed_T, wanted, missing_N=None):
+    missing = None if missing_N is None else torch.from_numpy(missing_N)[None, None]
+    shown = shown_to_torch(model, counts_TN, observed_T)
+    with torch.no_grad():
+        outputs = model("a", *shown, SCHEME, missing_BTN=missing, wanted=wanted)
+    return torch.cat([outputs[name][0] for name in wanted], dim=1).numpy()
+
+
+def streamed(step: FusedStep, counts_TN, observed_T):
+    return np.stack([step.step(c, o).copy() for c, o in zip(counts_TN, observed_T, strict=True)])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "wanted", [NAMES, ["licks"], ["position", "speed"], ["choice"] * 7], ids=len
+)
+@pytest.mark.parametrize("some_missing", [False, True])
+def test_equals_forward(size, wanted, some_missing):
+    model = random_model(size, seed=len(wanted))
+    counts_TN, observed_T, missing_N = random_stream(model, 120)
+    missing_N = missing_N if some_missing else None
+    step = FusedStep(model, "a", wanted, missing_N)
+    expected_TO = offline(model, counts_TN, observed_T, wanted, missing_N)
+    np.testing.assert_allclose(streamed(step, counts_TN, observed_T), expected_TO, atol=ATOL)
+
+
+@pytest.mark.parametrize("first_bin", [0, 7, 123_456_789])
+@pytest.mark.parametrize("shown", [0.0, 0.5, 1.0])
+def test_equals_step_by_step(first_bin, shown):
+    model = random_model()
+    counts_TN, observed_T, missing_N = random_stream(model, 60, shown=shown)
+    step = FusedStep(model, "a", NAMES, missing_N)
+    step.reset(first_bin)
+    state = model.start("a", first_bin=first_bin)
+    missing = torch.from_numpy(missing_N)[None, None]
+    counts, values, observed = shown_to_torch(model, counts_TN, observed_T)
+    for t in range(len(counts_TN)):
+        cut = slice(t, t + 1)
+        outputs = model.step(
+            "a", state, counts[:, cut], values[:, cut], observed[:, cut], SCHEME,
+            missing_BTN=missing, wanted=NAMES,
+        )  # fmt: skip
+        expected_O = torch.cat([outputs[name][0, 0] for name in NAMES]).numpy()
+        np.testing.assert_allclose(step.step(counts_TN[t], observed_T[t]), expected_O, atol=ATOL)
+
+
+def test_forgets_when_told():
+    model = random_model()
+    counts_TN, observed_T, _ = random_stream(model, 50)
+    step = FusedStep(model, "a", NAMES)
+    first_TO = streamed(step, counts_TN, observed_T)
+    step.reset()
+    np.testing.assert_array_equal(streamed(step, counts_TN, observed_T), first_TO)
+    step.reset(first_bin=987_654_321)  # only distances between bins matter
+    np.testing.assert_allclose(streamed(step, counts_TN, observed_T), first_TO, atol=ATOL)
+
+
+def test_two_steps_do_not_disturb_each_other():
+    one, two = random_model(seed=1), random_model(seed=2)
+    counts_TN, observed_T, _ = random_stream(one, 20)
+    alone_TO = streamed(FusedStep(one, "a", NAMES), counts_TN, observed_T)
+    a, b = FusedStep(one, "a", NAMES), FusedStep(two, "a", ["licks"])
+    for t in range(len(counts_TN)):
+        np.testing.assert_array_equal(a.step(counts_TN[t], observed_T[t]), alone_TO[t])
+        b.step(counts_TN[t], observed_T[t])
+
+
+def test_what_is_not_observed_is_not_read():
+    model = random_model()
+    counts_TN, observed_T, _ = random_stream(model, 40)
+    poked_TN = np.where(observed_T[:, None], counts_TN, np.float32(np.nan))
+    step = FusedStep(model, "a", NAMES)
+    expected_TO = streamed(step, counts_TN, observed_T)
+    step.reset()
+    np.testing.assert_array_equal(streamed(step, poked_TN, observed_T), expected_TO)
+
+
+def test_does_not_drift():
+    model = random_model()
+    counts_TN, observed_T, _ = random_stream(model, 20_000)
+    step = FusedStep(model, "a", NAMES)
+    tail = model.config.receptive_field + 50
+    got_TO = streamed(step, counts_TN, observed_T)[-50:]
+    expected_TO = offline(model, counts_TN[-tail:], observed_T[-tail:], NAMES)[-50:]
+    np.testing.assert_allclose(got_TO, expected_TO, atol=ATOL)
+
+
+def test_extreme_activations_stay_exact():
+    # Large weights drive the softmax to one key and the activation to both of its ends.
+    model = random_model()
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.attention.qkv.weight.mul_(8)
+            layer.widen.weight.mul_(8)
+    counts_TN, observed_T, _ = random_stream(model, 60)
+    expected_TO = offline(model.double(), counts_TN.astype(np.float64), observed_T, NAMES)
+    got_TO = streamed(FusedStep(model.float(), "a", NAMES), counts_TN, observed_T)
+    error = np.abs(got_TO - expected_TO).max()
+    reference = np.abs(offline(model, counts_TN, observed_T, NAMES) - expected_TO).max()
+    assert error < max(10 * reference, ATOL)
+
+
+def test_allocates_nothing():
+    model = random_model()
+    counts_TN, observed_T, _ = random_stream(model, 10)
+    step = FusedStep(model, "a", NAMES)
+    streamed(step, counts_TN, observed_T)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        for t in range(1000):
+            step.step(counts_TN[t % 10], True)
+        after, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 1024, "something is kept from each step"
+    assert peak - before < 4096, "an array is made in each step"
+
+
+def test_allocates_nothing_inside_the_kernel():
+    step = FusedStep(random_model(), "a", NAMES)
+    counts_N = np.ones(12, np.float32)
+    arrays = 1 + sum(isinstance(argument, np.ndarray) for argument in step._arguments)
+    _nrt_python.memsys_enable_stats()
+    try:
+        before = rtsys.get_allocation_stats()
+        for _ in range(100):
+            step.step(counts_N, True)
+        after = rtsys.get_allocation_stats()
+    finally:
+        _nrt_python.memsys_disable_stats()
+    # The call itself wraps each array it is given in a small header, and frees it.
+    assert after.alloc - before.alloc == after.free - before.free == 100 * arrays
+
+
+def test_is_compiled_once_whatever_it_is_given():
+    model = random_model()
+    step = FusedStep(model, "a", NAMES)
+    counts_N = random_stream(model, 1)[0][0]
+    expected_O = step.step(counts_N, True).copy()
+    read_only_N, strided_N = counts_N.copy(), np.repeat(counts_N, 2)[::2]
+    read_only_N.flags.writeable = False
+    for counts, yes in [
+        (read_only_N, np.True_),
+        (strided_N, 1),
+        (counts_N.astype(np.int64), True),
+    ]:
+        step.reset(np.int64(0))
+        np.testing.assert_array_equal(step.step(counts, yes), expected_O)
+    FusedStep(random_model(SIZES[3]), "a", ["choice"]).step(np.zeros(3, np.float32), True)
+    assert len(fused_step.signatures) == 1
+
+
+def test_refuses_what_it_cannot_be():
+    model = random_model()
+    for wanted in ([], [SPIKES], ["speed", SPIKES]):
+        with pytest.raises(ValueError, match="behaviour"):
+            FusedStep(model, "a", wanted)
+    with pytest.raises(ValueError):
+        FusedStep(model, "a", ["unheard of"])
+    with pytest.raises(ValueError, match="counts for 12 units"):
+        FusedStep(model, "a", NAMES).step(np.zeros(5, np.float32), True)
+    full = NEDS(ModelConfig(dim=16, heads=2, attention="full"), BEHAVIOURS, {"a": 5})
+    with pytest.raises(ValueError, match="causal"):
+        FusedStep(full, "a", NAMES)

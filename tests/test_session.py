@@ -1,0 +1,74 @@
+"""Sessions: what is read, and one line for each way in which a file can be wrong."""
+
+import h5py
+import numpy as np
+import pytest
+
+from rt_neds.errors import SessionError
+from rt_neds.session import load_session
+from tests.making import write_session
+
+
+def test_a_session_is_read_in_samples(tmp_path):
+    session = load_session(write_session(tmp_path / "s.h5"))
+    assert session.id == "tiny"
+    assert session.rate == 30_000
+    assert session.unit_ids == [f"tiny/{n}" for n in range(6)]
+    assert session.domain_K2.tolist() == [[0, 60 * 30_000]]
+    assert (np.diff(session.records_S["sample"]) >= 0).all()
+    assert session.behaviours() == ["wheel.wheel_speed"]
+    series = session.series("wheel.wheel_speed")
+    assert series.samples_L[:2].tolist() == [600, 1200]
+    assert session.column("units.region")[1] == "VISp"
+    assert session.intervals("trials")[0].tolist() == [30_000, 75_000]
+    assert session.has("trials.choice")
+    assert not session.has("trials.chioce")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: None, "no such session file"),
+        (lambda p: p.mkdir(), "not an HDF5 file"),
+        (lambda p: p.write_text("hello"), "not an HDF5 file"),
+        (lambda p: h5py.File(p, "w").close(), "no spikes|not a brainsets"),
+        (lambda p: write_session(p, leave_out=("spikes",)), "no spikes"),
+        (lambda p: write_session(p, leave_out=("units",)), "no units"),
+        (lambda p: write_session(p, domain=[(70.0, 80.0)]), "no spikes in it"),
+        (lambda p: write_session(p).write_bytes(write_session(p).read_bytes()[:3000]), "HDF5"),
+    ],
+)
+def test_a_wrong_file_is_told_in_one_line(tmp_path, make, words):
+    path = tmp_path / "s.h5"
+    make(path)
+    with pytest.raises(SessionError, match=words) as caught:
+        load_session(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_wrong_name_gets_the_nearest_right_one(tmp_path):
+    session = load_session(write_session(tmp_path / "s.h5"))
+    with pytest.raises(SessionError, match="did you mean wheel_speed"):
+        session.column("wheel.whel_speed")
+    with pytest.raises(SessionError, match="did you mean wheel"):
+        session.series("weel.wheel_speed")
+    with pytest.raises(SessionError, match="not a time series"):
+        session.series("trials.choice")
+
+
+def test_spikes_of_unlisted_units_are_refused(tmp_path):
+    path = write_session(tmp_path / "s.h5")
+    with h5py.File(path, "a") as file:
+        file["spikes/unit_index"][0] = 99
+    with pytest.raises(SessionError, match="unit 99 but 6 units"):
+        load_session(path)
+
+
+def test_real_sessions_are_read(data_dir):
+    rat = load_session(data_dir / "rat_w_maze.h5")
+    assert (len(rat.unit_ids), len(rat.records_S)) == (25, 518_352)
+    probe = load_session(data_dir / "ibl_probe_30_trials.h5")
+    assert (len(probe.unit_ids), len(probe.domain_K2)) == (262, 3)
+    mouse = load_session(data_dir / "steinmetz" / "session01.h5")
+    assert (len(mouse.unit_ids), len(mouse.domain_K2)) == (734, 214)

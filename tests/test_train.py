@@ -1,0 +1,143 @@
+"""Training: deterministic, resumable to the same losses, honest about what it may see."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from offline.train import build, draw_batch, learning_rate, prepare, train
+from rt_neds.bundle import build_model, load_spec
+from rt_neds.errors import BundleError, ConfigError, DeviceError, SessionError
+from tests.making import tiny_config, write_session
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line["loss"]["total"] for line in lines if "loss" in line]
+
+
+def test_a_run_leaves_a_bundle_that_loads(tiny):
+    _, run, summary = tiny
+    spec = load_spec(run / "bundle")
+    model = build_model(run / "bundle", spec)
+    assert summary["steps"] == 12
+    assert sum(p.numel() for p in model.parameters()) == summary["parameters"]
+    assert [b.name for b in spec.behaviours] == ["speed", "choice"]
+    assert spec.session().units == [f"tiny/{n}" for n in range(6)]
+    assert spec.training["config"]["model"]["dim"] == 16
+
+
+def test_the_same_seed_gives_the_same_losses_and_weights(tiny, tmp_path):
+    session, run, _ = tiny
+    train(tiny_config(), [str(session)], tmp_path)
+    assert losses(tmp_path) == losses(run)
+    assert load_spec(tmp_path / "bundle").sha256 == load_spec(run / "bundle").sha256
+    train(tiny_config(training={"seed": 1}), [str(session)], tmp_path / "other")
+    assert losses(tmp_path / "other") != losses(run)
+
+
+def test_resume_equals_not_having_stopped(tiny, tmp_path, monkeypatch):
+    session, run, _ = tiny
+    import offline.train as module
+
+    real = module.train_step
+    steps = []
+
+    def stops_at_eight(*args):
+        if len(steps) == 8:
+            raise KeyboardInterrupt
+        steps.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(module, "train_step", stops_at_eight)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(), [str(session)], tmp_path)
+    monkeypatch.setattr(module, "train_step", real)
+    train(tiny_config(), [str(session)], tmp_path, resume=True)
+    # The checkpoint was at step 6; steps 7 and 8 stand twice in the log.
+    assert losses(tmp_path)[8:] == losses(run)[6:]
+    assert load_spec(tmp_path / "bundle").sha256 == load_spec(run / "bundle").sha256
+
+
+def test_resume_refuses_another_configuration_and_an_empty_folder(tiny, tmp_path):
+    session, run, _ = tiny
+    with pytest.raises(ConfigError, match="another configuration"):
+        train(tiny_config(training={"batch": 3}), [str(session)], run, resume=True)
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        train(tiny_config(), [str(session)], tmp_path, resume=True)
+
+
+def test_nothing_of_validation_or_test_is_asked_for_or_shown_as_behaviour(tmp_path):
+    config = tiny_config(masking={"schemes": {"encoding": 1.0, "decoding": 1.0}})
+    subject = prepare(write_session(tmp_path / "s.h5"), config)
+    binned = subject.binned
+    held_out = ~binned.of_split("train")
+    binned.values_TM[held_out, 1] = 1e6  # would show at once
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        batch = draw_batch([subject], config, rng, torch.device("cpu"))
+        used = batch.asked_BTM[:, :, 1] | batch.observed_BTM[:, :, 1]
+        assert batch.targets_BTM[:, :, 1][used].max() < 1e5
+        assert batch.asked_BTM[:, :, 1].any()
+
+
+def test_learning_does_happen(tmp_path):
+    session = write_session(tmp_path / "s.h5", seconds=200, units=12)
+    config = tiny_config(
+        masking={"schemes": {"decoding": 1.0}},
+        training={"steps": 150, "batch": 8, "validate_every": 50, "learning_rate": 5e-3},
+    )
+    summary = train(config, [str(session)], tmp_path / "run")
+    assert summary["val"]["tiny"]["speed"] > 0.3
+    first, last = np.mean(losses(tmp_path / "run")[:10]), np.mean(losses(tmp_path / "run")[-10:])
+    assert last < first - 0.2
+
+
+def test_two_sessions_of_equal_unit_counts_train_together(tmp_path):
+    paths = [
+        str(write_session(tmp_path / f"{name}.h5", session_id=name, seed=seed))
+        for seed, name in enumerate(("a", "b"))
+    ]
+    train(tiny_config(), paths, tmp_path / "run")
+    spec = load_spec(tmp_path / "run" / "bundle")
+    assert [s.id for s in spec.sessions] == ["a", "b"]
+    model = build_model(tmp_path / "run" / "bundle", spec)
+    a, b = (parts.spikes_in.linear.weight for parts in model.sessions)
+    assert not torch.equal(a, b)
+    with pytest.raises(BundleError, match="none named"):
+        spec.session()
+    with pytest.raises(ConfigError, match="given twice"):
+        train(tiny_config(), [paths[0], paths[0]], tmp_path / "run2")
+
+
+def test_what_cannot_be_trained_is_told(tmp_path):
+    session = write_session(tmp_path / "s.h5", leave_out=("wheel",))
+    with pytest.raises(SessionError, match=r"no wheel\.wheel_speed"):
+        train(tiny_config(), [str(session)], tmp_path / "run")
+    if not torch.cuda.is_available():
+        whole = write_session(tmp_path / "w.h5")
+        with pytest.raises(DeviceError, match="no GPU"):
+            train(tiny_config(training={"device": "cuda"}), [str(whole)], tmp_path / "run")
+
+
+def test_learning_rate_is_one_cycle():
+    settings = tiny_config(training={"steps": 100, "learning_rate": 1.0, "warmup": 0.2}).training
+    rates = [learning_rate(step, settings) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[20] == pytest.approx(1.0)
+    assert rates[-1] < 0.01
+    assert all(a <= b for a, b in zip(rates[:20], rates[1:21], strict=True))
+    assert all(a >= b for a, b in zip(rates[20:], rates[21:], strict=False))
+
+
+def test_read_in_starts_standardised(tmp_path):
+    config = tiny_config()
+    subject = prepare(write_session(tmp_path / "s.h5", seconds=200), config)
+    parts = build(config, [subject]).sessions[0]
+    counts = torch.from_numpy(subject.binned.counts_TN(0, 5000))[None]
+    from rt_neds.model.readin import boxcar_sums
+
+    z = (boxcar_sums(counts, (1, 4)).sqrt() - parts.spikes_in.mean_KN) / parts.spikes_in.sd_KN
+    assert z.mean(dim=(0, 1)).abs().max() < 0.2
+    assert z.std(dim=(0, 1)).max() < 1.3

@@ -1,0 +1,112 @@
+"""Sessions on the grid of bins: nothing known early, nothing split twice, nothing outside the domain."""
+
+import numpy as np
+import pytest
+
+from offline.config import BehaviourConfig, DataConfig
+from offline.windows import bin_session
+from rt_neds.errors import SessionError
+from rt_neds.session import load_session
+from tests.making import TINY, tiny_config, write_session
+
+WIDTH = 600
+
+
+def binned(path, **data):
+    config = tiny_config(data=data)
+    return bin_session(load_session(path), config.data, config.behaviour)
+
+
+def test_a_value_is_the_last_sample_at_or_before_the_right_edge(tmp_path):
+    b = binned(write_session(tmp_path / "s.h5"))
+    series = b.session.series("wheel.wheel_speed")
+    for t in (0, 1, 17, 2998):
+        edge = (t + 1) * WIDTH
+        assert b.values_TM[t, 1] == pytest.approx(series.values_L[series.samples_L <= edge][-1])
+
+
+def test_a_trial_value_is_shown_only_once_it_is_known(tmp_path):
+    b = binned(write_session(tmp_path / "s.h5"))
+    feedback = b.session.samples(b.session.column("trials.feedback_time"))
+    stimulus = b.session.samples(b.session.column("trials.stim_on_time"))
+    shown, scored = b.shown_TM[:, 2], b.scored_TM[:, 2]
+    for t in np.flatnonzero(shown):
+        assert ((feedback < (t + 1) * WIDTH) & (feedback + 30_000 > t * WIDTH)).any()
+    for trial, (low, high) in enumerate(zip(stimulus, feedback, strict=True)):
+        inside = slice(low // WIDTH, high // WIDTH)
+        assert scored[inside].all()
+        assert not shown[inside].any()
+        assert (b.trial_T[inside] == trial).all()
+
+
+def test_splits_are_contiguous_apart_and_disjoint(tmp_path):
+    b = binned(write_session(tmp_path / "s.h5"), gap_s=1.0, fractions=[0.5, 0.2, 0.3])
+    (train,), (val,), (test,) = (b.spans(name) for name in ("train", "val", "test"))
+    assert train[0] == 0
+    assert val[0] - train[1] >= 50
+    assert test[0] - val[1] >= 50
+    assert test[1] == b.bins
+    assert train[1] == 1500
+
+
+def test_time_is_cut_by_what_was_recorded(tmp_path):
+    path = write_session(tmp_path / "s.h5", domain=[(0.0, 20.0), (40.0, 60.0)])
+    b = binned(path, gap_s=0.0, fractions=[0.5, 0.25, 0.25])
+    assert b.spans("train") == [(0, 1000)]
+    assert b.spans("val") == [(2000, 2500)]
+    assert not b.shown_TM[1000:2000, 0].any()
+    assert b.counts_TN(990, 2010)[10:1010].sum() == 0
+
+
+def test_folds_over_trials_cover_every_trial_once(tmp_path):
+    path = write_session(tmp_path / "s.h5")
+    tested = np.zeros(3000, int)
+    for fold in range(5):
+        b = binned(path, split="trials", folds=5, fold=fold)
+        tested += b.of_split("test")
+        assert not (b.of_split("test") & b.of_split("train")).any()
+        assert b.of_split("val").any()
+    assert tested.max() == 1
+    scored = b.scored_TM[:, 2]
+    assert tested[scored].min() == 1
+
+
+def test_counts_beyond_the_session_are_empty(tmp_path):
+    b = binned(write_session(tmp_path / "s.h5"))
+    whole = b.counts_TN(0, b.bins)
+    assert whole.sum() == len(b.session.records_S)
+    around = b.counts_TN(-7, b.bins + 9)
+    np.testing.assert_array_equal(around[7:-9], whole)
+    assert around[:7].sum() == around[-9:].sum() == 0
+    np.testing.assert_array_equal(b.counts_TN(100, 140), whole[100:140])
+
+
+def test_missing_behaviours_and_splits(tmp_path):
+    session = load_session(write_session(tmp_path / "s.h5", leave_out=("wheel",)))
+    config = tiny_config()
+    with pytest.raises(SessionError, match=r"no wheel\.wheel_speed"):
+        bin_session(session, config.data, config.behaviour)
+    assert bin_session(session, config.data, config.behaviour, require=False).present == ("choice",)
+    only = {"speed": BehaviourConfig(source="wheel.wheel_speed")}
+    with pytest.raises(SessionError, match="has none of speed"):
+        bin_session(session, config.data, only, require=False)
+    with pytest.raises(SessionError, match="no blocked_train_domain"):
+        bin_session(session, DataConfig(split="blocked"), config.behaviour, require=False)
+
+
+def test_the_rat_is_scored_only_where_it_is_tracked(data_dir):
+    session = load_session(data_dir / "rat_w_maze.h5")
+    config = {
+        "x": BehaviourConfig(source="position.x"),
+        "speed": BehaviourConfig(source=["position.x", "position.y"], transform="speed"),
+    }
+    b = bin_session(session, DataConfig(split="blocked"), config)
+    tracked = b.scored_TM[:, 1]
+    assert tracked.sum() == pytest.approx(2290 * 50, rel=0.01)
+    seconds = {name: b.of_split(name).sum() / 50 for name in ("train", "val", "test")}
+    assert seconds == pytest.approx({"train": 790 * 2, "val": 99 * 2, "test": 210 * 2}, rel=0.01)
+    assert 0 < b.values_TM[tracked, 2].mean() < 200
+
+
+def test_tiny_is_what_the_tests_think():
+    assert list(TINY["behaviour"]) == ["speed", "choice"]
