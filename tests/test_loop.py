@@ -1,0 +1,217 @@
+"""The loop in one process: a list for a source, a list for a sink, and every flag where it belongs."""
+
+import numpy as np
+import pytest
+
+from rt_neds.bundle import build_model, load_spec
+from rt_neds.clock import ClockFit, samples_per_bin
+from rt_neds.errors import ConfigError, StreamError
+from rt_neds.frames import SPIKE_DTYPE, Flag, SpikeBatch
+from rt_neds.replay import batches
+from rt_neds.serve import ServeConfig, assemble, unit_map
+from rt_neds.session import load_session
+from rt_neds.stream.receiver import Announcement
+
+RATE, WIDTH, CONTEXT = 30_000.0, 600, 10
+MS = 1_000_000
+
+
+class ListSource:
+    """A source that reads from a list; times are those of a perfect host."""
+
+    def __init__(self, items, announced=None):
+        self.items, self.announced, self.counters = list(items), announced, {}
+
+    def read(self, timeout_ms):
+        return self.items.pop(0) if self.items else None
+
+
+class ListSink:
+    def __init__(self):
+        self.frames, self.notes = [], []
+
+    def write(self, frame):
+        frame.values_V = frame.values_V.copy()
+        self.frames.append(frame)
+
+    def note(self, kind, fields):
+        self.notes.append((kind, fields))
+
+
+def silence(first_bin, bins, epoch=1, seq=0, at_ns=None, lost=0, unit=0):
+    """Batches of one bin each with one spike each, received 1 ms after they end."""
+    out = []
+    for k in range(bins):
+        first = (first_bin + k) * WIDTH
+        records = np.zeros(1, SPIKE_DTYPE)
+        records["sample"], records["unit"] = first + 3, unit
+        received = round((first + WIDTH) / RATE * 1e9) + MS if at_ns is None else at_ns(k)
+        out.append(SpikeBatch(epoch, seq + k, first, first + WIDTH, RATE, received - MS, received,
+                              records, lost if k == 0 else 0))  # fmt: skip
+    return out
+
+
+@pytest.fixture
+def run(tiny):
+    spec = load_spec(tiny[1] / "bundle")
+    model = build_model(tiny[1] / "bundle", spec)
+
+    def run(items, announced=None, **options):
+        source, sink = ListSource(items, announced), ListSink()
+        config = ServeConfig(probe="p", bundle="b", **options)
+        loop = assemble(config, spec, model, source, sink, announced)
+        loop.run(lambda: not source.items)
+        return sink, loop
+
+    return run
+
+
+def flags(sink):
+    return [frame.flags for frame in sink.frames]
+
+
+def test_a_clean_stream_warms_up_and_is_then_to_be_acted_on(run):
+    sink, _ = run(silence(0, 30))
+    assert [f.bin for f in sink.frames] == list(range(30))
+    assert flags(sink) == [Flag.WARMING] * (CONTEXT - 1) + [0] * (30 - CONTEXT + 1)
+    assert all(f.spikes == 1 for f in sink.frames)
+    stamps = sink.frames[0].stamps
+    assert list(stamps) == ["sent", "received", "binned", "decoded", "published"]
+    assert stamps["binned"] <= stamps["decoded"] <= stamps["published"]
+    assert {kind for kind, _ in sink.notes} == {"schema", "status"}
+
+
+def test_a_hole_stays_flagged_while_it_is_in_the_context(run):
+    sink, _ = run([*silence(0, 20), *silence(22, 20, seq=20, lost=2)])
+    assert [f.bin for f in sink.frames] == list(range(42))
+    gap = [f.bin for f in sink.frames if f.flags & Flag.GAP]
+    assert gap == list(range(20, 22 + CONTEXT - 1))
+    assert sum(f.lost for f in sink.frames) == 2
+
+
+def test_a_hole_longer_than_the_context_restarts(run):
+    sink, loop = run([*silence(0, 20), *silence(100, 20, seq=20)])
+    assert [f.bin for f in sink.frames] == [*range(20), *range(100, 120)]
+    again = sink.frames[20:]
+    assert [bool(f.flags & Flag.RESTARTED) for f in again] == [True] * 9 + [False] * 11
+    assert loop.status(0)["bin_counters"]["bins_skipped"] == 80
+
+
+def test_a_new_epoch_restarts_bins_and_decoder(run):
+    sink, _ = run([*silence(0, 15), *silence(0, 15, epoch=2)])
+    first, second = sink.frames[:15], sink.frames[15:]
+    assert [(f.epoch, f.bin) for f in second] == [(2, k) for k in range(15)]
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a.values_V, b.values_V)
+    assert all(f.flags & Flag.RESTARTED for f in second[:9])
+    assert not any(f.flags & Flag.RESTARTED for f in first)
+
+
+def test_unknown_and_missing_units(run):
+    sink, _ = run([*silence(0, 12), *silence(12, 1, seq=12, unit=77), *silence(13, 3, seq=13)])
+    assert [f.bin for f in sink.frames if f.flags & Flag.UNKNOWN_UNITS] == [12]
+    assert sink.frames[12].unknown == 1
+    known = Announcement("tiny", RATE, tuple(f"tiny/{n}" for n in (5, 3, 1)))
+    sink, _ = run(silence(0, 12), announced=known)
+    assert all(f.flags & Flag.MISSING_UNITS for f in sink.frames)
+    whole = Announcement("tiny", RATE, tuple(f"tiny/{n}" for n in range(6)))
+    sink, _ = run(silence(0, 12), announced=whole)
+    assert not any(f.flags & Flag.MISSING_UNITS for f in sink.frames)
+
+
+def test_units_are_matched_by_id_not_by_number(run):
+    order = (4, 0, 5, 1, 3, 2)
+    shuffled = Announcement("tiny", RATE, tuple(f"tiny/{n}" for n in order))
+    straight, _ = run(silence(0, 12, unit=4))
+    crossed, _ = run(silence(0, 12, unit=0), announced=shuffled)
+    for a, b in zip(straight.frames, crossed.frames, strict=True):
+        np.testing.assert_array_equal(a.values_V, b.values_V)
+
+
+def test_units_of_another_session_are_refused():
+    with pytest.raises(StreamError, match="none in common"):
+        unit_map(("x/0", "x/1"), ["tiny/0", "tiny/1"])
+    assert unit_map(("tiny/1", "x"), ["tiny/0", "tiny/1"]).tolist() == [1, -1]
+    assert unit_map(None, ["a", "b"]).tolist() == [0, 1]
+
+
+def test_a_source_that_fell_silent_is_stale(run):
+    late = silence(15, 5, seq=15, at_ns=lambda k: 20_000 * MS + k * 20 * MS)
+    sink, loop = run([*silence(0, 15), *late])
+    assert [f.bin for f in sink.frames if f.flags & Flag.STALE] == [15]
+    assert loop.status(0)["frame_counters"]["stale"] == 1
+
+
+def test_a_source_that_changes_units_ends_the_run(tiny):
+    spec = load_spec(tiny[1] / "bundle")
+    model = build_model(tiny[1] / "bundle", spec)
+    whole = Announcement("tiny", RATE, tuple(f"tiny/{n}" for n in range(6)))
+    source = ListSource(silence(0, 5), whole)
+    loop = assemble(ServeConfig(probe="p", bundle="b"), spec, model, source, ListSink(), whole)
+    source.announced = Announcement("tiny", RATE, ("tiny/0",))
+    assert loop.run(lambda: False) == "source changed"
+
+
+@pytest.mark.parametrize("batch_ms", [1.0, 7.3, 500.0])
+def test_the_loop_decodes_the_same_however_the_session_is_cut(run, tiny, batch_ms):
+    session = load_session(tiny[0])
+    frames = {}
+    for ms in (20.0, batch_ms):
+        sink, _ = run(list(batches(session, ms, epoch=1, end=8 * 30_000)))
+        frames[ms] = sink.frames
+    assert len(frames[20.0]) == 400
+    for a, b in zip(frames[20.0], frames[batch_ms], strict=True):
+        assert a.bin == b.bin
+        np.testing.assert_array_equal(a.values_V, b.values_V)
+
+
+# -- clocks --------------------------------------------------------------------------------------
+
+
+def feed(fit, seconds, rate=RATE, start=0.0, delay=lambda rng: 0.0, shift_s=0.0, seed=0):
+    rng = np.random.default_rng(seed)
+    slips = 0
+    for k in range(int(seconds * 100)):
+        t = start + k / 100
+        slips += fit.observe(round((t - shift_s) * rate), round((t + delay(rng)) * 1e9))
+    return slips
+
+
+def test_the_fit_ignores_delays_which_only_ever_come_late():
+    fit = ClockFit(RATE)
+    feed(fit, 30, delay=lambda rng: rng.exponential(0.004) + (0.5 if rng.random() < 0.01 else 0))
+    assert fit.realtime
+    error_ms = (fit.host_ns(round(29 * RATE), round(29e9)) - 29e9) / 1e6
+    assert 0 <= error_ms < 1
+
+
+def test_a_rate_that_is_off_by_fifty_ppm_is_followed_and_is_no_slip():
+    fit = ClockFit(RATE)
+    assert feed(fit, 300, rate=RATE * (1 + 50e-6)) == 0
+    error_ms = (fit.host_ns(round(299 * RATE * (1 + 50e-6)), round(299e9)) - 299e9) / 1e6
+    assert abs(error_ms) < 1
+
+
+def test_a_slip_is_seen_once_and_a_stall_is_not_one():
+    fit = ClockFit(RATE)
+    assert feed(fit, 30) == 0
+    assert feed(fit, 30, start=30, shift_s=0.05) == 1  # samples went missing without a word
+    assert fit.slips == 1
+    stalled = ClockFit(RATE)
+    assert feed(stalled, 30) == 0
+    assert feed(stalled, 1.5, start=30, delay=lambda rng: 0.3) == 0
+    assert feed(stalled, 30, start=31.5) == 0
+
+
+def test_a_replay_at_another_speed_is_not_late_but_not_real_time():
+    fit = ClockFit(RATE)
+    feed(fit, 30, rate=RATE * 20)
+    assert not fit.realtime
+    assert fit.slips == 0
+
+
+def test_bins_of_no_samples_are_refused():
+    assert samples_per_bin(20.0, 30_000) == 600
+    assert samples_per_bin(20.0, 29_999.7) == 600
+    with pytest.raises(ConfigError, match="at least one"):
+        samples_per_bin(0.001, 30_000)
