@@ -27,6 +27,9 @@ ALPHAS = tuple(float(alpha) for alpha in np.logspace(-4, 4, 17))
 INVERSE_PENALTIES = tuple(float(c) for c in np.logspace(-6, 0, 7))
 """Values of C tried for the logistic regression, times 1000 over the training bins."""
 
+LEAST_SD = 0.2
+"""Floor of the sd a feature is divided by, as in the network: a near-silent unit is no hammer."""
+
 BLOCK = 2000
 """Bins whose features are held at once: 77 MB for 1600 units."""
 
@@ -196,7 +199,7 @@ def _blocks(
 
 @dataclass
 class _Scaler:
-    """Standardisation by the training bins; a feature that never moved is left at zero."""
+    """Standardisation by the training bins, with a floor."""
 
     mean_F: NDArray[np.float32]
     sd_F: NDArray[np.float32]
@@ -212,8 +215,7 @@ class _Scaler:
             squares_F += np.square(x_TF, dtype=np.float64).sum(axis=0)
         mean_F = total_F / len(bins)
         sd_F = np.sqrt(np.maximum(squares_F / len(bins) - mean_F**2, 0.0))
-        sd_F[sd_F < 1e-4] = np.inf
-        return cls(mean_F.astype(np.float32), sd_F.astype(np.float32))
+        return cls(mean_F.astype(np.float32), np.maximum(sd_F, LEAST_SD).astype(np.float32))
 
     def __call__(self, x_TF: NDArray[np.float32]) -> NDArray[np.float32]:
         return (x_TF - self.mean_F) / self.sd_F

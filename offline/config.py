@@ -1,4 +1,4 @@
-"""What a training TOML may say. Each struct stands beside what it configures in meaning, not in code."""
+"""What a training TOML may say."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True):
         Length of a training window; longer than the context, so that the banded mask is trained.
     split : str
         ``time``: three contiguous pieces; ``trials``: contiguous folds over trial order; any other
-        name ``X``: the intervals ``X_train_domain``, ``X_val_domain``, ``X_test_domain`` of the file.
+        name ``X``: the intervals ``X_{train,val,test}_domain`` of the file.
     fractions : (float, float, float)
         For ``time``: shares of train, validation and test.
     gap_s : float

@@ -14,7 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 from offline.config import DataConfig, TrainConfig
-from offline.metrics import bits_per_spike, categorical_scores, gaussian_scores, mean_profile, poisson_d2
+from offline.metrics import (
+    bits_per_spike,
+    categorical_scores,
+    gaussian_scores,
+    mean_profile,
+    poisson_d2,
+)
 from offline.predict import decode_spans, encode_spans
 from offline.windows import BinnedSession, Split, bin_session
 from rt_neds.bundle import BundleSession, BundleSpec, build_model, load_spec
@@ -140,9 +146,7 @@ def stream_spans(
         values_TV = np.full((stop - first, len(decoder.values_V)), np.nan, np.float32)
         binner = Binner(rows_U, units, binned.width, spec.model.context)
         start = max(0, first - spec.model.receptive_field) * binned.width
-        plan = batches(
-            binned.session, BATCH_MS, epoch=epoch, first=start, end=stop * binned.width
-        )
+        plan = batches(binned.session, BATCH_MS, epoch=epoch, first=start, end=stop * binned.width)
         for batch in plan:
             for frame in binner.frames(batch):
                 value_V = decoder.decode(frame)
@@ -151,7 +155,10 @@ def stream_spans(
         values.append(values_TV)
         published.append(np.isfinite(values_TV[:, 0]))
     all_TV = np.concatenate(values)
-    cut = {o["name"]: slice(o["offset"], o["offset"] + o["size"]) for o in schema_outputs(spec, of_bundle)}
+    cut = {
+        o["name"]: slice(o["offset"], o["offset"] + o["size"])
+        for o in schema_outputs(spec, of_bundle)
+    }
     return {name: all_TV[:, at] for name, at in cut.items()}, np.concatenate(published)
 
 
@@ -166,7 +173,9 @@ def offline_values(
     """The same from the offline forward pass."""
     raws = decode_spans(model, binned, spans, wanted=[b.name for b in behaviours], window=window)
     return {
-        b.name: to_values_TV(torch.from_numpy(raws[b.name]), b, *of_bundle.normalise[b.name]).numpy()
+        b.name: to_values_TV(
+            torch.from_numpy(raws[b.name]), b, *of_bundle.normalise[b.name]
+        ).numpy()
         for b in behaviours
     }
 
@@ -293,9 +302,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
-    result = evaluate(
-        args.bundle, args.session, split=args.split, baselines=not args.no_baselines
-    )
+    result = evaluate(args.bundle, args.session, split=args.split, baselines=not args.no_baselines)
     if not args.quiet:
         show(result)
     return result
@@ -320,7 +327,9 @@ def show(result: dict[str, Any]) -> None:
     console.print(table)
     console.print(f"stream against offline: {result['stream_vs_offline_max_abs']:.1e} at most")
     if result["encoding"]["bits_per_spike"]:
-        console.print(f"encoding: {result['encoding']['bits_per_spike']['mean50']:.3f} bits per spike")
+        console.print(
+            f"encoding: {result['encoding']['bits_per_spike']['mean50']:.3f} bits per spike"
+        )
 
 
 def _headline(scores: dict[str, Any]) -> tuple[str, str]:

@@ -22,7 +22,7 @@ def r2(true_S: NDArray, predicted_S: NDArray) -> float:
 def mean_profile(
     train_S: NDArray, train_phase_S: NDArray, test_phase_S: NDArray
 ) -> NDArray[np.float64]:
-    """The trial-mean profile of the training trials, read at the phase (bin in trial) of each test bin.
+    """Trial-mean profile of the training trials, read at the phase (bin in trial) of test bins.
 
     Where a phase never occurred in training, or there are no trials (phase -1), it is the mean.
     """

@@ -222,7 +222,8 @@ def build(config: TrainConfig, subjects: list[Subject]) -> NEDS:
     units = {s.id: len(s.binned.session.unit_ids) for s in subjects}
     model = NEDS(config.model, behaviours_of(config.behaviour), units)
     rng = np.random.default_rng(0)
-    for subject, parts in zip(subjects, model.sessions, strict=True):
+    for subject in subjects:
+        parts = model.parts(subject.id)
         counts_TN, sums_TKN = _statistics_sample(subject.binned, config, rng)
         root_TKN = np.sqrt(sums_TKN)
         # A near-silent unit must not become a hammer when it speaks: its sd has a floor.
@@ -273,7 +274,7 @@ def draw_batch(
 ) -> Batch:
     """Windows of one session, and what is hidden in them.
 
-    Sessions are drawn by the square root of their length, so that long ones do not drown short ones.
+    Sessions are drawn by the square root of their length: long ones must not drown short ones.
     A window covers a random training bin at a random place. Spikes are shown wherever recorded;
     behaviours only inside the training split, and nothing outside it is ever asked for.
     """

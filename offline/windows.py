@@ -36,8 +36,8 @@ class BinnedSession:
     values_TM : ndarray of float32
         Behaviours in physical units, or class numbers; column 0 (spikes) is zero.
     shown_TM : ndarray of bool
-        Where a modality may be shown: spikes where the whole bin was recorded, a trial variable only
-        once an observer could know it.
+        Where a modality may be shown: spikes where the whole bin was recorded, a trial variable
+        only once an observer could know it.
     scored_TM : ndarray of bool
         Where it may be asked for.
     split_T : ndarray of int8
@@ -276,21 +276,14 @@ def _time_split(session: Session, data: DataConfig) -> list[NDArray[np.int64]]:
 
 
 def _trial_folds(session: Session, data: DataConfig) -> list[NDArray[np.int64]]:
+    """Contiguous folds of trials; what lies between two folds belongs to neither."""
     trials_K2 = session.intervals("trials")
-    folds = np.array_split(np.arange(len(trials_K2)), data.folds)
-    gap = round(data.gap_s * session.rate)
-    spans = []
-    for fold in folds:
-        if len(fold) == 0:
-            raise SessionError(
-                f"{session.path}: {len(trials_K2)} trials cannot make {data.folds} folds; lower folds"
-            )
-        first, last = trials_K2[fold[0], 0], trials_K2[fold[-1], 1]
-        spans.append((first, last))
-    code_of = {data.fold: 2, (data.fold + 1) % data.folds: 1}
+    if len(trials_K2) < data.folds:
+        raise SessionError(
+            f"{session.path}: {len(trials_K2)} trials cannot make {data.folds} folds; lower folds"
+        )
     pieces: list[list[tuple[int, int]]] = [[], [], []]
-    for index, span in enumerate(spans):
-        pieces[code_of.get(index, 0)].append(span)
-    if any(b[0] - a[1] < min(gap, 1) for a, b in zip(spans, spans[1:], strict=False)):
-        raise SessionError(f"{session.path}: trials overlap; folds over trials need gaps between")
+    code_of = {data.fold: 2, (data.fold + 1) % data.folds: 1}
+    for index, fold in enumerate(np.array_split(trials_K2, data.folds)):
+        pieces[code_of.get(index, 0)].append((fold[0, 0], fold[-1, 1]))
     return [np.array(piece, dtype=np.int64).reshape(-1, 2) for piece in pieces]

@@ -1,10 +1,8 @@
-"""``rt-neds bench``: what this machine manages. ``latency`` end to end, ``step`` the network alone."""
+"""``rt-neds bench``: what this machine manages; ``latency`` end to end, ``step`` the network."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -14,34 +12,16 @@ from typing import Any
 import numpy as np
 
 from rt_neds.errors import ConfigError
-from rt_neds.frames import DecodedFrame
-from rt_neds.latency import Latency
+from rt_neds.latency import Tally
+from rt_neds.result import machine
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "small": {"dim": 128, "layers": 4, "heads": 4},
     "base": {"dim": 256, "layers": 5, "heads": 8},
     "large": {"dim": 256, "layers": 22, "heads": 8},
 }
 BLOCK_S = 10.0
 SESSION_ID = "bench"
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    return {
-        "cpu": name,
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-    }
 
 
 # -- what is measured ----------------------------------------------------------------------------
@@ -72,7 +52,9 @@ def random_bundle(
     return folder
 
 
-def poisson_session(path: Path, session_id: str, units: list[str], rate: float, seconds: float) -> Path:
+def poisson_session(
+    path: Path, session_id: str, units: list[str], rate: float, seconds: float
+) -> Path:
     """A session file of Poisson spikes, ``rate`` per second in all."""
     from temporaldata import ArrayDict, Data, Interval, IrregularTimeSeries
 
@@ -85,7 +67,10 @@ def poisson_session(path: Path, session_id: str, units: list[str], rate: float, 
         domain=domain,
     )
     data = Data(
-        session=Data(id=session_id), units=ArrayDict(id=np.array(units)), spikes=spikes, domain=domain
+        session=Data(id=session_id),
+        units=ArrayDict(id=np.array(units)),
+        spikes=spikes,
+        domain=domain,
     )
     import h5py
 
@@ -132,7 +117,8 @@ def bench_latency(
         "bin_ms": spec.bin_ms,
         "units": len(session.units),
         "spikes_per_s": spikes_per_s,
-        "model": f"{spec.model.layers} layers of {spec.model.dim}, {len(spec.behaviours)} behaviours",
+        "model": f"{spec.model.layers} layers of {spec.model.dim}, "
+        f"{len(spec.behaviours)} behaviours",
         "bins": decoded.bins,
         "expected": expected,
         "repeated": decoded.repeated,
@@ -147,35 +133,6 @@ def bench_latency(
             "control": control.bin_end_to_publish.percentiles_ms(),
         },
     }
-
-
-class Tally:
-    """Latencies and counts of one path."""
-
-    def __init__(self, bin_ms: float) -> None:
-        self.bins = self.repeated = self.missed = self.late_spikes = self.lost = 0
-        self.receive_to_publish, self.decode = Latency(), Latency()
-        self.bin_end_to_publish = Latency()
-        self._bin_ns = bin_ms * 1e6
-        self._seen: set[tuple[int, int]] = set()
-
-    def take(self, frames: list[DecodedFrame], summary: dict[str, Any]) -> None:
-        """Add the frames of one turn; ``summary`` is the sender's."""
-        for frame in frames:
-            key = (frame.epoch, frame.bin)
-            if key in self._seen:
-                self.repeated += 1
-                continue
-            self._seen.add(key)
-            self.bins += 1
-            self.late_spikes += frame.late
-            self.lost += frame.lost
-            stamps = frame.stamps
-            intended = summary["zero_ns"] + round(frame.end * 1e9 / summary["rate"])
-            self.receive_to_publish.record(stamps["published"] - stamps["received"])
-            self.decode.record(stamps["decoded"] - stamps["binned"])
-            self.bin_end_to_publish.record(stamps["published"] - intended)
-            self.missed += stamps["published"] - intended > self._bin_ns
 
 
 def _in_turns(bundle: Path, file: Path, turns: int, bin_ms: float) -> tuple[Tally, Tally]:
@@ -226,7 +183,9 @@ def bench_step(
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(bundle) if bundle else random_bundle(Path(scratch), size, units, 20.0, behaviours)
+        path = (
+            Path(bundle) if bundle else random_bundle(Path(scratch), size, units, 20.0, behaviours)
+        )
         spec = load_spec(path)
         model = build_model(path, spec)
     session = spec.sessions[0]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from rt_neds import __version__
 from rt_neds.errors import RtNedsError
+from rt_neds.result import write_json
 
 COMMANDS = {
     "demo": ("rt_neds.demo", "see it work: simulate, train, replay into serve, measure, draw"),
@@ -25,7 +24,7 @@ COMMANDS = {
     "watch": ("rt_neds.watch", "show what is decoded, with latency, live"),
     "bench": ("rt_neds.bench", "measure this machine: latency, step"),
 }
-"""Each module has ``add_arguments(parser)`` and ``run(args)``, which may return a result for --json."""
+"""Each module has ``add_arguments(parser)`` and ``run(args)``; what run returns is for --json."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,31 +84,8 @@ def _run(name: str, argv: Sequence[str]) -> int:
     else:
         result = module.run(args)
     if args.json is not None and result is not None:
-        _write_json(args.json, result)
+        write_json(args.json, result)
     return 0
-
-
-def _write_json(target: str, result: Any) -> None:
-    text = json.dumps(clean(result), indent=1)
-    if target == "-":
-        print(text)
-        return
-    try:
-        with open(target, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-    except OSError as error:
-        raise RtNedsError(f"cannot write {target} ({error.strerror}); name another file") from None
-
-
-def clean(value: Any) -> Any:
-    """The same for JSON, which knows no NaN: it becomes null."""
-    if isinstance(value, dict):
-        return {str(key): clean(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [clean(item) for item in value]
-    if isinstance(value, float) and value != value:
-        return None
-    return value
 
 
 def _overview() -> str:

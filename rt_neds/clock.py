@@ -1,4 +1,4 @@
-"""Two clocks: the probe's samples and the host's monotonic nanoseconds, and the fit between them."""
+"""Two clocks, the probe's samples and the host's monotonic nanoseconds, and the fit between."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def samples_per_bin(bin_ms: float, rate: float) -> int:
 class ClockFit:
     """When, by the host's clock, was a sample taken?
 
-    Delay on the way here is one-sided: a message can come late, never early. So of every second only
-    the least-delayed message counts, and a line through the last minute of those gives offset and
-    rate. (Median and mean would follow every stall of the machine.)
+    Delay on the way here is one-sided: a message can come late, never early. So of every second
+    only the least-delayed message counts, and a line through the last minute of those gives offset
+    and rate. (Median and mean would follow every stall of the machine.)
 
     Parameters
     ----------

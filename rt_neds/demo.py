@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rt_neds.bench import Tally, machine
 from rt_neds.children import (
     ChildError,
     collect,
@@ -26,9 +25,10 @@ from rt_neds.children import (
     start_replay,
     wait_for_schema,
 )
-from rt_neds.cli import clean
 from rt_neds.config import config_path
 from rt_neds.frames import DecodedFrame
+from rt_neds.latency import Tally
+from rt_neds.result import clean, machine
 from rt_neds.simulate import simulate_file
 from rt_neds.stream.publisher import DecodedListener
 
@@ -129,19 +129,27 @@ def play(session: Path, bundle: Path, out: Path) -> Live:
 
     spec = load_spec(bundle)
     spikes = free_port()
+    address = f"tcp://127.0.0.1:{spikes}"
     start = TEST_FROM * MINUTES * 60 + GAP_S
     decoded, control = Tally(spec.bin_ms), Tally(spec.bin_ms)
 
     def turn(listener: DecodedListener, probe: str, *options: str) -> tuple[list, dict, dict]:
         report = out / "replay.json"
         sending = start_replay("--session", str(session), "--probe", probe,
-                               "--bind", f"tcp://127.0.0.1:{spikes}", *options, out=report)  # fmt: skip
+                               "--bind", address, *options, out=report)  # fmt: skip
         frames, notes = collect(listener, sending)
         return frames, notes, finish_replay(sending, report)
 
     ports = free_port(), free_port()
     listeners = [DecodedListener(f"tcp://127.0.0.1:{port}", "imec0") for port in ports]
-    common = ("--probe", "imec0", "--bundle", str(bundle), "--source", f"rtneds://127.0.0.1:{spikes}")
+    common = (
+        "--probe",
+        "imec0",
+        "--bundle",
+        str(bundle),
+        "--source",
+        f"rtneds://127.0.0.1:{spikes}",
+    )
     with serving(*common, "--publish", f"tcp://127.0.0.1:{ports[0]}") as child:
         schema = wait_for_schema(listeners[0], child)
         clip = ("--from", str(start), "--to", str(start + LIVE_S))
@@ -209,7 +217,9 @@ def show(summary: dict[str, Any], out: Path) -> None:
     scores = Table(title="held-out part, streamed")
     for column in ("decoded", "rt-neds", "linear", "ideal observer"):
         scores.add_column(column, justify="left" if column == "decoded" else "right")
-    linear = {n: s for method in summary["evaluate"]["baselines"].values() for n, s in method.items()}
+    linear = {
+        n: s for method in summary["evaluate"]["baselines"].values() for n, s in method.items()
+    }
     for name, s in summary["evaluate"]["decoding"].items():
         key, value = headline(s)
         ideal = summary["ideal"].get(name)
@@ -230,7 +240,8 @@ def show(summary: dict[str, Any], out: Path) -> None:
     live = summary["live"]
     console.print(
         f"{live['bins_published']} of {live['bins_expected']} bins decoded live, "
-        f"{summary['latency']['missed']} later than a bin, {summary['latency']['lost']} messages lost; "
+        f"{summary['latency']['missed']} later than a bin, "
+        f"{summary['latency']['lost']} messages lost; "
         f"stream against offline {summary['evaluate']['stream_vs_offline_max_abs']:.1e}\n"
         f"{out / 'decoded.png'}, {out / 'summary.json'} ({summary['seconds']} s in all)"
     )

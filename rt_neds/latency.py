@@ -6,7 +6,11 @@ cannot hide: what waits during it is as late as it is, not as late as it looked 
 
 from __future__ import annotations
 
+from typing import Any
+
 from hdrh.histogram import HdrHistogram
+
+from rt_neds.frames import DecodedFrame
 
 LONGEST_NS = 3_600_000_000_000
 
@@ -47,3 +51,32 @@ class Latency:
                 if edges_ms[index] <= value < edges_ms[index + 1]:
                     counts[index] += item.count_added_in_this_iter_step
         return counts
+
+
+class Tally:
+    """Latencies and counts of one path."""
+
+    def __init__(self, bin_ms: float) -> None:
+        self.bins = self.repeated = self.missed = self.late_spikes = self.lost = 0
+        self.receive_to_publish, self.decode = Latency(), Latency()
+        self.bin_end_to_publish = Latency()
+        self._bin_ns = bin_ms * 1e6
+        self._seen: set[tuple[int, int]] = set()
+
+    def take(self, frames: list[DecodedFrame], summary: dict[str, Any]) -> None:
+        """Add the frames of one turn; ``summary`` is the sender's."""
+        for frame in frames:
+            key = (frame.epoch, frame.bin)
+            if key in self._seen:
+                self.repeated += 1
+                continue
+            self._seen.add(key)
+            self.bins += 1
+            self.late_spikes += frame.late
+            self.lost += frame.lost
+            stamps = frame.stamps
+            intended = summary["zero_ns"] + round(frame.end * 1e9 / summary["rate"])
+            self.receive_to_publish.record(stamps["published"] - stamps["received"])
+            self.decode.record(stamps["decoded"] - stamps["binned"])
+            self.bin_end_to_publish.record(stamps["published"] - intended)
+            self.missed += stamps["published"] - intended > self._bin_ns

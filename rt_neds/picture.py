@@ -58,7 +58,9 @@ def draw(path: Path, session_path: Path, live: Any, scores: dict[str, Any]) -> N
         axes = [figure.add_subplot(grid[row, :]) for row in range(2)]
         for axis, (name, (source, label)) in zip(axes, SOURCES.items(), strict=True):
             _trace(axis, session, live, name, source, label)
-        axes[0].set_title("Decoded while it happened: held-out minutes, replayed at real speed over ZeroMQ")
+        axes[0].set_title(
+            "Decoded while it happened: held-out minutes, replayed at real speed over ZeroMQ"
+        )
         axes[0].legend(loc="upper right", ncols=3)
         axes[0].tick_params(labelbottom=False)
         axes[1].set_xlabel("session time (s)")
@@ -86,12 +88,16 @@ def _trace(axis: Axes, session: Session, live: Any, name: str, source: str, labe
     mean, sd = values[window, at], values[window, at + 1]
     series = session.series(source)
     true = series.values_L[np.searchsorted(series.samples_L, end[window], side="right") - 1]
-    axis.fill_between(seconds, mean - sd, mean + sd, color=OURS, alpha=0.18, lw=0, label="± stated sd")
+    axis.fill_between(
+        seconds, mean - sd, mean + sd, color=OURS, alpha=0.18, lw=0, label="± stated sd"
+    )
     axis.plot(seconds, true, color=TRUE, lw=1.6, label="true")
     axis.plot(seconds, mean, color=OURS, lw=1.4, label="decoded")
     axis.set_ylabel(label)
     axis.margins(x=0)
-    axis.set_ylim(min(0.0, float(true.min())) - 0.05 * float(np.ptp(true)), 1.15 * float(true.max()))
+    axis.set_ylim(
+        min(0.0, float(true.min())) - 0.05 * float(np.ptp(true)), 1.15 * float(true.max())
+    )
 
 
 def _evidence(axis: Axes, session: Session, live: Any) -> None:
@@ -130,7 +136,9 @@ def _scores(axis: Axes, scores: dict[str, Any]) -> None:
             "ideal observer": (scores["ideal"], IDEAL)}  # fmt: skip
     for i, (label, (table, color)) in enumerate(rows.items()):
         heights = [_headline(table.get(name, {})) for name in names]
-        bars = axis.bar(np.arange(len(names)) + 0.27 * (i - 1), heights, 0.25, color=color, label=label)
+        bars = axis.bar(
+            np.arange(len(names)) + 0.27 * (i - 1), heights, 0.25, color=color, label=label
+        )
         axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
     words = [
         f"{PEOPLE.get(n, n)}\n({'R²' if 'r2' in scores['decoding'][n] else 'balanced acc.'})"
@@ -155,10 +163,21 @@ def _latency(axis: Axes, live: Any) -> None:
     ):
         share = np.array(latency.shares(list(edges))) / max(latency.count, 1)
         p50 = latency.percentiles_ms()["p50"]
-        axis.stairs(share, edges, color=color, fill=True, alpha=0.6, label=f"{label}: p50 {p50:.2f} ms")
+        axis.stairs(
+            share, edges, color=color, fill=True, alpha=0.6, label=f"{label}: p50 {p50:.2f} ms"
+        )
     axis.axvline(live.latency["bin_ms"], color=INK, lw=0.8, ls="--")
-    axis.annotate("next bin", (live.latency["bin_ms"], 0.9), xycoords=("data", "axes fraction"),
-                  ha="right", rotation=90, va="top", fontsize=7, xytext=(-2, 0), textcoords="offset points")  # fmt: skip
+    axis.annotate(
+        "next bin",
+        (live.latency["bin_ms"], 0.9),
+        xycoords=("data", "axes fraction"),
+        xytext=(-2, 0),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        rotation=90,
+        fontsize=7,
+    )
     axis.set_xscale("log")
     axis.set_xticks([0.1, 1, 10], ["0.1", "1", "10"])
     axis.set(title="Latency, from the end of the bin", xlabel="end of bin to published (ms)")

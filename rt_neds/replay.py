@@ -110,7 +110,7 @@ def replay(
     epoch = time.time_ns() // 1_000_000 if epoch is None else epoch
     end = None if to_s is None else round(to_s * session.rate)
     plan = batches(session, batch_ms, epoch=epoch, first=round(from_s * session.rate), end=end)
-    announce = {
+    announce: dict[str, Any] = {
         "epoch": epoch,
         "rate": session.rate,
         "session": session.id,
@@ -154,7 +154,9 @@ def _send_all(
         sender.send(batch)
         sent, spikes, end = sent + 1, spikes + len(batch.records_S), batch.end
     if first is None:
-        raise ConfigError(f"{session.path} has nothing recorded in that part; widen --from and --to")
+        raise ConfigError(
+            f"{session.path} has nothing recorded in that part; widen --from and --to"
+        )
     return {
         "session": session.id,
         "epoch": announce["epoch"],
@@ -175,7 +177,9 @@ def _send_all(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--session", required=True, metavar="S.h5", help="session file")
     parser.add_argument("--probe", required=True, help="name of the probe, such as imec0")
-    parser.add_argument("--bind", default=DEFAULT_SPIKES, metavar="URL", help="address to send from")
+    parser.add_argument(
+        "--bind", default=DEFAULT_SPIKES, metavar="URL", help="address to send from"
+    )
     parser.add_argument(
         "--speed", type=float, default=1.0, help="1 real time (default); 0 as fast as it is taken"
     )

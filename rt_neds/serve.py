@@ -220,7 +220,7 @@ def assemble(
 
 @contextlib.contextmanager
 def quiet_machine(realtime: bool) -> Any:
-    """No garbage collection (one with torch loaded stalls 150 ms), real-time priority if allowed."""
+    """No garbage collection (one with torch loaded stalls 150 ms); real-time priority if we may."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -245,8 +245,12 @@ def quiet_machine(realtime: bool) -> Any:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--probe", help="name of the probe, such as imec0")
     parser.add_argument("--bundle", metavar="DIR", help="folder that rt-neds train left")
-    parser.add_argument("--source", metavar="URL", help="where spikes come from: rtneds://HOST:PORT")
-    parser.add_argument("--publish", metavar="URL", help=f"decoded stream (default {DEFAULT_DECODED})")
+    parser.add_argument(
+        "--source", metavar="URL", help="where spikes come from: rtneds://HOST:PORT"
+    )
+    parser.add_argument(
+        "--publish", metavar="URL", help=f"decoded stream (default {DEFAULT_DECODED})"
+    )
     parser.add_argument("--session", metavar="ID", help="session of a bundle that has several")
     parser.add_argument(
         "--control", action="store_true", default=None, help="publish without decoding"

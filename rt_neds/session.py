@@ -1,6 +1,8 @@
 """One recorded session: a brainsets HDF5 file, read with temporaldata.
 
-Seconds become samples once, here, at the door. Shape suffixes: S spikes, K intervals, L series values.
+Seconds become samples once, here, at the door.
+
+Shape suffixes: S spikes, K intervals, L values of a series.
 """
 
 from __future__ import annotations
@@ -114,9 +116,7 @@ class Session:
         domain = np.stack(
             [self.samples(group.domain.start), self.samples(group.domain.end)], axis=1
         )
-        return Series(
-            self.samples(group.timestamps), np.asarray(values, dtype=np.float64), domain
-        )
+        return Series(self.samples(group.timestamps), np.asarray(values, dtype=np.float64), domain)
 
     def behaviours(self) -> list[str]:
         """Dotted names of every time series but the spikes."""

@@ -18,6 +18,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator
@@ -139,7 +140,7 @@ def simulate(*, units: int = 300, minutes: float = 20.0, seed: int = 0) -> Data:
 
 def simulate_file(
     path: str | os.PathLike[str], *, units: int = 300, minutes: float = 20.0, seed: int = 0
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Simulate one session into a brainsets HDF5 file.
 
     Parameters

@@ -20,7 +20,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     try:
         summary = simulate_file(args.out, units=args.units, minutes=args.minutes, seed=args.seed)
     except OSError as error:
-        raise ConfigError(f"cannot write {args.out} ({error.strerror}); name another file") from None
+        raise ConfigError(
+            f"cannot write {args.out} ({error.strerror}); name another file"
+        ) from None
     if not args.quiet:
         ideal = ", ".join(f"{name} {score:.3f}" for name, score in summary["ideal"].items())
         print(

@@ -102,7 +102,9 @@ class View:
         table.add_column("decoded")
         table.add_column("now", justify="right", min_width=22)
         table.add_column("last seconds", ratio=1)
-        for output in self.outputs() if self._last is not None else []:
+        if self._last is None:
+            return table
+        for output in self.outputs():
             values = self._last.values_V[output["offset"] : output["offset"] + output["size"]]
             trace = self._traces.get(output["name"], deque())
             low, high = self._range.get(output["name"], (0.0, 1.0))

@@ -1,8 +1,8 @@
 """Wire protocol v1: what is inside the ZeroMQ frames. No sockets here.
 
-Every message is ``[topic, map]`` or ``[topic, map, payload]``; maps are msgpack with string keys and
-int64 values unless said. Whatever breaks these rules raises :class:`WireError`, which the receiving
-end counts and skips. Nothing is allocated beyond the stated limits, whatever arrives.
+Every message is ``[topic, map]`` or ``[topic, map, payload]``; maps are msgpack with string keys
+and int64 values unless said. Whatever breaks these rules raises :class:`WireError`, which the
+receiving end counts and skips. Nothing is allocated beyond the stated limits, whatever arrives.
 """
 
 from __future__ import annotations

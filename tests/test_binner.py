@@ -1,5 +1,7 @@
 """Bins are a pure function of the stream."""
 
+import itertools
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,16 +55,14 @@ def test_chunking_never_changes_bins(seed, n, cuts, start):
     records = spikes(rng, n, start, end, units=UNITS + 2)
     edges = sorted({start, end, *(start + c for c in cuts)})
     batches = []
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         inside = records[(records["sample"] >= low) & (records["sample"] < high)]
         batches.append(batch(low, high, rng.permutation(inside)))
     b = binner()
     frames = run(b, batches)
     first = -(-start // WIDTH)
     assert [bin_ for _, bin_, *_ in frames] == list(range(first, end // WIDTH))
-    counts, unknown, *_ = bins_of(
-        records, list(range(UNITS)), UNITS, WIDTH, first, end // WIDTH
-    )
+    counts, unknown, *_ = bins_of(records, list(range(UNITS)), UNITS, WIDTH, first, end // WIDTH)
     for row, frame in enumerate(frames):
         np.testing.assert_array_equal(frame[3], counts[row])
         assert frame[4].unknown == unknown[row]
@@ -141,8 +141,9 @@ def test_a_short_hole_is_filled_with_unobserved_bins():
 
 def test_a_hole_longer_than_the_context_is_skipped_and_accounted_for():
     b = binner(context=10)
-    frames = run(b, [batch(0, 50, spikes(np.random.default_rng(1), 7, 0, 50)),
-                     batch(1010, 1100, spikes(np.random.default_rng(1), 5, 1010, 1100))])  # fmt: skip
+    rng = np.random.default_rng(1)
+    before, after = spikes(rng, 7, 0, 50), spikes(rng, 5, 1010, 1100)
+    frames = run(b, [batch(0, 50, before), batch(1010, 1100, after)])
     assert [f[1] for f in frames] == [0, 1, 51, 52, 53, 54]
     assert [f[4].first_of_run for f in frames] == [True, False, True, False, False, False]
     assert b.counters["bins_skipped"] == 49
@@ -154,7 +155,10 @@ def test_a_new_epoch_begins_anew_with_its_own_bin_numbers():
     b = binner()
     none = np.zeros(0, SPIKE_DTYPE)
     frames = run(b, [batch(1000, 1100, none, epoch=1), batch(0, 60, none, epoch=2)])
-    assert [(f[0], f[1]) for f in frames] == [*((1, k) for k in range(50, 55)), *((2, k) for k in range(3))]
+    assert [(f[0], f[1]) for f in frames] == [
+        *((1, k) for k in range(50, 55)),
+        *((2, k) for k in range(3)),
+    ]
     assert [f[4].first_of_run for f in frames] == [True, *[False] * 4, True, False, False]
 
 
@@ -191,7 +195,13 @@ def test_one_signature_whatever_the_buffer(tmp_path):
     for buffer in buffers:
         ring = np.zeros((60, UNITS + 2), np.float32)
         count_spikes(
-            as_pairs(buffer), np.arange(5, dtype=np.int32), ring, 0, 60, WIDTH, np.zeros(2, np.int64)
+            as_pairs(buffer),
+            np.arange(5, dtype=np.int32),
+            ring,
+            0,
+            60,
+            WIDTH,
+            np.zeros(2, np.int64),
         )
         results.append(ring)
     for ring in results[1:]:

@@ -81,7 +81,10 @@ def test_simulate_by_command_carries_its_ideal(capsys, tmp_path):
         (["tran"], "did you mean train"),
         (["xyzzy"], "there are demo"),
         (["train", "--sessions", "a.h5", "--out", "r"], "needs --config"),
-        (["train", "--config", "no.toml", "--sessions", "a.h5", "--out", "r"], "no such configuration"),
+        (
+            ["train", "--config", "no.toml", "--sessions", "a.h5", "--out", "r"],
+            "no such configuration",
+        ),
         (["inspect", "no.h5"], "no such session file"),
         (["evaluate", "--bundle", "no", "--session", "a.h5"], "is not a bundle"),
         (["serve"], "--probe NAME and --bundle"),
@@ -96,7 +99,7 @@ def test_simulate_by_command_carries_its_ideal(capsys, tmp_path):
     ],
 )
 def test_mistakes_are_told_in_one_line(capsys, args, words):
-    code, out, err = run(capsys, *args)
+    code, _out, err = run(capsys, *args)
     assert code == 2
     assert err.startswith("rt-neds: ")
     assert err.count("\n") == 1
@@ -112,12 +115,18 @@ def test_overview_and_version(capsys):
 
 
 def test_importing_the_package_is_quick_and_brings_no_torch():
-    code = "import sys, rt_neds, rt_neds.cli; print([m for m in ('torch', 'numpy', 'zmq') if m in sys.modules])"
+    code = (
+        "import sys, rt_neds, rt_neds.cli; "
+        "print([m for m in ('torch', 'numpy', 'zmq') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_replay_and_watch_need_no_torch():
-    code = "import sys, rt_neds.replay, rt_neds.watch, rt_neds.stream.sender; print('torch' in sys.modules)"
+    code = (
+        "import sys, rt_neds.replay, rt_neds.watch, rt_neds.stream.sender; "
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -23,7 +23,10 @@ def load(tmp_path, text, *overrides):
     ("text", "words"),
     [
         ("[trainning]\nsteps = 3", "unknown key trainning; did you mean training"),
-        ("[training]\nlearning_rat = 3", "training.learning_rat; did you mean training.learning_rate"),
+        (
+            "[training]\nlearning_rat = 3",
+            "training.learning_rat; did you mean training.learning_rate",
+        ),
         ('[behaviour.x]\nsorce = "a"', "behaviour.x.sorce; did you mean behaviour.x.source"),
         ("[training]\nsteps = 'many'", "Expected `int`"),
         ("[training]\nsteps = 0", "steps"),
@@ -49,7 +52,9 @@ def test_missing_file_and_folder(tmp_path):
 
 
 def test_overrides(tmp_path):
-    config = load(tmp_path, ENOUGH, "training.steps=7", "data.split=blocked", "model.history=[2, 3]")
+    config = load(
+        tmp_path, ENOUGH, "training.steps=7", "data.split=blocked", "model.history=[2, 3]"
+    )
     assert (config.training.steps, config.data.split) == (7, "blocked")
     assert config.model.history == (2, 3)
     with pytest.raises(ConfigError, match="did you mean training.steps"):

@@ -9,7 +9,8 @@ from numba.core.runtime import _nrt_python, rtsys
 
 from rt_neds.model.neds import NEDS, SCHEMES, SPIKES, ModelConfig
 from rt_neds.model.readout import Behaviour
-from rt_neds.stream.fused import FusedStep, fused_step
+from rt_neds.stream.fused import FusedStep
+from rt_neds.stream.fused_kernel import fused_step
 
 BEHAVIOURS = (
     Behaviour(name="speed", kind="gaussian"),

@@ -1,4 +1,4 @@
-"""The loop in one process: a list for a source, a list for a sink, and every flag where it belongs."""
+"""The loop in one process, between two lists: every flag is where it belongs."""
 
 import numpy as np
 import pytest

@@ -73,9 +73,9 @@ def test_losses_by_hand():
     target = torch.tensor([[1.0, 99.0, 0.0]])
     raw = torch.tensor([[[0.5, 0.0], [7.0, 7.0], [1.0, np.log(4.0)]]], dtype=torch.float32)
     residual = np.array([0.25, 1.0])
-    by_hand = 0.5 * residual.mean() + (
-        0.5 * (0 + residual[0]) + 0.5 * (np.log(4) + residual[1] / 4)
-    ) / 2
+    by_hand = (
+        0.5 * residual.mean() + (0.5 * (0 + residual[0]) + 0.5 * (np.log(4) + residual[1] / 4)) / 2
+    )
     assert loss_of("gaussian", raw, target, asked).item() == pytest.approx(by_hand, rel=1e-5)
     log_rate = torch.tensor([[[0.2], [5.0], [-0.3]]])
     by_hand = ((np.exp(0.2) - 0.2) + np.exp(-0.3)) / 2

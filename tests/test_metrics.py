@@ -69,7 +69,9 @@ def test_trials_are_decided_at_their_last_bin():
 
 
 def test_a_class_that_never_occurs_is_simply_wrong():
-    scores = categorical_scores(np.array([0, 0]), np.array([[0.1, 0.9], [0.8, 0.2]]), np.array([0, 1]))
+    scores = categorical_scores(
+        np.array([0, 0]), np.array([[0.1, 0.9], [0.8, 0.2]]), np.array([0, 1])
+    )
     assert scores["balanced_accuracy"] == 0.5
     assert scores["auc"] is None
 

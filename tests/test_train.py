@@ -1,5 +1,6 @@
 """Training: deterministic, resumable to the same losses, honest about what it may see."""
 
+import itertools
 import json
 
 import numpy as np
@@ -127,8 +128,8 @@ def test_learning_rate_is_one_cycle():
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[20] == pytest.approx(1.0)
     assert rates[-1] < 0.01
-    assert all(a <= b for a, b in zip(rates[:20], rates[1:21], strict=True))
-    assert all(a >= b for a, b in zip(rates[20:], rates[21:], strict=False))
+    assert all(a <= b for a, b in itertools.pairwise(rates))
+    assert all(a >= b for a, b in itertools.pairwise(rates))
 
 
 def test_read_in_starts_standardised(tmp_path):

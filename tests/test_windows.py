@@ -1,4 +1,4 @@
-"""Sessions on the grid of bins: nothing known early, nothing split twice, nothing outside the domain."""
+"""Sessions on the grid of bins: nothing known early, split twice, or outside the domain."""
 
 import numpy as np
 import pytest

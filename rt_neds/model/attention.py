@@ -58,8 +58,8 @@ class Attention(nn.Module):
     """Multi-head attention with rotary positions and one learned sink.
 
     The sink is a value that every query may attend to: a token that sees nothing (before the first
-    spike, inside a hole) still has somewhere to look, and no softmax is ever empty. Its key is zero,
-    for any other would make what it attracts depend on the absolute bin number.
+    spike, inside a hole) still has somewhere to look, and no softmax is ever empty. Its key is
+    zero, for any other would make what it attracts depend on the absolute bin number.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -102,7 +102,7 @@ class Attention(nn.Module):
         T = x_BTMD.shape[1]
         bins_T = torch.arange(T, device=x_BTMD.device)
         # A band of width `context` leaves most of the T x T square dark: cut it into strips.
-        strip = context if causal and T > context else T
+        strip = context if causal and context < T else T
         outs = []
         for start in range(0, T, strip):
             stop = min(start + strip, T)

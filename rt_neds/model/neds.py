@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import msgspec
 import torch
@@ -168,6 +168,14 @@ class NEDS(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self._table = rotary_table(range(1), dim // config.heads)
 
+    def parts(self, session: str) -> SessionParts:
+        """Read-ins and read-outs of a session."""
+        return cast(SessionParts, self.sessions[self.session_ids.index(session)])
+
+    def stack(self) -> list[Layer]:
+        """The layers, first to last."""
+        return cast(list[Layer], list(self.layers))
+
     # -- the whole sequence ----------------------------------------------------------------------
 
     def forward(
@@ -216,7 +224,7 @@ class NEDS(nn.Module):
             seen_BTM = torch.ones_like(seen_BTM)
         table_2TF = self._rotary(x_BTMD.shape[1]).to(x_BTMD.device)
         causal = self.config.attention == "causal"
-        for layer in self.layers:
+        for layer in self.stack():
             attended = layer.attention.sequence(
                 layer.norm1(x_BTMD), table_2TF, seen_BTM, self.config.context, causal
             )
@@ -239,9 +247,8 @@ class NEDS(nn.Module):
         use: Sequence[int],
         past: int = 0,
     ) -> Tensor:
-        """One token per bin and used modality; the first ``past`` bins of the counts only feed boxcars."""
-        index = self.session_ids.index(session)
-        parts = self.sessions[index]
+        """One token per bin and used modality; the first ``past`` bins only feed boxcars."""
+        index, parts = self.session_ids.index(session), self.parts(session)
         tokens = []
         for m in use:
             name = self.modalities[m]
@@ -266,7 +273,7 @@ class NEDS(nn.Module):
     def _read_out(
         self, session: str, x_BTMD: Tensor, use: Sequence[int], wanted: Sequence[str]
     ) -> dict[str, Tensor]:
-        parts = self.sessions[self.session_ids.index(session)]
+        parts = self.parts(session)
         x_BTMD = self.norm(x_BTMD)
         outputs = {}
         for position, m in enumerate(use):
@@ -310,7 +317,7 @@ class NEDS(nn.Module):
         kept = tuple(self.modalities.index(name) for name in observable)
         rows = config.context + chunk - 1
         shape = (batch, config.heads, rows, len(kept), config.dim // config.heads)
-        units = self.sessions[self.session_ids.index(session)].units
+        units = self.parts(session).units
         return StreamState(
             next_bin=first_bin,
             ring=Ring.empty(config.layers, shape, self.hidden_D),
@@ -347,7 +354,7 @@ class NEDS(nn.Module):
         state.counts_BHN = with_past[:, with_past.shape[1] - past :]
 
         ring, T = state.ring, x_BTMD.shape[1]
-        assert T <= len(ring.bin_R) - self.config.context + 1, "more bins than the state's chunk"
+        assert len(ring.bin_R) - self.config.context + 1 >= T, "more bins than the state's chunk"
         bins = range(state.next_bin, state.next_bin + T)
         bins_T = torch.arange(bins.start, bins.stop, device=x_BTMD.device)
         rows_T = bins_T % len(ring.bin_R)
@@ -357,7 +364,7 @@ class NEDS(nn.Module):
         allowed_BTRM = band_TR[None, :, :, None] & ring.seen_BRM[:, None]
         table_2TF = rotary_table(bins, self.config.dim // self.config.heads).to(x_BTMD.device)
         kept_positions = [use.index(m) for m in state.kept]
-        for layer, keys, values in zip(self.layers, ring.keys, ring.values, strict=True):
+        for layer, keys, values in zip(self.stack(), ring.keys, ring.values, strict=True):
             q, k, v = layer.attention.project(layer.norm1(x_BTMD), table_2TF)
             keys[:, :, rows_T] = k[:, :, :, kept_positions]
             values[:, :, rows_T] = v[:, :, :, kept_positions]

@@ -108,7 +108,9 @@ class Decoder:
         self._behaviours = outputs_of(spec, session)
         self._normalise = [session.normalise[b.name] for b in self._behaviours]
         self._step = step
-        self.values_V = np.zeros(sum(schema_size(b.kind, len(b.classes)) for b in self._behaviours), np.float32)
+        self.values_V = np.zeros(
+            sum(schema_size(b.kind, len(b.classes)) for b in self._behaviours), np.float32
+        )
 
     def decode(self, frame: BinnedFrame) -> NDArray[np.float32]:
         """Decode a bin; bins must come in order, and a first of a run begins anew."""
@@ -123,7 +125,7 @@ class Decoder:
         return self.values_V
 
     def warm_up(self, units: int, bins: int = 20) -> None:
-        """Run the whole step on silence, so that the first bin of an experiment is not the slow one."""
+        """Run the whole step on silence, so that the first real bin is not the slow one."""
         counts_N = np.zeros(units, np.float32)
         self._step.reset(0)
         for _ in range(bins):
@@ -147,7 +149,7 @@ def make_step(
     """
     if spec.model.attention != "causal" or spec.model.masked != "queries":
         raise BundleError(
-            f"a bundle with attention = {spec.model.attention!r} and masked = {spec.model.masked!r}; "
+            f"attention = {spec.model.attention!r} and masked = {spec.model.masked!r}; "
             'serving needs "causal" and "queries": train it so'
         )
     wanted = [b.name for b in outputs_of(spec, session)]

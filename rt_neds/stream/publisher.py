@@ -27,7 +27,7 @@ class Publisher:
 
     def __init__(self, endpoint: str, probe: str) -> None:
         self._probe = probe
-        self._socket = zmq.Context.instance().socket(zmq.PUB)
+        self._socket: zmq.Socket = zmq.Context.instance().socket(zmq.PUB)
         self._socket.set(zmq.LINGER, LINGER_MS)
         self._socket.set(zmq.SNDHWM, 20_000)
         bind(self._socket, endpoint)
@@ -77,7 +77,7 @@ class DecodedListener:
         kinds: tuple[str, ...] = ("decoded", "schema", "status", "trigger"),
     ) -> None:
         self.malformed = 0
-        self._socket = zmq.Context.instance().socket(zmq.SUB)
+        self._socket: zmq.Socket = zmq.Context.instance().socket(zmq.SUB)
         self._socket.set(zmq.LINGER, 0)
         self._socket.set(zmq.RCVHWM, 100_000)
         self._socket.set(zmq.MAXMSGSIZE, 64 * MAX_HEADER_BYTES)

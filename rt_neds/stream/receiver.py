@@ -12,7 +12,7 @@ from rt_neds.frames import SPIKE_DTYPE, SpikeBatch
 from rt_neds.wire import MAX_SPIKES, topic, unpack_source, unpack_spikes
 
 QUEUE = 20_000
-"""Messages held for us while we are busy: twenty seconds of 1 ms batches, then they count as lost."""
+"""Messages held while we are busy: twenty seconds of 1 ms batches; then they count as lost."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Receiver:
         self._epoch: int | None = None
         self._next_seq = 0
         self._held: SpikeBatch | None = None
-        self._socket = zmq.Context.instance().socket(zmq.SUB)
+        self._socket: zmq.Socket = zmq.Context.instance().socket(zmq.SUB)
         self._socket.set(zmq.RCVHWM, QUEUE)
         self._socket.set(zmq.LINGER, 0)
         self._socket.set(zmq.MAXMSGSIZE, MAX_SPIKES * SPIKE_DTYPE.itemsize)

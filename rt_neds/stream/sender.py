@@ -34,7 +34,7 @@ class Sender:
     def __init__(self, endpoint: str, probe: str, *, lossless: bool = False) -> None:
         self._probe = probe
         # XPUB is PUB that also hears who subscribes: how we know that somebody is listening.
-        self._socket = zmq.Context.instance().socket(zmq.XPUB)
+        self._socket: zmq.Socket = zmq.Context.instance().socket(zmq.XPUB)
         self._socket.set(zmq.LINGER, LINGER_MS)
         self._socket.set(zmq.SNDHWM, 20_000)
         if lossless:

@@ -79,7 +79,7 @@ def test_replay_into_serve_publishes_every_bin_once_and_equals_offline(tiny, tmp
     rig = Rig(run / "bundle")
     with serving(*rig.options) as child:
         schema = wait_for_schema(rig.listener, child)
-        frames, notes, sent = rig.replay(path, tmp_path, "--speed", "0", "--batch-ms", "7")
+        frames, _notes, sent = rig.replay(path, tmp_path, "--speed", "0", "--batch-ms", "7")
         again, _, _ = rig.replay(path, tmp_path, "--speed", "0", "--batch-ms", "20")
     spec = load_spec(run / "bundle")
     session = load_session(path)

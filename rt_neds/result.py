@@ -1,0 +1,53 @@
+"""What a command leaves behind: JSON, and the name of the machine it was measured on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from rt_neds.errors import ConfigError
+
+
+def write_json(target: str, result: Any) -> None:
+    """Write a result to a file, or to the screen for ``-``."""
+    text = json.dumps(clean(result), indent=1)
+    if target == "-":
+        print(text)
+        return
+    try:
+        with open(target, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write {target} ({error.strerror}); name another file") from None
+
+
+def clean(value: Any) -> Any:
+    """The same for JSON, which knows no NaN: it becomes null."""
+    if isinstance(value, dict):
+        return {str(key): clean(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [clean(item) for item in value]
+    if isinstance(value, float) and value != value:
+        return None
+    return value
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return {
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+    }

@@ -1,0 +1,352 @@
+"""The compiled part of the fused step: one call per bin, for one CPU core, float32 throughout.
+
+What lies in which array is :mod:`rt_neds.stream.fused`'s business; this file only computes. All of
+it must stay in one file: numba's cache does not notice that a function changed in another.
+
+* Weights lie in one array in the order they are read, as the prefetcher likes them; all tokens use
+  a weight while it is in a register.
+* Keys lie such that scores are one more linear map, whose bias says who is seen, and values such
+  that mixing them is another; the sink is a row of both that never changes.
+
+Shape suffixes: N units, K boxcar widths, C bins of the longest boxcar, M tokens (0 is spikes, then
+each wanted behaviour), D model width, E outputs and I inputs of a linear map, G width of the
+feed-forward layer, L layers, H heads, F width of a head (of rotary angles: half of it), R rows of
+the ring and the sink, P panels, V outputs of a panel, O numbers read out. D, G and R are padded to
+whole panels; what is beyond ``dim`` is zero or never read.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import llvmlite.binding as llvm  # type: ignore[import-untyped]
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+LANES = 16 if llvm.get_host_cpu_features().get("avx512f", False) else 8
+PANEL = 2 * LANES
+"""Outputs of a linear map that are computed together: two vectors for each token."""
+TILE = 6
+"""Most tokens computed together: their sums, two weights and an input are 15 vectors, of 16."""
+
+# "contract" lets a product and a sum be one instruction, which rounds once less. Sums over a token
+# may also be taken in any order, or they could not be taken many lanes at a time.
+_plain = numba.njit(error_model="numpy", fastmath={"contract"})
+_summing = numba.njit(error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+
+# -- linear maps ---------------------------------------------------------------------------------
+
+
+class _TileWriter:
+    """Writes ``y = bias + weights x`` for one panel and a constant number of tokens.
+
+    In vectors, by hand, because the sums must stay in registers over all inputs, which a compiler
+    cannot promise for elements of arrays that might overlap.
+    """
+
+    def __init__(self, builder: Any, tokens: int, w: Any, x: Any, x_stride: Any) -> None:
+        self.builder, self.tokens, self.w, self.x, self.x_stride = builder, tokens, w, x, x_stride
+        self.vector = ir.VectorType(ir.FloatType(), LANES)
+        self.size = x_stride.type
+        # A sum waits for the one before it: a few tokens need more sums at once to keep busy.
+        self.chains = {1: 4, 2: 2, 3: 2}.get(tokens, 1)
+
+    def at(self, pointer: Any, *terms: Any) -> Any:
+        """Pointer to the vector that begins so many numbers further."""
+        for term in terms:
+            pointer = self.builder.gep(pointer, [self.size(term) if type(term) is int else term])
+        return self.builder.bitcast(pointer, self.vector.as_pointer())
+
+    def multiply(self, i: Any, sums: dict[tuple[int, int], Any]) -> None:
+        """Add the products of input ``i``."""
+        b = self.builder
+        row = b.mul(b.add(i, self.size(1)), self.size(PANEL))
+        weights = [b.load(self.at(self.w, row, half * LANES), align=4) for half in (0, 1)]
+        lane0, mask = ir.IntType(32)(0), ir.VectorType(ir.IntType(32), LANES)([0] * LANES)
+        for m in range(self.tokens):
+            number = b.load(b.gep(self.x, [b.add(i, b.mul(self.size(m), self.x_stride))]))
+            spread = b.insert_element(self.vector(ir.Undefined), number, lane0)
+            spread = b.shuffle_vector(spread, spread, mask)
+            for half, weight in enumerate(weights):
+                product = b.fmul(weight, spread, flags=["contract"])
+                total = b.fadd(product, b.load(sums[m, half]), flags=["contract"])
+                b.store(total, sums[m, half])
+
+    def write(self, inputs: Any, y: Any, y_stride: Any) -> None:
+        b, zero = self.builder, self.vector([0.0] * LANES)
+        places = [(m, half) for m in range(self.tokens) for half in (0, 1)]
+        chains = [
+            {place: cgutils.alloca_once(b, self.vector) for place in places}
+            for _ in range(self.chains)
+        ]
+        for m, half in places:
+            b.store(b.load(self.at(self.w, half * LANES), align=4), chains[0][m, half])
+            for sums in chains[1:]:
+                b.store(zero, sums[m, half])
+        whole = b.sub(inputs, b.urem(inputs, self.size(self.chains)))
+        with cgutils.for_range_slice(b, self.size(0), whole, self.size(self.chains)) as (i, _):
+            for chain, sums in enumerate(chains):
+                self.multiply(b.add(i, self.size(chain)), sums)
+        with cgutils.for_range_slice(b, whole, inputs, self.size(1)) as (i, _):
+            self.multiply(i, chains[0])
+        for m, half in places:
+            total = b.load(chains[0][m, half])
+            for sums in chains[1:]:
+                total = b.fadd(total, b.load(sums[m, half]))
+            b.store(total, self.at(y, b.mul(self.size(m), y_stride), half * LANES), align=4)
+
+
+@intrinsic
+def _tile(typingctx, tokens, weights, at, inputs, x, x_at, x_stride, y, y_at, y_stride):  # type: ignore[no-untyped-def]
+    """One panel of a linear map for 1 to TILE tokens; all places count numbers of flat arrays."""
+    signature = types.void(tokens, weights, at, inputs, x, x_at, x_stride, y, y_at, y_stride)
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def pointer(n: int) -> Any:
+            array = context.make_array(signature.args[n])(context, builder, args[n])
+            return builder.gep(array.data, [args[n + 1]])
+
+        w, x, y = pointer(1), pointer(4), pointer(7)
+        for count in range(1, TILE + 1):
+            with builder.if_then(builder.icmp_signed("==", args[0], args[0].type(count))):
+                _TileWriter(builder, count, w, x, args[6]).write(args[3], y, args[9])
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@_plain
+def _linear(weights, at, outputs, inputs, x, x_column, y, y_column, first, last):  # type: ignore[no-untyped-def]
+    """Map columns of ``x`` to columns of ``y`` for tokens [first, last); return where it ends.
+
+    The map begins at ``weights[at]``: for each panel its bias, then its weights input by input.
+    """
+    tiles = (last - first + TILE - 1) // TILE
+    for column in range(y_column, y_column + outputs, PANEL):
+        for tile in range(tiles):
+            m = first + (last - first) * tile // tiles
+            tokens = first + (last - first) * (tile + 1) // tiles - m
+            x_at, y_at = m * x.shape[1] + x_column, m * y.shape[1] + column
+            _tile(tokens, weights, at, inputs, x, x_at, x.shape[1], y, y_at, y.shape[1])
+        at += PANEL * (1 + inputs)
+    return at
+
+
+# -- everything between the linear maps ----------------------------------------------------------
+
+
+def _log2_tail(degree: int = 8, top: float = 6.0) -> tuple[np.float32, ...]:
+    """Polynomial close to log2 of the upper tail of the normal distribution on [0, top].
+
+    The logarithm is nearly a parabola, and an error in it hardly matters where the tail is thin.
+    """
+    a = (np.polynomial.chebyshev.chebpts1(200) + 1) * top / 2
+    tail = np.array([0.5 * math.erfc(float(v) / math.sqrt(2)) for v in a])
+    fit = np.polynomial.Chebyshev.fit(a, np.log2(tail), degree, [0, top], w=a * tail + 1e-3)
+    return tuple(np.float32(c) for c in fit.convert(kind=np.polynomial.Polynomial).coef)
+
+
+_TAIL = _log2_tail()
+_EXP2 = tuple(np.float32(math.log(2) ** k / math.factorial(k)) for k in range(8))
+
+
+@_plain
+def _exp2(x):  # type: ignore[no-untyped-def]
+    """2**x for x <= 0, to one part in 1e7; at least 2**-126."""
+    x = x if x > np.float32(-126) else np.float32(-126)
+    # Adding 1.5 * 2**23 leaves no bits for a fraction: what comes back is the nearest integer.
+    n = (x + np.float32(12582912)) - np.float32(12582912)
+    f, c = x - n, _EXP2
+    p = ((c[7] * f + c[6]) * f + c[5]) * f + c[4]
+    p = (((p * f + c[3]) * f + c[2]) * f + c[1]) * f + c[0]
+    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@_plain
+def _gelu(x_MG, first, last, columns):  # type: ignore[no-untyped-def]
+    """Multiply each number by the normal distribution function of it, to 1e-7."""
+    c = _TAIL
+    for m in range(first, last):
+        for g in range(columns):
+            x = x_MG[m, g]
+            size = abs(x)
+            a = size if size < np.float32(6) else np.float32(6)
+            p = (((c[8] * a + c[7]) * a + c[6]) * a + c[5]) * a + c[4]
+            p = (((p * a + c[3]) * a + c[2]) * a + c[1]) * a + c[0]
+            x_MG[m, g] = (x if x > 0 else np.float32(0)) - size * _exp2(p)
+
+
+@_summing
+def _add_and_norm(x_MD, more_MD, normed_MD, first, last, dim, epsilon):  # type: ignore[no-untyped-def]
+    """Add to the tokens, and bring each to mean 0 and variance 1."""
+    for m in range(first, last):
+        x_D, more_D, normed_D = x_MD[m], more_MD[m], normed_MD[m]
+        total = squares = np.float32(0)
+        for d in range(dim):
+            x_D[d] += more_D[d]
+            total += x_D[d]
+        mean = total / np.float32(dim)
+        for d in range(dim):
+            squares += (x_D[d] - mean) * (x_D[d] - mean)
+        scale = np.float32(1) / np.sqrt(squares / np.float32(dim) + epsilon)
+        for d in range(dim):
+            normed_D[d] = (x_D[d] - mean) * scale
+
+
+@_plain
+def _top(x_R):  # type: ignore[no-untyped-def]
+    """Bits of the largest number, which must not be negative.
+
+    Such numbers are ordered as their bits are, with all negative ones below. A largest integer is
+    sought many lanes at a time; a largest float is not, because it might not be a number.
+    """
+    bits_R, top = x_R.view(np.int32), np.int32(0)
+    for r in range(bits_R.size):
+        top = max(top, bits_R[r])
+    return top
+
+
+@_summing
+def _softmax(x_MR, first, last):  # type: ignore[no-untyped-def]
+    """Logits, in bits, to shares; one of -inf gets as good as nothing."""
+    for m in range(first, last):
+        x_R, total = x_MR[m], np.float32(0)
+        top = np.int32(_top(x_R)).view(np.float32)  # not negative: the sink has 0
+        for r in range(x_R.size):
+            x_R[r] = _exp2(x_R[r] - top)
+            total += x_R[r]
+        scale = np.float32(1) / total
+        for r in range(x_R.size):
+            x_R[r] *= scale
+
+
+@_plain
+def _rotate(x_MD, first, last, heads, turn_2F):  # type: ignore[no-untyped-def]
+    """Turn the two halves of each head."""
+    half = turn_2F.shape[1]
+    for m in range(first, last):
+        for at in range(0, 2 * half * heads, 2 * half):
+            a_F, b_F = x_MD[m, at : at + half], x_MD[m, at + half : at + 2 * half]
+            for f in range(half):
+                a, b = a_F[f], b_F[f]
+                a_F[f] = a * turn_2F[0, f] - b * turn_2F[1, f]
+                b_F[f] = b * turn_2F[0, f] + a * turn_2F[1, f]
+
+
+@_plain
+def _sum_counts(counts_N, observed, bin_, history_K, counts_CN, sums_KN):  # type: ignore[no-untyped-def]
+    """Move the boxcars on by one bin; sums of integers are exact however long this goes on."""
+    for k in range(history_K.size):
+        old_N, sums_N = counts_CN[(bin_ - history_K[k]) % len(counts_CN)], sums_KN[k]
+        for n in range(counts_N.size):
+            sums_N[n] += (counts_N[n] if observed else np.float32(0)) - old_N[n]
+    new_N = counts_CN[bin_ % len(counts_CN)]
+    for n in range(counts_N.size):
+        new_N[n] = counts_N[n] if observed else np.float32(0)
+
+
+@_plain
+def _read_in(weights, sums_KN, found_I, root_I, token_D):  # type: ignore[no-untyped-def]
+    """Softsign of the linear map of root sums, reading only the weights of sums that are not 0."""
+    sums_I, D, found = sums_KN.reshape(sums_KN.size), token_D.size, 0
+    for i in range(sums_I.size):
+        found_I[found], root_I[found] = 1 + i, np.sqrt(sums_I[i])
+        found += sums_I[i] != 0
+    for i in range(found, found + 3):
+        found_I[i], root_I[i] = 0, 0
+    token_D[:] = weights[:D]
+    for i in range(0, found, 4):  # four at once, or half the time goes into fetching the token
+        r0, r1, r2, r3 = root_I[i], root_I[i + 1], root_I[i + 2], root_I[i + 3]
+        w0_D, w1_D = weights[found_I[i] * D :], weights[found_I[i + 1] * D :]
+        w2_D, w3_D = weights[found_I[i + 2] * D :], weights[found_I[i + 3] * D :]
+        for d in range(D):
+            token_D[d] += (r0 * w0_D[d] + r1 * w1_D[d]) + (r2 * w2_D[d] + r3 * w3_D[d])
+    for d in range(D):
+        token_D[d] /= np.float32(1) + abs(token_D[d])
+
+
+@_plain
+def _remember(kv_12D, row, observed, keys_HPFV, values_HPRV):  # type: ignore[no-untyped-def]
+    """Put key and value of the spike token into a layer's ring, or make its row unseen."""
+    width, half = keys_HPFV.shape[2] - 1, kv_12D.shape[1] // 2
+    panel, lane = row // PANEL, row % PANEL
+    for head in range(len(keys_HPFV)):
+        keys_HPFV[head, panel, 0, lane] = np.float32(0) if observed else np.float32(-np.inf)
+        if observed:
+            for f in range(width):
+                value = kv_12D[0, half + head * width + f]
+                keys_HPFV[head, panel, 1 + f, lane] = kv_12D[0, head * width + f]
+                values_HPRV[head, f // PANEL, 1 + row, f % PANEL] = value
+
+
+@_plain
+def _attend(keys_HPFV, values_HPRV, q_MD, scores_MR, mixed_MD, first, last):  # type: ignore[no-untyped-def]
+    """Mix the values of a layer's ring for each query."""
+    width, rows, R = keys_HPFV.shape[2] - 1, values_HPRV.shape[2] - 1, scores_MR.shape[1]
+    keys, values = keys_HPFV.reshape(keys_HPFV.size), values_HPRV.reshape(values_HPRV.size)
+    at_key = at_value = 0
+    for at in range(0, len(keys_HPFV) * width, width):
+        at_key = _linear(keys, at_key, R, width, q_MD, at, scores_MR, 0, first, last)
+        _softmax(scores_MR, first, last)
+        # A head narrower than its panels spills zeros over the next one, which comes later.
+        at_value = _linear(values, at_value, width, rows, scores_MR, 0, mixed_MD, at, first, last)
+
+
+@_summing
+def _read_out(normed_MD, heads_OI, token_of_O, dim, raw_O):  # type: ignore[no-untyped-def]
+    """Each number read out: a row of weights, its bias last, times its token."""
+    for o in range(raw_O.size):
+        total, head_I, normed_D = np.float32(0), heads_OI[o], normed_MD[token_of_O[o]]
+        for d in range(dim):
+            total += head_I[d] * normed_D[d]
+        raw_O[o] = total + head_I[dim]
+
+
+@numba.njit(error_model="numpy", cache=True, nogil=True)
+def fused_step(  # type: ignore[no-untyped-def]
+    counts_N, observed, bin_,
+    weights, constant_2MD, heads_OI, token_of_O, frequency_F, history_K, epsilon, dim, widened,
+    counts_CN, sums_KN, keys_LHPFV, values_LHPRV,
+    found_I, root_I, turn_2F, work_5MD, kv_12D, wide_MG, scores_MR, raw_O,
+):  # fmt: skip
+    """One bin; :class:`FusedStep` owns all arrays."""
+    x_MD, normed_MD, more_MD = work_5MD[0], work_5MD[1], work_5MD[2]
+    q_MD, mixed_MD = work_5MD[3], work_5MD[4]
+    x_MD[:], q_MD[:] = constant_2MD[0], constant_2MD[1]
+    more_MD[:] = 0
+    L, H = keys_LHPFV.shape[:2]
+    M, D, G = len(x_MD), kv_12D.shape[1] // 2, wide_MG.shape[1]
+    row = bin_ % (values_LHPRV.shape[3] - 2)
+    shown = 1 if observed else 0
+    first = 1 - shown  # of the tokens worked on; that of an unseen bin matters to nobody
+    for f in range(frequency_F.size):
+        turn_2F[0, f] = math.cos(bin_ * frequency_F[f])
+        turn_2F[1, f] = math.sin(bin_ * frequency_F[f])
+    _sum_counts(counts_N, observed, bin_, history_K, counts_CN, sums_KN)
+    if observed:
+        _read_in(weights, sums_KN, found_I, root_I, normed_MD[0, :D])
+    at = D * (1 + sums_KN.size)
+    at = _linear(weights, at, D, dim, normed_MD, 0, x_MD, 0, 0, shown)
+    for layer in range(L):
+        keys_HPFV, values_HPRV = keys_LHPFV[layer], values_LHPRV[layer]
+        _add_and_norm(x_MD, more_MD, normed_MD, first, M, dim, epsilon)
+        at = _linear(weights, at, 2 * D, dim, normed_MD, 0, kv_12D, 0, 0, shown)
+        _rotate(kv_12D, 0, shown, H, turn_2F)
+        _remember(kv_12D, row, observed, keys_HPFV, values_HPRV)
+        if layer == L - 1:
+            first = 1
+        asking = M if layer else shown  # the first queries of behaviours are known
+        at = _linear(weights, at, D, dim, normed_MD, 0, q_MD, 0, first, asking)
+        _rotate(q_MD, first, M, H, turn_2F)
+        _attend(keys_HPFV, values_HPRV, q_MD, scores_MR, mixed_MD, first, M)
+        at = _linear(weights, at, D, dim, mixed_MD, 0, more_MD, 0, first, M)
+        _add_and_norm(x_MD, more_MD, normed_MD, first, M, dim, epsilon)
+        at = _linear(weights, at, G, dim, normed_MD, 0, wide_MG, 0, first, M)
+        _gelu(wide_MG, first, M, widened)
+        at = _linear(weights, at, D, widened, wide_MG, 0, more_MD, 0, first, M)
+    _add_and_norm(x_MD, more_MD, normed_MD, 1, M, dim, epsilon)
+    _read_out(normed_MD, heads_OI, token_of_O, dim, raw_O)

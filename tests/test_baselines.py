@@ -1,0 +1,221 @@
+"""Ridge and logistic baselines: they find a lagged code, and see no future and no test label."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from offline import baselines
+from offline.baselines import logistic, ridge
+from offline.metrics import r2
+from offline.windows import BinnedSession
+from rt_neds.errors import ConfigError
+from rt_neds.frames import SPIKE_DTYPE
+from rt_neds.session import Session
+
+WIDTH = 600
+LAG = 5
+
+
+def binned_session(
+    counts_TN: NDArray[np.int64], value_T: NDArray[np.float64], name: str = "speed"
+) -> BinnedSession:
+    """A session with these counts and one behaviour, split 60/20/20 in time, all of it recorded."""
+    bins, units = counts_TN.shape
+    at, unit = np.nonzero(counts_TN)
+    repeats = counts_TN[at, unit]
+    records = np.zeros(repeats.sum(), SPIKE_DTYPE)
+    records["sample"] = np.repeat(at, repeats) * WIDTH + WIDTH // 2
+    records["unit"] = np.repeat(unit, repeats)
+    session = Session(
+        path=Path("made-up.h5"),
+        id="made-up",
+        rate=30_000.0,
+        unit_ids=[f"u{n}" for n in range(units)],
+        records_S=records,
+        domain_K2=np.array([[0, bins * WIDTH]]),
+        _data=None,
+    )
+    split_T = np.repeat([0, 1, 2], [bins * 6 // 10, bins * 2 // 10, bins * 2 // 10])
+    return BinnedSession(
+        session=session,
+        width=WIDTH,
+        values_TM=np.stack([np.zeros(bins), value_T], axis=1).astype(np.float32),
+        shown_TM=np.ones((bins, 2), bool),
+        scored_TM=np.ones((bins, 2), bool),
+        split_T=split_T.astype(np.int8),
+        trial_T=np.full(bins, -1, np.int32),
+        present=(name,),
+    )
+
+
+@pytest.fixture
+def counts_TN() -> NDArray[np.int64]:
+    return np.random.default_rng(0).poisson(1.0, size=(2000, 12))
+
+
+@pytest.fixture
+def speed_T(counts_TN: NDArray[np.int64]) -> NDArray[np.float64]:
+    """What units 0 and 1 did in the last five bins, in units far from 1, and some noise."""
+    recent_TN = np.stack([np.convolve(c, np.ones(LAG))[: len(c)] for c in counts_TN.T], axis=1)
+    root_TN = np.sqrt(recent_TN)
+    noise_T = np.random.default_rng(1).normal(size=len(counts_TN))
+    return 500.0 + 20.0 * (root_TN[:, 0] - root_TN[:, 1]) + 5.0 * noise_T
+
+
+@pytest.fixture
+def side_T(speed_T: NDArray[np.float64]) -> NDArray[np.float64]:
+    return (speed_T > 500.0).astype(float)
+
+
+def test_ridge_finds_a_lagged_code(counts_TN: NDArray, speed_T: NDArray) -> None:
+    binned = binned_session(counts_TN, speed_T)
+    test = np.flatnonzero(binned.of_split("test"))
+    assert r2(speed_T[test], ridge(binned, "speed", test)) > 0.85
+
+
+def test_ridge_cannot_do_without_the_history(counts_TN: NDArray, speed_T: NDArray) -> None:
+    binned = binned_session(counts_TN, np.roll(speed_T, 20))
+    test = np.flatnonzero(binned.of_split("test"))
+    assert r2(binned.values_TM[test, 1], ridge(binned, "speed", test, history_s=0.1)) < 0.1
+
+
+def test_ridge_equals_a_plain_one(counts_TN: NDArray, speed_T: NDArray) -> None:
+    """Blocks, floors and normal equations change nothing."""
+    binned = binned_session(counts_TN, speed_T)
+    widths = (1, 2, 5, 10, 25, 50)
+    total_TN = np.concatenate([np.zeros((50, 12)), counts_TN]).cumsum(axis=0)
+    total_TN = np.concatenate([np.zeros((1, 12)), total_TN])
+    sums = [total_TN[51:] - total_TN[51 - k : len(total_TN) - k] for k in widths]
+    x_TF = np.sqrt(np.concatenate(sums, axis=1))
+    z_TF = (x_TF - x_TF[:1200].mean(axis=0)) / x_TF[:1200].std(axis=0)
+    offset = speed_T[:1200].mean()
+    gram_FF = z_TF[:1200].T @ z_TF[:1200] + 0.1 * 1200 * np.eye(z_TF.shape[1])
+    expected_T = z_TF @ np.linalg.solve(gram_FF, z_TF[:1200].T @ (speed_T[:1200] - offset)) + offset
+    np.testing.assert_allclose(
+        ridge(binned, "speed", np.arange(2000), alphas=(0.1,)), expected_T, atol=0.05
+    )
+
+
+def test_block_size_and_order_of_bins_change_nothing(
+    counts_TN: NDArray, speed_T: NDArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binned = binned_session(counts_TN, speed_T)
+    bins = np.random.default_rng(2).permutation(2000)[:100]
+    whole_T = ridge(binned, "speed", np.arange(2000))
+    monkeypatch.setattr(baselines, "BLOCK", 70)
+    np.testing.assert_allclose(ridge(binned, "speed", bins), whole_T[bins], atol=0.05)
+
+
+@pytest.mark.parametrize("method", [ridge, logistic])
+def test_no_future_spike_is_used(
+    method, counts_TN: NDArray, speed_T: NDArray, side_T: NDArray
+) -> None:
+    value_T = speed_T if method is ridge else side_T
+    now = 1700
+    later_TN = counts_TN.copy()
+    later_TN[now + 1 :] = np.random.default_rng(3).poisson(5.0, size=later_TN[now + 1 :].shape)
+    asked = np.arange(1600, now + 1)
+    before = method(binned_session(counts_TN, value_T), "speed", asked)
+    after = method(binned_session(later_TN, value_T), "speed", asked)
+    np.testing.assert_array_equal(before, after)
+    later_TN[now] += 5
+    assert not np.array_equal(method(binned_session(later_TN, value_T), "speed", asked), after)
+
+
+@pytest.mark.parametrize("method", [ridge, logistic])
+def test_test_labels_are_never_read(
+    method, counts_TN: NDArray, speed_T: NDArray, side_T: NDArray
+) -> None:
+    value_T = speed_T if method is ridge else side_T
+    binned = binned_session(counts_TN, value_T)
+    poked = binned_session(counts_TN, np.where(binned.of_split("test"), value_T[::-1], value_T))
+    asked = np.arange(1500, 2000)
+    np.testing.assert_array_equal(method(binned, "speed", asked), method(poked, "speed", asked))
+
+
+def test_alpha_is_the_best_on_validation(counts_TN: NDArray, speed_T: NDArray) -> None:
+    binned = binned_session(counts_TN, speed_T)
+    val = np.flatnonzero(binned.of_split("val"))
+    each = [r2(speed_T[val], ridge(binned, "speed", val, alphas=(a,))) for a in (1e-4, 1.0, 1e4)]
+    chosen = r2(speed_T[val], ridge(binned, "speed", val, alphas=(1e-4, 1.0, 1e4)))
+    assert chosen == pytest.approx(max(each))
+    assert max(each) > min(each) + 0.1
+
+
+def test_only_scored_training_bins_are_fitted(counts_TN: NDArray, speed_T: NDArray) -> None:
+    binned = binned_session(counts_TN, speed_T)
+    binned.scored_TM[:600, 1] = False
+    expected_T = ridge(binned, "speed", np.arange(2000))
+    binned.values_TM[:600, 1] = np.nan
+    np.testing.assert_array_equal(ridge(binned, "speed", np.arange(2000)), expected_T)
+
+
+def test_unobserved_bins_count_as_empty(counts_TN: NDArray, speed_T: NDArray) -> None:
+    hole = slice(1700, 1720)
+    holed_TN = counts_TN.copy()
+    holed_TN[hole] = 0
+    binned, holed = binned_session(counts_TN, speed_T), binned_session(holed_TN, speed_T)
+    binned.shown_TM[hole, 0] = False
+    asked = np.arange(1600, 1800)
+    np.testing.assert_array_equal(ridge(binned, "speed", asked), ridge(holed, "speed", asked))
+
+
+def test_logistic_finds_a_lagged_code(counts_TN: NDArray, side_T: NDArray) -> None:
+    binned = binned_session(counts_TN, side_T, "choice")
+    test = np.flatnonzero(binned.of_split("test"))
+    probability_TC = logistic(binned, "choice", test)
+    assert probability_TC.shape == (len(test), 2)
+    np.testing.assert_allclose(probability_TC.sum(axis=1), 1.0)
+    assert np.mean(probability_TC.argmax(axis=1) == side_T[test]) > 0.85
+
+
+def test_logistic_of_three_classes_one_of_them_never_trained(
+    counts_TN: NDArray, side_T: NDArray
+) -> None:
+    value_T = side_T.copy()
+    value_T[1700:1710] = 2
+    probability_TC = logistic(binned_session(counts_TN, value_T, "choice"), "choice", np.arange(50))
+    assert probability_TC.shape == (50, 3)
+    assert (probability_TC[:, 2] == 0).all()
+    assert (probability_TC[:, 0] > 0).all()
+
+
+def test_logistic_of_a_single_class_is_certain(counts_TN: NDArray, side_T: NDArray) -> None:
+    binned = binned_session(counts_TN, np.where(np.arange(2000) < 1200, 1.0, side_T), "choice")
+    probability_TC = logistic(binned, "choice", np.array([1900, 1500]))
+    np.testing.assert_array_equal(probability_TC, [[0.0, 1.0], [0.0, 1.0]])
+
+
+@pytest.mark.parametrize("method", [ridge, logistic])
+def test_without_validation_the_end_of_training_chooses(
+    method, counts_TN: NDArray, speed_T: NDArray, side_T: NDArray
+) -> None:
+    value_T = speed_T if method is ridge else side_T
+    binned = binned_session(counts_TN, value_T)
+    binned.split_T[binned.split_T == 1] = -1
+    guess = method(binned, "speed", np.arange(1600, 2000))
+    if method is ridge:
+        assert r2(value_T[1600:], guess) > 0.8
+    else:
+        assert np.mean(guess.argmax(axis=1) == value_T[1600:]) > 0.8
+
+
+def test_a_silent_unit_that_wakes_up_does_no_harm(counts_TN: NDArray, speed_T: NDArray) -> None:
+    counts_TN = counts_TN.copy()
+    counts_TN[:1600, 11] = 0
+    guess_T = ridge(binned_session(counts_TN, speed_T), "speed", np.arange(1600, 2000))
+    assert r2(speed_T[1600:], guess_T) > 0.85
+
+
+def test_no_bins_asked_and_no_bins_to_train_on(counts_TN: NDArray, speed_T: NDArray) -> None:
+    binned = binned_session(counts_TN, speed_T)
+    assert ridge(binned, "speed", np.arange(0)).shape == (0,)
+    with pytest.raises(ConfigError, match="speed"):
+        ridge(binned, "velocity", np.arange(3))
+    binned.scored_TM[binned.of_split("train"), 1] = False
+    with pytest.raises(ConfigError, match="training bins"):
+        ridge(binned, "speed", np.arange(3))
