@@ -145,6 +145,9 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed : int
     device : str
         ``auto``, ``cpu`` or ``cuda``.
+    threads : int
+        CPU threads; 0 leaves it to PyTorch. A small model is as fast on one, and does not stall
+        when something else wants a core.
     """
 
     steps: int = 1000
@@ -158,10 +161,13 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
     spikes_weight: float = 1.0
     seed: int = 0
     device: str = "auto"
+    threads: int = 0
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or self.validate_every < 1:
             raise ValueError("steps, batch and validate_every must be at least 1")
+        if self.threads < 0:
+            raise ValueError("threads must not be negative")
         if not 0 <= self.average < 1 or not 0 <= self.warmup <= 1 or self.learning_rate <= 0:
             raise ValueError("0 <= average < 1, 0 <= warmup <= 1 and learning_rate > 0 are needed")
 

@@ -99,6 +99,8 @@ def train(
     out, started = Path(out), time.monotonic()
     settings = config.training
     device = choose_device(settings.device)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     rng = np.random.default_rng(settings.seed)
     subjects = [prepare(path, config) for path in session_paths]

@@ -124,9 +124,9 @@ def _evidence(axis: Axes, session: Session, live: Any) -> None:
         mean = np.nanmean(kept[:, enough], axis=0) if len(kept) else []
         axis.plot(time[enough], mean, color=color, lw=2.4, label=f"chose {word} ({len(kept)})")
     axis.axhline(0.5, color=INK, lw=0.6, ls=":")
-    axis.set(title="Choice, before it is made", xlabel="time from stimulus (s)", ylim=(0, 1))
+    axis.set(title="Choice, as the evidence comes in", xlabel="time from stimulus (s)", ylim=(0, 1))
     axis.set_ylabel("decoded P(left)")
-    axis.legend(loc="center right")
+    axis.legend(loc="upper left", fontsize=7, frameon=True, framealpha=0.85, edgecolor="none")
 
 
 def _scores(axis: Axes, scores: dict[str, Any]) -> None:
