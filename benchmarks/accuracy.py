@@ -55,9 +55,15 @@ class Protocol:
 
 
 PROTOCOLS = (
-    Protocol("rat_w_maze", "blocked", "rat_w_maze.h5", "rat-w-maze.toml", (("data.split=blocked",),)),
     Protocol(
-        "rat_w_maze", "contiguous", "rat_w_maze.h5", "rat-w-maze.toml", (("data.split=contiguous",),)
+        "rat_w_maze", "blocked", "rat_w_maze.h5", "rat-w-maze.toml", (("data.split=blocked",),)
+    ),
+    Protocol(
+        "rat_w_maze",
+        "contiguous",
+        "rat_w_maze.h5",
+        "rat-w-maze.toml",
+        (("data.split=contiguous",),),
     ),
     Protocol(
         "ibl_probe",
@@ -170,7 +176,9 @@ def main() -> None:
                 worst = max(worst, folds[-1]["worst"])
                 missing += folds[-1]["missing"]
             by_seed.append(folds)
-            print(label, "seed", seed, {n: pooled(folds, n, "neds_causal") for n in config.behaviour})
+            print(
+                label, "seed", seed, {n: pooled(folds, n, "neds_causal") for n in config.behaviour}
+            )
         entry = summarise(by_seed, list(config.behaviour))
         entry["stream_vs_offline_max_abs"] = worst
         entry["unpublished_bins"] = missing

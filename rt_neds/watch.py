@@ -88,8 +88,10 @@ class View:
         return Group(self._head(), self._values(width), self._latency(), self._health())
 
     def _head(self) -> Text:
-        if self.schema is None or self._last is None:
-            return Text(f"{self.probe}: waiting for serve to publish", style="yellow")
+        if self.schema is None:
+            return Text(f"{self.probe}: no serve heard yet", style="yellow")
+        if self._last is None:
+            return Text(f"{self.probe}: serve is ready and waits for spikes", style="yellow")
         seconds = self._last.end / self.schema["rate"]
         return Text.assemble(
             (self.probe, "bold"),
@@ -123,7 +125,13 @@ class View:
             "publish to here": self.publish_to_screen,
         }
         for name, latency in rows.items():
-            table.add_row(name, *(f"{ms:.2f}" for ms in latency.percentiles_ms().values()))
+            table.add_row(
+                name,
+                *(
+                    f"{ms:.2f}" if latency.count else "-"
+                    for ms in latency.percentiles_ms().values()
+                ),
+            )
         return table
 
     def _health(self) -> Panel:

@@ -52,7 +52,12 @@ def test_a_recording_replayed_into_serve_equals_offline(
     assert len(settled) > 300
     first, stop = frames[0].bin + warm, frames[-1].bin + 1
     offline = offline_values(
-        build_model(bundle, spec), spec.session(), binned, [(first, stop)], list(spec.behaviours), 300
+        build_model(bundle, spec),
+        spec.session(),
+        binned,
+        [(first, stop)],
+        list(spec.behaviours),
+        300,
     )
     at = 0
     compared = [f for f in frames if f.bin >= first]
