@@ -77,15 +77,17 @@ PROTOCOLS = (
 
 def live_values(session: Path, bundle: Path, scratch: Path) -> dict[int, np.ndarray]:
     """Values by bin, as published by ``serve`` while ``replay`` sends the whole session."""
-    spikes, decoded = free_port(), free_port()
-    listener = DecodedListener(f"tcp://127.0.0.1:{decoded}", "bench")
-    options = ("--probe", "bench", "--bundle", str(bundle), "--source",
-               f"rtneds://127.0.0.1:{spikes}", "--publish", f"tcp://127.0.0.1:{decoded}")  # fmt: skip
+    spikes, decoded = (f"127.0.0.1:{free_port()}" for _ in range(2))
+    listener = DecodedListener(f"tcp://{decoded}", "bench")
+    options = ("--probe", "bench", "--bundle", str(bundle), "--source", f"rtneds://{spikes}",
+               "--publish", f"tcp://{decoded}")  # fmt: skip
     with serving(*options) as child:
         wait_for_schema(listener, child)
         out = scratch / "replay.json"
-        sending = start_replay("--session", str(session), "--probe", "bench", "--speed", "0",
-                               "--batch-ms", "20", "--bind", f"tcp://127.0.0.1:{spikes}", out=out)  # fmt: skip
+        sending = start_replay(
+            "--session", str(session), "--probe", "bench", "--bind", f"tcp://{spikes}",
+            "--speed", "0", "--batch-ms", "20", out=out,
+        )  # fmt: skip
         frames, _ = collect(listener, sending, quiet_s=3.0)
         finish_replay(sending, out)
     listener.close()
