@@ -119,7 +119,7 @@ def run_fold(config: TrainConfig, session_path: Path, out: Path) -> dict[str, An
         use = scored & published
         bins = kept_T[use]
         streamed = np.stack([live[bin_][at : at + 2] for bin_ in bins])
-        sd = of_bundle.normalise[b.name][1]
+        sd = of_bundle.scales[b.name].sd
         parts["worst"] = max(
             parts["worst"], float(np.abs(streamed - offline[b.name][use]).max() / sd)
         )

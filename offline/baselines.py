@@ -65,8 +65,38 @@ def ridge(
         In physical units.
     """
     m, widths = _column(binned, name), _widths(binned, history_s)
+    train, _ = _fitting_bins(binned, m)
+    scaler = Scaler.fit(binned, train, widths)
+    weights_F, offset = fit_ridge(binned, m, widths, scaler, alphas)
+    return _predict(binned, bins, widths, scaler, weights_F[:, None])[:, 0] + offset
+
+
+def fit_ridge(
+    binned: BinnedSession,
+    m: int,
+    widths: tuple[int, ...],
+    scaler: Scaler,
+    alphas: tuple[float, ...] = ALPHAS,
+) -> tuple[NDArray[np.float64], float]:
+    """Ridge weights of the standardised features, and the offset; validation chooses the penalty.
+
+    Parameters
+    ----------
+    binned : BinnedSession
+    m : int
+        Column of the behaviour.
+    widths : tuple of int
+        Boxcars, in bins.
+    scaler : Scaler
+    alphas : tuple of float
+        Penalties to choose from, per training bin.
+
+    Returns
+    -------
+    ndarray, shape (widths x units,)
+    float
+    """
     train, val = _fitting_bins(binned, m)
-    scaler = _Scaler.fit(binned, train, widths)
     target_T = binned.values_TM[train, m].astype(np.float64)
     offset = float(target_T.mean())
 
@@ -82,7 +112,7 @@ def ridge(
     guess_TA = _predict(binned, val, widths, scaler, weights_FA) + offset
     error_A = ((guess_TA - binned.values_TM[val, m].astype(np.float64)[:, None]) ** 2).sum(axis=0)
     best = len(alphas) - 1 - int(error_A[::-1].argmin())  # of equals, the strongest
-    return _predict(binned, bins, widths, scaler, weights_FA[:, [best]])[:, 0] + offset
+    return weights_FA[:, best], offset
 
 
 def logistic(
@@ -122,7 +152,7 @@ def logistic(
     if len(np.unique(label_T)) == 1:
         return np.tile(np.eye(classes)[label_T[0]], (len(bins), 1))
 
-    scaler = _Scaler.fit(binned, train, widths)
+    scaler = Scaler.fit(binned, train, widths)
     z_TF = np.concatenate([scaler(x_TF) for _, x_TF in _blocks(binned, train, widths)])
     val_label_T, best_score, best = binned.values_TM[val, m].astype(np.int64), -1.0, None
     for c in INVERSE_PENALTIES:
@@ -198,16 +228,14 @@ def _blocks(
 
 
 @dataclass
-class _Scaler:
+class Scaler:
     """Standardisation by the training bins, with a floor."""
 
     mean_F: NDArray[np.float32]
     sd_F: NDArray[np.float32]
 
     @classmethod
-    def fit(
-        cls, binned: BinnedSession, bins: NDArray[np.int64], widths: tuple[int, ...]
-    ) -> _Scaler:
+    def fit(cls, binned: BinnedSession, bins: NDArray[np.int64], widths: tuple[int, ...]) -> Scaler:
         features = len(widths) * len(binned.session.unit_ids)
         total_F, squares_F = np.zeros(features), np.zeros(features)
         for _, x_TF in _blocks(binned, bins, widths):
@@ -234,7 +262,7 @@ def _predict(
     binned: BinnedSession,
     bins: NDArray[np.int64],
     widths: tuple[int, ...],
-    scaler: _Scaler,
+    scaler: Scaler,
     weights_FA: NDArray,
 ) -> NDArray[np.float64]:
     """Weighted features of bins in any order, shape (bins, columns of the weights)."""

@@ -173,9 +173,7 @@ def offline_values(
     """The same from the offline forward pass."""
     raws = decode_spans(model, binned, spans, wanted=[b.name for b in behaviours], window=window)
     return {
-        b.name: to_values_TV(
-            torch.from_numpy(raws[b.name]), b, *of_bundle.normalise[b.name]
-        ).numpy()
+        b.name: to_values_TV(torch.from_numpy(raws[b.name]), b, of_bundle.scales[b.name]).numpy()
         for b in behaviours
     }
 
@@ -187,7 +185,7 @@ def baseline_values(
     from offline.baselines import logistic, ridge
 
     if behaviour.kind == "categorical":
-        return "logistic", logistic(binned, behaviour.name, at_S)
+        return "logistic", logistic(binned, behaviour.name, at_S, classes=len(behaviour.classes))
     return "ridge", ridge(binned, behaviour.name, at_S)[:, None]
 
 
@@ -257,7 +255,7 @@ def encoding_scores(
     )
     if not config.masking.schemes.get("encoding"):
         return scores
-    by = [of_bundle.normalise[b.name] for b in model.behaviours]
+    by = [of_bundle.scales[b.name] for b in model.behaviours]
     rate_TN = encode_spans(model, binned, spans, by, window=window)
     kept_T = np.concatenate([np.arange(a, b) for a, b in spans])
     shown = binned.shown_TM[kept_T]
@@ -280,7 +278,7 @@ def _difference(
     for b in behaviours:
         use = scored[b.name]
         if use.any():
-            sd = of_bundle.normalise[b.name][1] if b.kind == "gaussian" else 1.0
+            sd = of_bundle.scales[b.name].sd if b.kind == "gaussian" else 1.0
             gap = np.abs(streamed[b.name][use] - offline[b.name][use])
             worst = max(worst, float(gap.max()) / sd)
     return worst

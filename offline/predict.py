@@ -14,27 +14,29 @@ from torch import Tensor
 
 from offline.windows import BinnedSession
 from rt_neds.model.neds import NEDS, SCHEMES, SPIKES
-from rt_neds.model.readout import LOG_RATE_RANGE
+from rt_neds.model.readout import LOG_RATE_RANGE, Scale
 
 SEGMENT = 1000
 """Bins decoded at once; bounds memory, changes nothing."""
 
 
-def normalisers(binned: BinnedSession, names: Sequence[str], kinds: Sequence[str]) -> list:
-    """Mean and sd of each continuous behaviour over the scored training bins; (0, 1) for others."""
+def scales(binned: BinnedSession, names: Sequence[str], kinds: Sequence[str]) -> list[Scale]:
+    """Scale of each continuous behaviour over the scored training bins; 0 and 1 for others."""
     out = []
     for m, (name, kind) in enumerate(zip(names, kinds, strict=True), start=1):
         values = binned.values_TM[binned.of_split("train") & binned.scored_TM[:, m], m]
         if kind == "categorical" or name not in binned.present or len(values) == 0:
-            out.append((0.0, 1.0))
+            out.append(Scale())
         else:
-            out.append((float(values.mean()), max(float(values.std()), 1e-6)))
+            low, high = float(values.min()), float(values.max())
+            sd = max(float(values.std()), 1e-6)
+            out.append(Scale(mean=float(values.mean()), sd=sd, low=low, high=high))
     return out
 
 
-def normalise(values_TM: NDArray[np.float32], by: Sequence[tuple[float, float]]) -> NDArray:
-    """Behaviours as the network reads them; ``by`` has a (mean, sd) for each, spikes excepted."""
-    mean_M, sd_M = np.array([(0.0, 1.0), *by], dtype=np.float32).T
+def normalise(values_TM: NDArray[np.float32], by: Sequence[Scale]) -> NDArray:
+    """Behaviours as the network reads them; ``by`` has a scale for each, spikes excepted."""
+    mean_M, sd_M = np.array([(0.0, 1.0), *((s.mean, s.sd) for s in by)], dtype=np.float32).T
     return (values_TM - mean_M) / sd_M
 
 
@@ -93,7 +95,7 @@ def encode_spans(
     model: NEDS,
     binned: BinnedSession,
     spans: Iterable[tuple[int, int]],
-    by: Sequence[tuple[float, float]],
+    by: Sequence[Scale],
     *,
     window: int = 300,
 ) -> NDArray[np.float32]:
@@ -103,8 +105,8 @@ def encode_spans(
     ----------
     model, binned, spans, window
         As for :func:`decode_spans`.
-    by : sequence of (mean, sd)
-        Normalisers of the behaviours.
+    by : sequence of Scale
+        Of the behaviours.
 
     Returns
     -------

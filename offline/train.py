@@ -12,7 +12,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -20,18 +20,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from offline.baselines import Scaler, fit_ridge
 from offline.checkpoint import load_checkpoint, save_checkpoint
 from offline.config import TrainConfig, TrainingConfig
 from offline.losses import loss_of, spikes_loss
 from offline.masking import draw_masks
 from offline.metrics import categorical_scores, poisson_d2, r2
-from offline.predict import decode_spans, normalise, normalisers
+from offline.predict import decode_spans, normalise, scales
 from offline.windows import BinnedSession, Split, behaviours_of, bin_session
 from rt_neds.bundle import BundleSession, save_bundle
 from rt_neds.config import load_config
 from rt_neds.errors import ConfigError, DeviceError
-from rt_neds.model.neds import NEDS, SPIKES
-from rt_neds.model.readout import to_values_TV
+from rt_neds.model.neds import NEDS, SPIKES, SessionParts
+from rt_neds.model.readout import ReadOut, Scale, to_values_TV
 from rt_neds.session import load_session
 
 BATCHES_FOR_STATISTICS = 40
@@ -39,10 +40,10 @@ BATCHES_FOR_STATISTICS = 40
 
 @dataclass
 class Subject:
-    """One session on its way through training: its bins, normalisers, and where windows may lie."""
+    """One session on its way through training: its bins, scales, and where windows may lie."""
 
     binned: BinnedSession
-    normalise_by: list[tuple[float, float]]
+    scales: list[Scale]
     anchors: NDArray[np.int64]
 
     @property
@@ -127,6 +128,9 @@ def train(
         step, best_score = numbers["step"], numbers["best_score"]
         best_step, best_val = numbers["best_step"], numbers["best_val"]
 
+    if not resume:  # where it begins counts too: the kept weights are never worse on validation
+        best_val = validate(averaged, subjects, config, "val", device)
+        best_score = mean_score(best_val)
     out.mkdir(parents=True, exist_ok=True)
     with (
         (out / "log.jsonl").open("a" if resume else "w", encoding="utf-8") as log,
@@ -209,7 +213,7 @@ def prepare(path: str | Path, config: TrainConfig) -> Subject:
             f"{path}: no behaviour is scored in the training split "
             f"(data.split = {config.data.split!r}); choose another split"
         )
-    return Subject(binned, normalisers(binned, list(config.behaviour), kinds), anchors)
+    return Subject(binned, scales(binned, list(config.behaviour), kinds), anchors)
 
 
 def _refuse_twins(subjects: list[Subject]) -> None:
@@ -235,7 +239,29 @@ def build(config: TrainConfig, subjects: list[Subject]) -> NEDS:
             rate_N = torch.from_numpy(counts_TN.mean(axis=0)).clamp_min(1e-4)
             parts.spikes_out.linear.bias.copy_(rate_N.log())
             parts.spikes_out.linear.weight.mul_(0.1)
+        _begin_at_ridge(parts, subject, model)
     return model
+
+
+@torch.no_grad()
+def _begin_at_ridge(parts: SessionParts, subject: Subject, model: NEDS) -> None:
+    """Set the shortcut of each continuous behaviour to ridge, so that the rest learns what is left.
+
+    The read-out itself begins small: training starts where the linear decoder ends.
+    """
+    spikes_in = parts.spikes_in
+    scaler = Scaler(spikes_in.mean_KN.flatten().numpy(), spikes_in.sd_KN.flatten().numpy())
+    for m, (behaviour, scale) in enumerate(zip(model.behaviours, subject.scales, strict=True), 1):
+        name = behaviour.name
+        if name not in parts.shortcut or name not in subject.binned.present:
+            continue
+        head = cast(ReadOut, parts.behaviour_out[name]).linear
+        head.weight.mul_(0.1)
+        if behaviour.kind == "gaussian":
+            weights_F, offset = fit_ridge(subject.binned, m, spikes_in.history, scaler)
+            straight = cast(torch.nn.Linear, parts.shortcut[name])
+            straight.weight[0] = torch.from_numpy(weights_F / scale.sd)
+            head.bias[0] = (offset - scale.mean) / scale.sd
 
 
 def _statistics_sample(
@@ -263,7 +289,7 @@ def _bundle_session(subject: Subject, config: TrainConfig) -> BundleSession:
         id=session.id,
         units=session.unit_ids,
         rate=session.rate,
-        normalise=dict(zip(names, subject.normalise_by, strict=True)),
+        scales=dict(zip(names, subject.scales, strict=True)),
         behaviours=list(subject.binned.present),
     )
 
@@ -302,7 +328,7 @@ def draw_batch(
     return Batch(
         session=subject.id,
         counts_BTN=tensor(counts_BTN),
-        inputs_BTM=tensor(normalise(values_BTM, subject.normalise_by).astype(np.float32)),
+        inputs_BTM=tensor(normalise(values_BTM, subject.scales).astype(np.float32)),
         targets_BTM=tensor(values_BTM),
         observed_BTM=tensor(masks.observed_BTM),
         asked_BTM=tensor(masks.asked_BTM),
@@ -416,7 +442,7 @@ def _validate_one(
         if len(true_S) < 2:
             continue
         raw_SC = torch.from_numpy(raws[behaviour.name][scored])
-        value_SV = to_values_TV(raw_SC, behaviour, *subject.normalise_by[m - 1]).numpy()
+        value_SV = to_values_TV(raw_SC, behaviour, subject.scales[m - 1]).numpy()
         if behaviour.kind == "gaussian":
             scores[behaviour.name] = r2(true_S, value_SV[:, 0])
         elif behaviour.kind == "poisson":

@@ -33,7 +33,7 @@ def random_bundle(
     """A bundle with random weights: latency does not depend on their values."""
     from rt_neds.bundle import BundleSession, save_bundle
     from rt_neds.model.neds import NEDS, ModelConfig
-    from rt_neds.model.readout import Behaviour
+    from rt_neds.model.readout import Behaviour, Scale
 
     names = [f"behaviour_{i}" for i in range(behaviours)]
     model = NEDS(
@@ -45,7 +45,7 @@ def random_bundle(
         id=SESSION_ID,
         units=[f"{SESSION_ID}/{n}" for n in range(units)],
         rate=30_000.0,
-        normalise=dict.fromkeys(names, (0.0, 1.0)),
+        scales=dict.fromkeys(names, Scale()),
         behaviours=names,
     )
     save_bundle(folder, model, bin_ms=bin_ms, sessions=[session], training={"random": True})

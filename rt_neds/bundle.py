@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from rt_neds import __version__
 from rt_neds.errors import BundleError
 from rt_neds.model.neds import NEDS, ModelConfig
-from rt_neds.model.readout import Behaviour
+from rt_neds.model.readout import Behaviour, Scale
 
 FORMAT = 1
 JSON_NAME, WEIGHTS_NAME = "bundle.json", "model.safetensors"
@@ -34,8 +34,8 @@ class BundleSession(msgspec.Struct, frozen=True, kw_only=True):
         Unit ids, in the order of the read-in.
     rate : float
         Samples per second of its probe.
-    normalise : dict of str to (mean, sd)
-        Of each continuous behaviour; those of the training split.
+    scales : dict of str to Scale
+        Of each behaviour, from the training split.
     behaviours : list of str
         What was recorded, and so learned, in this session.
     """
@@ -43,7 +43,7 @@ class BundleSession(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     units: list[str]
     rate: float
-    normalise: dict[str, tuple[float, float]]
+    scales: dict[str, Scale]
     behaviours: list[str]
 
 

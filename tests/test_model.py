@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rt_neds.model.attention import rotary_table
 from rt_neds.model.neds import NEDS, SCHEMES, SPIKES, ModelConfig
 from rt_neds.model.readin import boxcar_sums
-from rt_neds.model.readout import Behaviour, to_values, to_values_TV
+from rt_neds.model.readout import Behaviour, Scale, to_values, to_values_TV
 
 BEHAVIOURS = (
     Behaviour(name="speed", kind="gaussian", unit="rad/s"),
@@ -240,13 +240,14 @@ def test_rotary_angles_keep_their_precision_for_days():
 
 
 def test_published_values_by_hand_and_in_bulk():
-    raw = torch.tensor([[0.5, np.log(4.0)], [-1.0, 0.0]], dtype=torch.float32)
-    many = to_values_TV(raw, BEHAVIOURS[0], mean=10.0, sd=2.0)
-    torch.testing.assert_close(many, torch.tensor([[11.0, 4.0], [8.0, 2.0]]))
+    raw = torch.tensor([[0.5, np.log(4.0)], [-1.0, 0.0], [-9.0, 0.0]], dtype=torch.float32)
+    scale = Scale(mean=10.0, sd=2.0, low=7.0, high=12.0)
+    many = to_values_TV(raw, BEHAVIOURS[0], scale)
+    torch.testing.assert_close(many, torch.tensor([[11.0, 4.0], [8.0, 2.0], [7.0, 2.0]]))
     for row, expected in zip(raw.numpy(), many.tolist(), strict=True):
-        assert to_values(row, BEHAVIOURS[0], 10.0, 2.0) == pytest.approx(expected)
+        assert to_values(row, BEHAVIOURS[0], scale) == pytest.approx(expected)
     logits = torch.tensor([[0.0, np.log(3.0)]], dtype=torch.float32)
-    assert to_values(logits[0].numpy(), BEHAVIOURS[1], 0, 1) == pytest.approx([0.25, 0.75])
+    assert to_values(logits[0].numpy(), BEHAVIOURS[1], Scale()) == pytest.approx([0.25, 0.75])
     torch.testing.assert_close(
-        to_values_TV(logits, BEHAVIOURS[1], 0, 1), torch.tensor([[0.25, 0.75]])
+        to_values_TV(logits, BEHAVIOURS[1], Scale()), torch.tensor([[0.25, 0.75]])
     )

@@ -46,6 +46,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         Whether hidden tokens stay out of everyone's sight, or serve as keys as in the paper.
     history : tuple of int
         Widths, in bins, of the running sums of counts that a spike token is made of.
+    shortcut : bool
+        Whether each behaviour also hears the standardised spikes of its own bin directly, through
+        one linear map, which training begins with at the ridge solution.
     dropout : float
     """
 
@@ -57,6 +60,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention: Literal["causal", "full"] = "causal"
     masked: Literal["queries", "seen"] = "queries"
     history: tuple[int, ...] = (1, 5, 25)
+    shortcut: bool = True
     dropout: float = 0.2
 
     def __post_init__(self) -> None:
@@ -104,6 +108,12 @@ class SessionParts(nn.Module):
         self.behaviour_out = nn.ModuleDict(
             {b.name: ReadOut(config.dim, b.outputs) for b in behaviours}
         )
+        features = len(config.history) * units
+        self.shortcut = nn.ModuleDict()
+        for b in behaviours if config.shortcut else ():
+            straight = nn.Linear(features, b.outputs, bias=False)
+            nn.init.zeros_(straight.weight)
+            self.shortcut[b.name] = straight
 
 
 @dataclass(slots=True)
@@ -216,7 +226,7 @@ class NEDS(nn.Module):
         wanted = self.modalities if wanted is None else tuple(wanted)
         use = self._used(observed_BTM.any(dim=1).any(dim=0).tolist(), wanted)
         counts_BTN = torch.where(observed_BTM[:, :, :1], counts_BTN, 0.0)
-        x_BTMD = self._tokens(
+        x_BTMD, z_BTF = self._tokens(
             session, counts_BTN, values_BTM, observed_BTM, scheme_B, missing_BTN, use
         )
         seen_BTM = observed_BTM[:, :, use]
@@ -229,7 +239,7 @@ class NEDS(nn.Module):
                 layer.norm1(x_BTMD), table_2TF, seen_BTM, self.config.context, causal
             )
             x_BTMD = layer.add(x_BTMD, attended)
-        return self._read_out(session, x_BTMD, use, wanted)
+        return self._read_out(session, x_BTMD, z_BTF, use, wanted)
 
     def _used(self, shown_M: Sequence[bool], wanted: Sequence[str]) -> list[int]:
         if self.config.masked == "seen":
@@ -246,15 +256,19 @@ class NEDS(nn.Module):
         missing_BTN: Tensor | None,
         use: Sequence[int],
         past: int = 0,
-    ) -> Tensor:
-        """One token per bin and used modality; the first ``past`` bins only feed boxcars."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """One token per bin and used modality, and the features of shown spikes (else zero).
+
+        The first ``past`` bins of the counts only feed boxcars.
+        """
+        z_BTF = None
         index, parts = self.session_ids.index(session), self.parts(session)
         tokens = []
         for m in use:
             name = self.modalities[m]
             if m == 0:
-                token = parts.spikes_in(counts_BTN, missing_BTN)[:, past:]
-                token = self.spikes_shared(nnf.softsign(token))
+                z_BTF = parts.spikes_in.standardise(counts_BTN, missing_BTN)[:, past:]
+                token = self.spikes_shared(nnf.softsign(parts.spikes_in(z_BTF)))
             elif name in self.categorical_in:
                 token = self.categorical_in[name](values_BTM[:, :, m])
             else:
@@ -263,7 +277,9 @@ class NEDS(nn.Module):
             tokens.append(torch.where(shown, token, self.hidden_D) + self.modality_MD[m])
         x_BTMD = torch.stack(tokens, dim=2)
         x_BTMD = x_BTMD + self.session_XD[index] + self.scheme_XD[scheme_B][:, None, None]
-        return self.token_dropout(x_BTMD)
+        if z_BTF is not None:
+            z_BTF = z_BTF * observed_BTM[:, :, :1]
+        return self.token_dropout(x_BTMD), z_BTF
 
     def _rotary(self, bins: int) -> Tensor:
         if self._table.shape[1] < bins:
@@ -271,7 +287,12 @@ class NEDS(nn.Module):
         return self._table[:, :bins]
 
     def _read_out(
-        self, session: str, x_BTMD: Tensor, use: Sequence[int], wanted: Sequence[str]
+        self,
+        session: str,
+        x_BTMD: Tensor,
+        z_BTF: Tensor | None,
+        use: Sequence[int],
+        wanted: Sequence[str],
     ) -> dict[str, Tensor]:
         parts = self.parts(session)
         x_BTMD = self.norm(x_BTMD)
@@ -281,6 +302,8 @@ class NEDS(nn.Module):
             if name in wanted:
                 head = parts.spikes_out if m == 0 else parts.behaviour_out[name]
                 outputs[name] = head(x_BTMD[:, :, position])
+                if name in parts.shortcut and z_BTF is not None:
+                    outputs[name] = outputs[name] + parts.shortcut[name](z_BTF)
         return outputs
 
     # -- one bin, or a few, at a time ------------------------------------------------------------
@@ -348,7 +371,7 @@ class NEDS(nn.Module):
         counts_BTN = torch.where(observed_BTM[:, :, :1], counts_BTN, 0.0)
         past = state.counts_BHN.shape[1]
         with_past = torch.cat([state.counts_BHN, counts_BTN], dim=1)
-        x_BTMD = self._tokens(
+        x_BTMD, z_BTF = self._tokens(
             session, with_past, values_BTM, observed_BTM, scheme_B, missing_BTN, use, past
         )
         state.counts_BHN = with_past[:, with_past.shape[1] - past :]
@@ -370,4 +393,4 @@ class NEDS(nn.Module):
             values[:, :, rows_T] = v[:, :, :, kept_positions]
             x_BTMD = layer.add(x_BTMD, layer.attention.attend(q, keys, values, allowed_BTRM))
         state.next_bin += T
-        return self._read_out(session, x_BTMD, use, wanted)
+        return self._read_out(session, x_BTMD, z_BTF, use, wanted)

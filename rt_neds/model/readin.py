@@ -52,12 +52,16 @@ class SpikeReadIn(nn.Module):
         self.register_buffer("mean_KN", torch.zeros(len(history), units))
         self.register_buffer("sd_KN", torch.ones(len(history), units))
 
-    def forward(self, counts_BTN: Tensor, missing_BTN: Tensor | None = None) -> Tensor:
-        """Counts to vectors of shape (B, T, D); ``missing_BTN`` broadcasts over bins."""
+    def standardise(self, counts_BTN: Tensor, missing_BTN: Tensor | None = None) -> Tensor:
+        """Counts to features of shape (B, T, K * N); ``missing_BTN`` broadcasts over bins."""
         z_BTKN = (boxcar_sums(counts_BTN, self.history).sqrt() - self.mean_KN) / self.sd_KN
         if missing_BTN is not None:
             z_BTKN = torch.where(missing_BTN[:, :, None], self.missing_KN, z_BTKN)
-        return self.linear(z_BTKN.flatten(2))
+        return z_BTKN.flatten(2)
+
+    def forward(self, z_BTF: Tensor) -> Tensor:
+        """Features to vectors of shape (B, T, D)."""
+        return self.linear(z_BTF)
 
 
 class ContinuousReadIn(nn.Module):

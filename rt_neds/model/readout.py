@@ -54,9 +54,24 @@ class ReadOut(nn.Module):
         return self.linear(x_BTD)
 
 
-def to_values(
-    raw_C: NDArray[np.float32], behaviour: Behaviour, mean: float, sd: float
-) -> list[float]:
+class Scale(msgspec.Struct, frozen=True, kw_only=True):
+    """A session's physical scale of one continuous behaviour, from its training split.
+
+    Attributes
+    ----------
+    mean, sd : float
+        Normaliser.
+    low, high : float or None
+        Range that was seen; a decoded mean is held inside it.
+    """
+
+    mean: float = 0.0
+    sd: float = 1.0
+    low: float | None = None
+    high: float | None = None
+
+
+def to_values(raw_C: NDArray[np.float32], behaviour: Behaviour, scale: Scale) -> list[float]:
     """What is published for one output of one bin, in physical units.
 
     Parameters
@@ -64,8 +79,8 @@ def to_values(
     raw_C : ndarray
         Numbers the network gave.
     behaviour : Behaviour
-    mean, sd : float
-        Normaliser of a continuous behaviour in this session.
+    scale : Scale
+        Of a continuous behaviour in this session.
 
     Returns
     -------
@@ -73,19 +88,25 @@ def to_values(
         Mean and sd; rate per bin; or probabilities.
     """
     if behaviour.kind == "gaussian":
+        mean = float(raw_C[0]) * scale.sd + scale.mean
+        if scale.low is not None and scale.high is not None:
+            mean = min(max(mean, scale.low), scale.high)
         log_variance = min(max(float(raw_C[1]), LOG_VARIANCE_RANGE[0]), LOG_VARIANCE_RANGE[1])
-        return [float(raw_C[0]) * sd + mean, float(np.exp(0.5 * log_variance)) * sd]
+        return [mean, float(np.exp(0.5 * log_variance)) * scale.sd]
     if behaviour.kind == "poisson":
         return [float(np.exp(min(max(float(raw_C[0]), LOG_RATE_RANGE[0]), LOG_RATE_RANGE[1])))]
     e = np.exp(raw_C - raw_C.max())
     return [float(p) for p in e / e.sum()]
 
 
-def to_values_TV(raw_TC: Tensor, behaviour: Behaviour, mean: float, sd: float) -> Tensor:
+def to_values_TV(raw_TC: Tensor, behaviour: Behaviour, scale: Scale) -> Tensor:
     """The same for a whole sequence, shape (T, C)."""
     if behaviour.kind == "gaussian":
-        spread = (0.5 * raw_TC[:, 1].clamp(*LOG_VARIANCE_RANGE)).exp() * sd
-        return torch.stack([raw_TC[:, 0] * sd + mean, spread], dim=1)
+        mean = raw_TC[:, 0] * scale.sd + scale.mean
+        if scale.low is not None and scale.high is not None:
+            mean = mean.clamp(scale.low, scale.high)
+        spread = (0.5 * raw_TC[:, 1].clamp(*LOG_VARIANCE_RANGE)).exp() * scale.sd
+        return torch.stack([mean, spread], dim=1)
     if behaviour.kind == "poisson":
         return raw_TC.clamp(*LOG_RATE_RANGE).exp()
     return raw_TC.softmax(dim=1)

@@ -106,7 +106,7 @@ class Decoder:
     def __init__(self, spec: BundleSpec, session: BundleSession, step: Step) -> None:
         self.session = session
         self._behaviours = outputs_of(spec, session)
-        self._normalise = [session.normalise[b.name] for b in self._behaviours]
+        self._scales = [session.scales[b.name] for b in self._behaviours]
         self._step = step
         self.values_V = np.zeros(
             sum(schema_size(b.kind, len(b.classes)) for b in self._behaviours), np.float32
@@ -118,8 +118,8 @@ class Decoder:
             self._step.reset(frame.bin)
         raw_O = self._step.step(frame.counts_N, frame.observed)
         at = to = 0
-        for behaviour, (mean, sd) in zip(self._behaviours, self._normalise, strict=True):
-            values = to_values(raw_O[at : at + behaviour.outputs], behaviour, mean, sd)
+        for behaviour, scale in zip(self._behaviours, self._scales, strict=True):
+            values = to_values(raw_O[at : at + behaviour.outputs], behaviour, scale)
             self.values_V[to : to + len(values)] = values
             at, to = at + behaviour.outputs, to + len(values)
         return self.values_V

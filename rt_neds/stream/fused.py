@@ -67,14 +67,28 @@ def _panels(weight_EI: F8, bias_E: F8) -> F8:
     return rows_IE.reshape(len(rows_IE), -1, PANEL).swapaxes(0, 1).ravel()
 
 
-def _read_in_map(read_in: Any, missing_N: NDArray[np.bool_] | None) -> tuple[F8, F8]:
-    """Map of root sums; what is constant goes into the bias."""
-    weight_EI, bias_E = _map(read_in.linear)
+def _of_root_sums(
+    read_in: Any, weight_EI: F8, bias_E: F8, missing_N: NDArray[np.bool_] | None
+) -> tuple[F8, F8]:
+    """A map of standardised features as one of root sums; what is constant goes into the bias."""
     mean_KN, sd_KN, stand_in_KN = map(_f8, (read_in.mean_KN, read_in.sd_KN, read_in.missing_KN))
     missing_KN = np.broadcast_to(False if missing_N is None else missing_N, mean_KN.shape)
     constant_KN = np.where(missing_KN, stand_in_KN, -mean_KN / sd_KN)
     scale_KN = np.where(missing_KN, 0, 1 / sd_KN)
     return weight_EI * scale_KN.ravel(), bias_E + weight_EI @ constant_KN.ravel()
+
+
+def _shortcut(parts: Any, wanted: Sequence[str], sizes: Sequence[int], missing_N: Any) -> F4:
+    """Constants, then the weights of each root sum, for each number read out."""
+    features = parts.spikes_in.linear.in_features
+    weights = [
+        _f8(parts.shortcut[name].weight) if name in parts.shortcut else np.zeros((size, features))
+        for name, size in zip(wanted, sizes, strict=True)
+    ]
+    weight_OI, constant_O = _of_root_sums(
+        parts.spikes_in, np.concatenate(weights), np.zeros(sum(sizes)), missing_N
+    )
+    return np.ascontiguousarray(np.concatenate([constant_O[None], weight_OI.T]), np.float32)
 
 
 def _query_map(layer: Any) -> tuple[F8, F8]:
@@ -88,7 +102,8 @@ def _query_map(layer: Any) -> tuple[F8, F8]:
 def _blocks(model: Any, parts: Any, spikes_D: F4, missing_N: Any) -> Iterator[F8]:
     """All weights in the order they are read; ``spikes_D`` is added to the spike token."""
     dim = model.config.dim
-    yield _rows(*_read_in_map(parts.spikes_in, missing_N)).ravel()
+    read_in = _map(parts.spikes_in.linear)
+    yield _rows(*_of_root_sums(parts.spikes_in, *read_in, missing_N)).ravel()
     weight_EI, bias_E = _map(model.spikes_shared)
     yield _panels(weight_EI, bias_E + spikes_D)
     for layer in model.layers:
@@ -175,6 +190,7 @@ class FusedStep:
         self._arguments = (
             weights,
             constant_2MD,
+            _shortcut(parts, wanted, outputs, missing_N),  # shortcut_IO
             heads_OI,
             np.repeat(np.arange(1, M), outputs),  # token_of_O
             ROTARY_BASE ** -(np.arange(0, width, 2, dtype=np.float64) / width),

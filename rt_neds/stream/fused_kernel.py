@@ -267,6 +267,7 @@ def _read_in(weights, sums_KN, found_I, root_I, token_D):  # type: ignore[no-unt
             token_D[d] += (r0 * w0_D[d] + r1 * w1_D[d]) + (r2 * w2_D[d] + r3 * w3_D[d])
     for d in range(D):
         token_D[d] /= np.float32(1) + abs(token_D[d])
+    return found
 
 
 @_plain
@@ -306,10 +307,22 @@ def _read_out(normed_MD, heads_OI, token_of_O, dim, raw_O):  # type: ignore[no-u
         raw_O[o] = total + head_I[dim]
 
 
+@_summing
+def _take_shortcut(shortcut_IO, found_I, root_I, found, raw_O):  # type: ignore[no-untyped-def]
+    """Add what behaviours hear of the spikes directly."""
+    for o in range(raw_O.size):
+        raw_O[o] += shortcut_IO[0, o]
+    for i in range(found):
+        root, row_O = root_I[i], shortcut_IO[found_I[i]]
+        for o in range(raw_O.size):
+            raw_O[o] += root * row_O[o]
+
+
 @numba.njit(error_model="numpy", cache=True, nogil=True)
 def fused_step(  # type: ignore[no-untyped-def]
     counts_N, observed, bin_,
-    weights, constant_2MD, heads_OI, token_of_O, frequency_F, history_K, epsilon, dim, widened,
+    weights, constant_2MD, shortcut_IO, heads_OI, token_of_O,
+    frequency_F, history_K, epsilon, dim, widened,
     counts_CN, sums_KN, keys_LHPFV, values_LHPRV,
     found_I, root_I, turn_2F, work_5MD, kv_12D, wide_MG, scores_MR, raw_O,
 ):  # fmt: skip
@@ -327,8 +340,9 @@ def fused_step(  # type: ignore[no-untyped-def]
         turn_2F[0, f] = math.cos(bin_ * frequency_F[f])
         turn_2F[1, f] = math.sin(bin_ * frequency_F[f])
     _sum_counts(counts_N, observed, bin_, history_K, counts_CN, sums_KN)
+    found = 0
     if observed:
-        _read_in(weights, sums_KN, found_I, root_I, normed_MD[0, :D])
+        found = _read_in(weights, sums_KN, found_I, root_I, normed_MD[0, :D])
     at = D * (1 + sums_KN.size)
     at = _linear(weights, at, D, dim, normed_MD, 0, x_MD, 0, 0, shown)
     for layer in range(L):
@@ -350,3 +364,5 @@ def fused_step(  # type: ignore[no-untyped-def]
         at = _linear(weights, at, D, widened, wide_MG, 0, more_MD, 0, first, M)
     _add_and_norm(x_MD, more_MD, normed_MD, 1, M, dim, epsilon)
     _read_out(normed_MD, heads_OI, token_of_O, dim, raw_O)
+    if observed:
+        _take_shortcut(shortcut_IO, found_I, root_I, found, raw_O)

@@ -109,8 +109,8 @@ def test_replay_into_serve_publishes_every_bin_once_and_equals_offline(tiny, tmp
     )
     at = 0
     for behaviour in spec.behaviours:
-        mean_sd = spec.session().normalise[behaviour.name]
-        offline = to_values_TV(torch.from_numpy(raw[behaviour.name]), behaviour, *mean_sd).numpy()
+        scale = spec.session().scales[behaviour.name]
+        offline = to_values_TV(torch.from_numpy(raw[behaviour.name]), behaviour, scale).numpy()
         streamed = np.stack([f.values_V[at : at + offline.shape[1]] for f in frames])
         np.testing.assert_allclose(streamed, offline, atol=1e-4)
         at += offline.shape[1]
@@ -199,7 +199,7 @@ def test_serve_refuses_a_port_in_use_in_one_line(tiny):
 
 def test_serve_refuses_a_full_attention_bundle(tiny, tmp_path):
     model = NEDS(ModelConfig(dim=16, layers=1, heads=2, attention="full"), [], {"a": 3})
-    session = BundleSession(id="a", units=["a", "b", "c"], rate=3e4, normalise={}, behaviours=[])
+    session = BundleSession(id="a", units=["a", "b", "c"], rate=3e4, scales={}, behaviours=[])
     save_bundle(tmp_path / "b", model, bin_ms=20.0, sessions=[session], training={})
     done = cli("serve", "--probe", "p", "--bundle", str(tmp_path / "b"))
     assert done.returncode == 2

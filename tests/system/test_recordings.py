@@ -64,7 +64,7 @@ def test_a_recording_replayed_into_serve_equals_offline(
     for b in spec.behaviours:
         streamed = np.stack([f.values_V[at : at + 2] for f in compared])
         expected = offline[b.name][[f.bin - first for f in compared]]
-        sd = spec.session().normalise[b.name][1]
+        sd = spec.session().scales[b.name].sd
         assert np.abs(streamed - expected).max() / sd < 1e-4
         at += 2
     if "ibl" in file:
