@@ -505,6 +505,9 @@ def _note(log: Any, entry: dict[str, Any]) -> None:
 # -- command -------------------------------------------------------------------------------------
 
 
+TAKES_CONFIG = True
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sessions", nargs="+", required=True, metavar="S.h5", help="session files"

@@ -70,10 +70,11 @@ def _run(name: str, argv: Sequence[str]) -> int:
     module = importlib.import_module(module_name)
     parser = argparse.ArgumentParser(prog=f"rt-neds {name}", description=help_text)
     module.add_arguments(parser)
-    parser.add_argument("--config", metavar="FILE", help="TOML with the whole run")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="section.key=value", help="override one key"
-    )
+    if getattr(module, "TAKES_CONFIG", False):
+        parser.add_argument("--config", metavar="FILE", help="TOML with the whole run")
+        parser.add_argument(
+            "--set", action="append", default=[], metavar="section.key=value", help="override a key"
+        )
     parser.add_argument("--json", metavar="FILE", help="write the result there; - for the screen")
     parser.add_argument("--quiet", action="store_true", help="no progress, no chatter")
     args = parser.parse_args(argv)

@@ -172,6 +172,7 @@ def assemble(
     from rt_neds.stream.binner import Binner
     from rt_neds.stream.decoder import Decoder, Silence, make_step, schema_outputs
     from rt_neds.stream.loop import Loop
+    from rt_neds.stream.receiver import Announcement
     from rt_neds.stream.validity import Validity
 
     torch.set_num_threads(1)
@@ -206,6 +207,8 @@ def assemble(
             bool(missing_N.any()),
         ),
         sink=sink,
+        # A source that says nothing is taken for the session itself; it may yet say otherwise.
+        assumed=announced or Announcement(session.id, rate, tuple(session.units)),
         schema={
             "probe": config.probe,
             "bin_ms": spec.bin_ms,
@@ -240,6 +243,9 @@ def quiet_machine(realtime: bool) -> Any:
 
 
 # -- command -------------------------------------------------------------------------------------
+
+
+TAKES_CONFIG = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

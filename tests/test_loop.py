@@ -152,6 +152,21 @@ def test_a_source_that_changes_units_ends_the_run(tiny):
     assert loop.run(lambda: False) == "source changed"
 
 
+def test_a_source_that_speaks_late_is_heard(tiny):
+    spec = load_spec(tiny[1] / "bundle")
+    model = build_model(tiny[1] / "bundle", spec)
+    units = tuple(f"tiny/{n}" for n in range(6))
+    for said, why in [
+        (Announcement("tiny", RATE, units), "stopped"),
+        (Announcement("tiny", RATE, units[::-1]), "source changed"),
+        (Announcement("tiny", RATE / 2, units), "source changed"),
+    ]:
+        source = ListSource(silence(0, 5))
+        loop = assemble(ServeConfig(probe="p", bundle="b"), spec, model, source, ListSink(), None)
+        source.announced = said
+        assert loop.run(lambda source=source: not source.items) == why
+
+
 @pytest.mark.parametrize("batch_ms", [1.0, 7.3, 500.0])
 def test_the_loop_decodes_the_same_however_the_session_is_cut(run, tiny, batch_ms):
     session = load_session(tiny[0])

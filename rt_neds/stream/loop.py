@@ -48,6 +48,8 @@ class Loop:
         The parts, in the order of the data.
     schema : dict
         What the schema message says; published at the start and once a second.
+    assumed : Announcement
+        Who the parts were put together for.
     """
 
     def __init__(
@@ -61,11 +63,12 @@ class Loop:
         validity: Validity,
         sink: Sink,
         schema: dict[str, Any],
+        assumed: Announcement,
     ) -> None:
         self._source, self._binner, self._decoder = source, binner, decoder
         self._validity, self._sink, self._schema = validity, sink, schema
         self._probe, self._model = probe, model
-        self._adopted = source.announced
+        self._assumed = assumed
         self._published = 0
         self._started_ns = monotonic_ns()
         self._next_note_ns = 0
@@ -74,15 +77,14 @@ class Loop:
     def run(self, stop: Callable[[], bool]) -> str:
         """Run until told to stop; returns why: ``stopped``, or ``source changed``.
 
-        A source that announces other units than before ends the run: whoever called decides
-        whether the bundle fits the new ones.
+        A source that announces other units, or another rate, than these parts were put together
+        for ends the run: whoever called decides whether the bundle fits it.
         """
         while not stop():
             batch = self._source.read(WAIT_MS)
-            if self._source.announced is not self._adopted:
-                if self._adopted is not None:
-                    return "source changed"
-                self._adopted = self._source.announced
+            announced = self._source.announced
+            if announced is not None and announced != self._assumed:
+                return "source changed"
             if batch is not None:
                 self._take(batch)
             self._note_if_due()

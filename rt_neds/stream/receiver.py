@@ -98,9 +98,7 @@ class Receiver:
     def _parse(self, frames: list[bytes], received_ns: int) -> SpikeBatch | None:
         if frames[0] == self._source and len(frames) == 2:
             session, rate, units = unpack_source(frames[1])
-            announced = Announcement(session, rate, tuple(units))
-            if announced != self.announced:
-                self.announced = announced
+            self.announced = Announcement(session, rate, tuple(units))
             return None
         if frames[0] != self._spikes or len(frames) != 3:
             raise WireError(f"{len(frames)} frames under topic {frames[0][:40]!r}")

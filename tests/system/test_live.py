@@ -227,6 +227,7 @@ def test_serve_refuses_the_units_of_another_session(tiny):
             [sys.executable, "-m", "rt_neds.cli", "serve", *rig.options],
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
+        wait_for_schema(rig.listener, child)  # it serves already, and must still notice
         while child.poll() is None:
             acquisition.send_multipart(announcement)
             time.sleep(0.1)
