@@ -141,6 +141,9 @@ def serve(config: ServeConfig, stop: Callable[[], bool], say: Callable[[str], No
     publisher = Publisher(config.publish, config.probe)
     receiver = Receiver(endpoint, config.probe)
     try:
+        say(
+            f"starting with {config.bundle}; the first start on a machine compiles for some seconds"
+        )
         announced = _wait_for_announcement(receiver, stop)
         why = "source changed"
         while why == "source changed" and not stop():
