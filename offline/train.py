@@ -10,59 +10,27 @@ import copy
 import json
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from offline.baselines import Scaler, fit_ridge
+from offline.batches import Batch, Subject, draw_batch, prepare, refuse_twins
+from offline.beginning import build
 from offline.checkpoint import load_checkpoint, save_checkpoint
 from offline.config import TrainConfig, TrainingConfig
 from offline.losses import loss_of, spikes_loss
-from offline.masking import draw_masks
 from offline.metrics import categorical_scores, poisson_d2, r2
-from offline.predict import decode_spans, normalise, scales
-from offline.windows import BinnedSession, Split, behaviours_of, bin_session
+from offline.predict import decode_spans
+from offline.windows import Split
 from rt_neds.bundle import BundleSession, save_bundle
 from rt_neds.config import load_config
 from rt_neds.errors import ConfigError, DeviceError
-from rt_neds.model.neds import NEDS, SPIKES, SessionParts
-from rt_neds.model.readout import ReadOut, Scale, to_values_TV
-from rt_neds.session import load_session
-
-BATCHES_FOR_STATISTICS = 40
-
-
-@dataclass
-class Subject:
-    """One session on its way through training: its bins, scales, and where windows may lie."""
-
-    binned: BinnedSession
-    scales: list[Scale]
-    anchors: NDArray[np.int64]
-
-    @property
-    def id(self) -> str:
-        return self.binned.session.id
-
-
-@dataclass
-class Batch:
-    """Windows of one session, ready for the network, with what is asked of it."""
-
-    session: str
-    counts_BTN: Tensor
-    inputs_BTM: Tensor
-    targets_BTM: Tensor
-    observed_BTM: Tensor
-    asked_BTM: Tensor
-    scheme_B: Tensor
-    missing_BN: Tensor
+from rt_neds.model.neds import NEDS, SPIKES
+from rt_neds.model.readout import to_values_TV
 
 
 def train(
@@ -105,7 +73,7 @@ def train(
     torch.manual_seed(settings.seed)
     rng = np.random.default_rng(settings.seed)
     subjects = [prepare(path, config) for path in session_paths]
-    _refuse_twins(subjects)
+    refuse_twins(subjects)
     model = build(config, subjects).to(device)
     averaged = copy.deepcopy(model).eval()
     optimiser = torch.optim.AdamW(
@@ -202,86 +170,6 @@ def choose_device(name: str) -> torch.device:
         raise ConfigError(f"training.device {name}; expected auto, cpu or cuda") from None
 
 
-def prepare(path: str | Path, config: TrainConfig) -> Subject:
-    """Read a session, put it on the grid, and find where training windows may lie."""
-    binned = bin_session(load_session(path), config.data, config.behaviour)
-    kinds = [c.kind for c in config.behaviour.values()]
-    in_train = binned.of_split("train")
-    anchors = np.flatnonzero(in_train & binned.scored_TM[:, 1:].any(axis=1))
-    if len(anchors) == 0:
-        raise ConfigError(
-            f"{path}: no behaviour is scored in the training split "
-            f"(data.split = {config.data.split!r}); choose another split"
-        )
-    return Subject(binned, scales(binned, list(config.behaviour), kinds), anchors)
-
-
-def _refuse_twins(subjects: list[Subject]) -> None:
-    ids = [subject.id for subject in subjects]
-    for name in ids:
-        if ids.count(name) > 1:
-            raise ConfigError(f"session {name} is given twice; give each session once")
-
-
-def build(config: TrainConfig, subjects: list[Subject]) -> NEDS:
-    """The network, its read-ins standardised and its spike read-outs at the mean rates."""
-    units = {s.id: len(s.binned.session.unit_ids) for s in subjects}
-    model = NEDS(config.model, behaviours_of(config.behaviour), units)
-    rng = np.random.default_rng(0)
-    for subject in subjects:
-        parts = model.parts(subject.id)
-        counts_TN, sums_TKN = _statistics_sample(subject.binned, config, rng)
-        root_TKN = np.sqrt(sums_TKN)
-        # A near-silent unit must not become a hammer when it speaks: its sd has a floor.
-        parts.spikes_in.mean_KN.copy_(torch.from_numpy(root_TKN.mean(axis=0)))
-        parts.spikes_in.sd_KN.copy_(torch.from_numpy(np.maximum(root_TKN.std(axis=0), 0.2)))
-        with torch.no_grad():
-            rate_N = torch.from_numpy(counts_TN.mean(axis=0)).clamp_min(1e-4)
-            parts.spikes_out.linear.bias.copy_(rate_N.log())
-            parts.spikes_out.linear.weight.mul_(0.1)
-        _begin_at_ridge(parts, subject, model)
-    return model
-
-
-@torch.no_grad()
-def _begin_at_ridge(parts: SessionParts, subject: Subject, model: NEDS) -> None:
-    """Set the shortcut of each continuous behaviour to ridge, so that the rest learns what is left.
-
-    The read-out itself begins small: training starts where the linear decoder ends.
-    """
-    spikes_in = parts.spikes_in
-    scaler = Scaler(spikes_in.mean_KN.flatten().numpy(), spikes_in.sd_KN.flatten().numpy())
-    for m, (behaviour, scale) in enumerate(zip(model.behaviours, subject.scales, strict=True), 1):
-        name = behaviour.name
-        if name not in parts.shortcut or name not in subject.binned.present:
-            continue
-        head = cast(ReadOut, parts.behaviour_out[name]).linear
-        head.weight.mul_(0.1)
-        if behaviour.kind == "gaussian":
-            weights_F, offset = fit_ridge(subject.binned, m, spikes_in.history, scaler)
-            straight = cast(torch.nn.Linear, parts.shortcut[name])
-            straight.weight[0] = torch.from_numpy(weights_F / scale.sd)
-            head.bias[0] = (offset - scale.mean) / scale.sd
-
-
-def _statistics_sample(
-    binned: BinnedSession, config: TrainConfig, rng: np.random.Generator
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Counts and boxcar sums of recorded bins of the training split, from up to 40 windows."""
-    from rt_neds.model.readin import boxcar_sums
-
-    T, before = config.data.window_bins, max(config.model.history)
-    usable = np.flatnonzero(binned.of_split("train") & binned.shown_TM[:, 0])
-    counts, sums = [], []
-    for first in rng.choice(usable, size=min(BATCHES_FOR_STATISTICS, len(usable)), replace=False):
-        counts_TN = binned.counts_TN(first - before, first + T)
-        keep = binned.cut(binned.shown_TM[:, 0] & binned.of_split("train"), first, first + T)
-        sums_TKN = boxcar_sums(torch.from_numpy(counts_TN)[None], config.model.history)[0].numpy()
-        counts.append(counts_TN[before:][keep])
-        sums.append(sums_TKN[before:][keep])
-    return np.concatenate(counts), np.concatenate(sums)
-
-
 def _bundle_session(subject: Subject, config: TrainConfig) -> BundleSession:
     session = subject.binned.session
     names = list(config.behaviour)
@@ -295,46 +183,6 @@ def _bundle_session(subject: Subject, config: TrainConfig) -> BundleSession:
 
 
 # -- inside the loop -----------------------------------------------------------------------------
-
-
-def draw_batch(
-    subjects: list[Subject], config: TrainConfig, rng: np.random.Generator, device: torch.device
-) -> Batch:
-    """Windows of one session, and what is hidden in them.
-
-    Sessions are drawn by the square root of their length: long ones must not drown short ones.
-    A window covers a random training bin at a random place. Spikes are shown wherever recorded;
-    behaviours only inside the training split, and nothing outside it is ever asked for.
-    """
-    share = np.sqrt([len(subject.anchors) for subject in subjects])
-    subject = subjects[rng.choice(len(subjects), p=share / share.sum())]
-    binned, T = subject.binned, config.data.window_bins
-    anchors = rng.choice(subject.anchors, size=config.training.batch)
-    firsts = anchors - rng.integers(0, T, size=len(anchors))
-
-    def windows(array: NDArray) -> NDArray:
-        return np.stack([binned.cut(array, first, first + T) for first in firsts])
-
-    counts_BTN = np.stack([binned.counts_TN(first, first + T) for first in firsts])
-    train_BT1 = windows(binned.of_split("train"))[:, :, None]
-    shown_BTM, scored_BTM = windows(binned.shown_TM), windows(binned.scored_TM) & train_BT1
-    shown_BTM[:, :, 1:] &= train_BT1
-    masks = draw_masks(config.masking, shown_BTM, scored_BTM, counts_BTN.shape[2], rng)
-    values_BTM = windows(binned.values_TM)
-
-    def tensor(array: NDArray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-    return Batch(
-        session=subject.id,
-        counts_BTN=tensor(counts_BTN),
-        inputs_BTM=tensor(normalise(values_BTM, subject.scales).astype(np.float32)),
-        targets_BTM=tensor(values_BTM),
-        observed_BTM=tensor(masks.observed_BTM),
-        asked_BTM=tensor(masks.asked_BTM),
-        scheme_B=tensor(masks.scheme_B),
-        missing_BN=tensor(masks.missing_BN),
-    )
 
 
 def train_step(

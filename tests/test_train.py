@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from offline.train import build, draw_batch, learning_rate, prepare, train
+from offline.batches import draw_batch, prepare
+from offline.beginning import build
+from offline.train import learning_rate, train
 from rt_neds.bundle import build_model, load_spec
 from rt_neds.errors import BundleError, ConfigError, DeviceError, SessionError
 from tests.making import tiny_config, write_session
