@@ -27,7 +27,8 @@ from temporaldata import ArrayDict, Data, Interval, IrregularTimeSeries, Regular
 
 from rt_neds import ideal
 from rt_neds.errors import ConfigError
-from rt_neds.ideal import FEEDBACK, LEAD, TAIL, Float, Int, Single
+from rt_neds.ideal import TAIL, Float, Int, Single
+from rt_neds.task import Task, draw_task
 
 RATE = 30_000  # samples per second
 BIN = 600  # samples per 20 ms bin
@@ -35,7 +36,6 @@ BINS_PER_S = RATE // BIN
 REFRACTORY = 60  # samples, 2 ms
 MOST_SPIKES = 9  # more than this many in one bin would not leave room for the refractory time
 TOP_RATE = 100.0  # spikes per second
-UNBIASED_TRIALS = 90
 
 # Strength of tuning by region, in depth order from the tip: probes that pass from thalamus through
 # hippocampus to visual cortex. Each region has its own mixture, so that tuning tells the region.
@@ -50,21 +50,6 @@ REGIONS: dict[str, dict[str, float]] = {
 # factor. Wheel: at the median peak speed. Set so that the best decoder is good and not perfect.
 STRENGTH = dict(stimulus=0.35, choice=0.135, wheel=0.6, whisker=0.16, block=0.06, reward=0.25)
 DRIFT = 0.25  # sd of the log rate over time that the shared drift causes in a typical unit
-
-
-@dataclass(frozen=True)
-class Task:
-    """The trials drawn: `timing` is what an observer may know, the rest is hidden.
-
-    `state_T` is the column of `ideal.StateSpace` in each bin; stimuli count side * 5 + contrast.
-    """
-
-    timing: ideal.Timing
-    state_T: Int
-    stimulus_R: Int
-    left_R: NDArray[np.bool_]
-    onset_R: Int
-    response_R: Int
 
 
 @dataclass(frozen=True)
@@ -186,7 +171,7 @@ def make_world(*, units: int, minutes: float, seed: int) -> World:
     _check(units, minutes, seed)
     rng_task, rng_unit, rng_count = _generators(seed)[:3]
     space, prior = ideal.state_space(), ideal.priors()
-    task = _draw_task(round(minutes * 60 * BINS_PER_S), space, prior, rng_task)
+    task = draw_task(round(minutes * 60 * BINS_PER_S), space, prior, rng_task)
     region_N = np.repeat(list(REGIONS), np.diff(np.linspace(0, units, 6).round().astype(int)))
     baseline_N = np.clip(5 * np.exp(rng_unit.normal(0, 1.1, units)), 0.1, 40.0)
     tuning, block_N = _draw_tuning(region_N, baseline_N, space, rng_unit)
@@ -207,66 +192,6 @@ def _check(units: int, minutes: float, seed: int) -> None:
 def _generators(seed: int) -> list[Generator]:
     """Independent generators, so that the behaviour is the same whatever the number of units."""
     return [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(6)]
-
-
-def _draw_blocks(n_trials: int, rng: Generator) -> Int:
-    """Block of each trial: 90 unbiased, then runs of 20-100 (mostly short) of alternate sides."""
-    blocks = [-1] * UNBIASED_TRIALS
-    side = int(rng.integers(2))
-    while len(blocks) < n_trials:
-        length = 20 + int(rng.exponential(40))
-        blocks += [side] * min(length, 100)
-        side = 1 - side
-    return np.array(blocks[:n_trials], dtype=np.int64)
-
-
-def _draw_task(n_bins: int, space: ideal.StateSpace, prior: ideal.Priors, rng: Generator) -> Task:
-    """Draw trials one after another until the session is full, and pauses between them."""
-    state_T = np.zeros(n_bins, dtype=np.int64)
-    blocks = _draw_blocks(n_bins // 100 + UNBIASED_TRIALS, rng)
-    rows: list[tuple[int, ...]] = []
-    longest = prior.start_SU.shape[1] + LEAD + int(space.duration_K.max()) + TAIL + FEEDBACK
-    stop = 0
-    while True:
-        start = stop + int(rng.integers(60, 160))
-        stim = start + int(rng.integers(20, 35))
-        block = int(blocks[len(rows)])
-        b = ideal.BLOCKS.index(block)
-        s = int(rng.choice(prior.stimulus_BS.shape[1], p=prior.stimulus_BS[b]))
-        left = bool(rng.random() < prior.left_BS[b, s])
-        chain = stim + int(rng.choice(prior.start_SU.shape[1], p=prior.start_SU[s]))
-        k = int(rng.choice(len(space.prior_K), p=space.prior_K))
-        size = int(rng.choice(space.n_sizes, p=space.whisking_prior_G))
-        feedback = chain + LEAD + int(space.duration_K[k]) + TAIL
-        end = feedback + FEEDBACK
-        # Whether a trial takes place must not depend on how long it turns out.
-        if stim + longest > n_bins:
-            break
-        _draw_pause(state_T[stop:start], space, rng)
-        first = space.set_slice(int(left)).start + space.first_K[k]
-        state_T[chain:feedback] = np.arange(first, first + feedback - chain)
-        outcome = int(left == (s >= len(ideal.CONTRASTS)))
-        first = space.feedback_slice.start + (outcome * space.n_sizes + size) * FEEDBACK
-        state_T[feedback:end] = np.arange(first, first + FEEDBACK)
-        rows.append((start, stim, end, block, s, left, chain + LEAD, feedback - TAIL))
-        stop = end
-    _draw_pause(state_T[stop:], space, rng)
-    start_R, stim_R, end_R, block_R, stimulus_R, left_R, *movement = np.array(rows).T.copy()
-    timing = ideal.Timing(n_bins, start_R, stim_R, end_R, block_R)
-    return Task(timing, state_T, stimulus_R, left_R.astype(bool), *movement)
-
-
-def _draw_pause(state_T: Int, space: ideal.StateSpace, rng: Generator) -> None:
-    """Fill a pause, a view of the session's states, with occasional movements."""
-    chance_T = rng.random(len(state_T)) < ideal.SPONTANEOUS_PER_BIN
-    free = 0
-    for t in np.flatnonzero(chance_T & ideal.may_start(len(state_T), space)):
-        if t < free:
-            continue
-        k = int(rng.choice(len(space.prior_K), p=space.spontaneous_prior_K))
-        first = space.set_slice(ideal.MOVE_SPONTANEOUS).start + space.first_K[k]
-        free = int(t + space.last_K[k] - space.first_K[k] + 1)
-        state_T[t:free] = np.arange(first, first + free - t)
 
 
 def _draw_tuning(
