@@ -119,19 +119,8 @@ def bench_latency(
         "spikes_per_s": spikes_per_s,
         "model": f"{spec.model.layers} layers of {spec.model.dim}, "
         f"{len(spec.behaviours)} behaviours",
-        "bins": decoded.bins,
-        "expected": expected,
-        "repeated": decoded.repeated,
-        "missed": decoded.missed + expected - decoded.bins,
-        "control_missed": control.missed + expected - control.bins,
-        "late_spikes": decoded.late_spikes,
-        "lost": decoded.lost,
-        "stages_ms": {
-            "receive_to_publish": decoded.receive_to_publish.percentiles_ms(),
-            "bin_end_to_publish": decoded.bin_end_to_publish.percentiles_ms(),
-            "decode": decoded.decode.percentiles_ms(),
-            "control": control.bin_end_to_publish.percentiles_ms(),
-        },
+        "control_missed": control.missed + max(0, expected - control.bins),
+        **decoded.report(control, expected),
     }
 
 

@@ -169,17 +169,7 @@ def play(session: Path, bundle: Path, out: Path) -> Live:
         "bin_ms": spec.bin_ms,
         "units": UNITS,
         "spikes_per_s": round(sum(f.spikes for f in frames) / LIVE_S, 1),
-        "bins": decoded.bins,
-        "expected": expected,
-        "missed": decoded.missed + max(0, expected - decoded.bins),
-        "late_spikes": decoded.late_spikes,
-        "lost": decoded.lost,
-        "stages_ms": {
-            "receive_to_publish": decoded.receive_to_publish.percentiles_ms(),
-            "bin_end_to_publish": decoded.bin_end_to_publish.percentiles_ms(),
-            "decode": decoded.decode.percentiles_ms(),
-            "control": control.bin_end_to_publish.percentiles_ms(),
-        },
+        **decoded.report(control, expected),
     }
     return Live(frames, whole, schema.fields["outputs"], latency, (decoded, control))
 

@@ -80,3 +80,28 @@ class Tally:
             self.decode.record(stamps["decoded"] - stamps["binned"])
             self.bin_end_to_publish.record(stamps["published"] - intended)
             self.missed += stamps["published"] - intended > self._bin_ns
+
+    def report(self, control: Tally, expected: int) -> dict[str, Any]:
+        """What ``rt-neds bench latency`` says of this path, beside its control.
+
+        Parameters
+        ----------
+        control : Tally
+            The same path with a decoder that does nothing.
+        expected : int
+            Bins that should have been published.
+        """
+        return {
+            "bins": self.bins,
+            "expected": expected,
+            "repeated": self.repeated,
+            "missed": self.missed + max(0, expected - self.bins),
+            "late_spikes": self.late_spikes,
+            "lost": self.lost,
+            "stages_ms": {
+                "receive_to_publish": self.receive_to_publish.percentiles_ms(),
+                "bin_end_to_publish": self.bin_end_to_publish.percentiles_ms(),
+                "decode": self.decode.percentiles_ms(),
+                "control": control.bin_end_to_publish.percentiles_ms(),
+            },
+        }
