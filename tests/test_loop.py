@@ -180,6 +180,23 @@ def test_the_loop_decodes_the_same_however_the_session_is_cut(run, tiny, batch_m
         np.testing.assert_array_equal(a.values_V, b.values_V)
 
 
+def test_poking_future_spikes_changes_nothing_that_was_published(run, tiny):
+    session = load_session(tiny[0])
+    at = 5 * 30_000
+
+    def frames():
+        sink, _ = run(list(batches(session, 1.0, epoch=1, end=8 * 30_000)))
+        return sink.frames
+
+    before = frames()
+    future = session.records_S["sample"] >= at
+    session.records_S["unit"][future] = (session.records_S["unit"][future] + 1) % 6
+    after = frames()
+    same = [np.array_equal(a.values_V, b.values_V) for a, b in zip(before, after, strict=True)]
+    assert all(same[: at // WIDTH])
+    assert not all(same[at // WIDTH :])
+
+
 # -- clocks --------------------------------------------------------------------------------------
 
 
