@@ -66,6 +66,7 @@ class ClockFit:
     BUCKET_NS = 1_000_000_000
     KEPT = 60
     PATIENCE = 3
+    SETTLED = 10
     REALTIME_TOLERANCE = 1e-3
 
     def __init__(self, rate: float, slip_ms: float = 5.0) -> None:
@@ -122,11 +123,11 @@ class ClockFit:
         self._origin_ns = int(host[0])
         elapsed = (host - self._origin_ns).astype(np.float64)
         relative = (offset - offset[0]).astype(np.float64)
-        # Slope only once it can be told from jitter; a quartz is never 0.1 % off.
         slope = float(np.polyfit(elapsed, relative, 1)[0])
-        self.realtime = abs(slope) < self.REALTIME_TOLERANCE or len(self._minima) < 5
-        self.realtime &= abs(slope) < 0.02
-        self._slope = slope if len(self._minima) >= 10 else 0.0
+        # A quartz is never 0.1 % off, but only after a while can so little be told from jitter.
+        settled = len(self._minima) >= self.SETTLED
+        self.realtime = abs(slope) < (self.REALTIME_TOLERANCE if settled else 0.02)
+        self._slope = slope if settled else 0.0
         self._intercept = float(offset[0]) + float(np.min(relative - self._slope * elapsed))
         self._fitted = True
 
