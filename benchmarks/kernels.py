@@ -4,7 +4,8 @@ Contestants take turns in one process, so that whatever else the machine does hi
 ratios of medians are the figures to trust. "Hot" is back to back. "Paced" is one step every 20 ms,
 asleep in between, as at a rig: by then other programs have had the caches, and what counts is how
 many bytes come back from memory. The row "read as many bytes" only sums an array as large as the
-weights, keys and values: no float32 step of this model can be much faster.
+weights, keys and values: no float32 step of this model can be much faster. A GRU and a ridge filter
+stand beside them because they are cheaper, and nobody should think otherwise.
 
     python benchmarks/kernels.py [--json FILE]
 """
@@ -46,6 +47,7 @@ BEHAVIOURS = (
 )
 FUSED, EAGER, RERUN = "fused step", "eager step", "eager, whole window again"
 READ = "read as many bytes"
+GRU, RIDGE = "GRU of 64, PyTorch", "ridge, NumPy"
 
 Contestant = Callable[[], object]
 
@@ -153,7 +155,7 @@ def make_contestants(
 
     @torch.no_grad()
     def rerun() -> dict[str, torch.Tensor]:
-        return model("a", counts, values, observed, scheme)
+        return model("a", counts, values, observed, scheme, wanted=wanted)
 
     for _ in range(WINDOW + 10):
         raw_O, expected = fused(), eager()
@@ -161,7 +163,23 @@ def make_contestants(
     np.testing.assert_allclose(raw_O, expected_O, atol=1e-5)
     read(bytes_as_floats)
     everyone = {FUSED: fused, EAGER: eager, RERUN: rerun, READ: lambda: read(bytes_as_floats)}
-    return everyone, step.nbytes
+    return {**everyone, **make_cheaper(len(wanted))}, step.nbytes
+
+
+def make_cheaper(outputs: int) -> dict[str, Contestant]:
+    """Decoders that cost far less and, for one behaviour of one session, may decode as well."""
+    features_F = np.random.default_rng(0).standard_normal(3 * UNITS).astype(np.float32)
+    features_1F = torch.from_numpy(features_F)[None]
+    weights_OF = np.ones((outputs, 3 * UNITS), np.float32)
+    read_in, cell = torch.nn.Linear(3 * UNITS, 64), torch.nn.GRUCell(64, 64)
+    read_out, state = torch.nn.Linear(64, outputs), [torch.zeros(1, 64)]
+
+    @torch.no_grad()
+    def gru() -> torch.Tensor:
+        state[0] = cell(read_in(features_1F), state[0])
+        return read_out(state[0])
+
+    return {GRU: gru, RIDGE: lambda: weights_OF @ features_F}
 
 
 def bench_decoding(size: str, behaviours: int, rounds: int, bins: int) -> list[dict[str, object]]:
@@ -173,9 +191,9 @@ def bench_decoding(size: str, behaviours: int, rounds: int, bins: int) -> list[d
     counts_TN = rng.poisson(per_bin_N, (4 * WINDOW, UNITS)).astype(np.float32)
     wanted = [b.name for b in BEHAVIOURS[:behaviours]]
     everyone, nbytes = make_contestants(model, wanted, counts_TN)
-    runs = {FUSED: 20, EAGER: 12, RERUN: 1, READ: 10}
+    runs = {FUSED: 20, EAGER: 12, RERUN: 1, READ: 10, GRU: 20, RIDGE: 20}
     hot = take_turns({who: (everyone[who], runs[who]) for who in everyone}, rounds)
-    paced = pace({who: everyone[who] for who in (FUSED, EAGER, READ)}, bins)
+    paced = pace({who: everyone[who] for who in (FUSED, EAGER, READ, GRU, RIDGE)}, bins)
     fused_us = np.median(hot[FUSED])
     rows: list[dict[str, object]] = []
     for who, us in hot.items():
@@ -192,7 +210,7 @@ def bench_decoding(size: str, behaviours: int, rounds: int, bins: int) -> list[d
                 "paced_p99_us": None if slow is None else float(np.percentile(slow, 99)),
                 "times_fused": float(np.median(us) / fused_us),
                 "megabytes": nbytes / 1e6,
-                "hot_gb_per_s": None if who in (EAGER, RERUN) else nbytes / np.median(us) / 1e3,
+                "hot_gb_per_s": nbytes / np.median(us) / 1e3 if who in (FUSED, READ) else None,
             }
         )
     return rows
