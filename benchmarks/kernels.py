@@ -3,7 +3,7 @@
 Contestants take turns in one process, so that whatever else the machine does hits all of them;
 ratios of medians are the figures to trust. "Hot" is back to back. "Paced" is one step every 20 ms,
 asleep in between, as at a rig: by then other programs have had the caches, and what counts is how
-many bytes come back from memory. The row "read as many bytes" only sums an array as large as the
+many bytes come back from memory. The row "bytes read" only sums an array as large as the
 weights, keys and values: no float32 step of this model can be much faster. A GRU and a ridge filter
 stand beside them because they are cheaper, and nobody should think otherwise.
 
@@ -45,9 +45,8 @@ BEHAVIOURS = (
     Behaviour(name="licks", kind="poisson"),
     Behaviour(name="position", kind="gaussian"),
 )
-FUSED, EAGER, RERUN = "fused step", "eager step", "eager, whole window again"
-READ = "read as many bytes"
-GRU, RIDGE = "GRU of 64, PyTorch", "ridge, NumPy"
+FUSED, EAGER, RERUN, READ = "fused step", "eager step", "window again", "bytes read"
+GRU, RIDGE = "GRU of 64", "ridge"
 
 Contestant = Callable[[], object]
 
@@ -219,19 +218,33 @@ def bench_decoding(size: str, behaviours: int, rounds: int, bins: int) -> list[d
 # -- showing -------------------------------------------------------------------------------------
 
 
+COLUMNS = {
+    "size": "size",
+    "behaviours": "of",
+    "who": "who",
+    "p50_us": "p50",
+    "million_spikes_per_s": "M spikes/s",
+    "times_ours": "x ours",
+    "hot_p50_us": "hot p50",
+    "hot_p99_us": "p99",
+    "paced_p50_us": "paced p50",
+    "paced_p99_us": "p99",
+    "times_fused": "x fused",
+}
+
+
 def show(rows: list[dict[str, object]], title: str, console: Console) -> None:
-    """Print rows as a table, one column for each key."""
+    """Print rows as a table that fits a terminal; the JSON has the rest."""
     table = Table(title=title)
-    for key in rows[0]:
-        table.add_column(
-            key.replace("_", " "), justify="left" if key in ("who", "size") else "right"
-        )
-    for row in rows:
+    keys = [key for key in COLUMNS if key in rows[0]]
+    for key in keys:
+        table.add_column(COLUMNS[key], justify="left" if key in ("who", "size") else "right")
+    for before, row in zip([rows[0], *rows], rows, strict=False):
+        if any(row.get(key) != before.get(key) for key in ("size", "behaviours")):
+            table.add_section()
+        values = (row[key] for key in keys)
         table.add_row(
-            *(
-                "" if v is None else f"{v:,.1f}" if isinstance(v, float) else str(v)
-                for v in row.values()
-            )
+            *("" if v is None else f"{v:,.1f}" if isinstance(v, float) else str(v) for v in values)
         )
     console.print(table)
 
@@ -251,7 +264,7 @@ def main() -> None:
         rounds = options.rounds if size != "large" else max(1, options.rounds // 3)
         for behaviours in (1, len(BEHAVIOURS)):
             decoding += bench_decoding(size, behaviours, rounds, options.bins)
-    show(decoding, "Decoding one bin of 400 units, context of 100 bins, one core", console)
+    show(decoding, "Decoding one bin: 400 units, context 100, one core, us", console)
     if options.json:
         about = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
         about |= {"numba": numba.__version__, "python": platform.python_version()}
