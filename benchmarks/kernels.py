@@ -238,7 +238,8 @@ def show(rows: list[dict[str, object]], title: str, console: Console) -> None:
     table = Table(title=title)
     keys = [key for key in COLUMNS if key in rows[0]]
     for key in keys:
-        table.add_column(COLUMNS[key], justify="left" if key in ("who", "size") else "right")
+        left = key in ("who", "size")
+        table.add_column(COLUMNS[key], justify="left" if left else "right", no_wrap=left)
     for before, row in zip([rows[0], *rows], rows, strict=False):
         if any(row.get(key) != before.get(key) for key in ("size", "behaviours")):
             table.add_section()
