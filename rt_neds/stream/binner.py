@@ -164,27 +164,32 @@ class Binner:
         self._lost += batch.lost
         closing = (self._end - self.lateness) // self.width
         records_S2 = as_pairs(batch.records_S)
-        before, beyond = self._count(records_S2)
+        rows = len(self._ring_RC)
+        counted_to = self._next_bin + rows
+        before, beyond = self._count(records_S2, self._next_bin, counted_to)
         self._note_early_or_late(before)
         while True:
-            counted_to = self._next_bin + len(self._ring_RC)
-            while self._next_bin < min(closing, counted_to):
+            while self._next_bin < (min(closing, counted_to) if beyond else closing):
                 yield self._close(batch)
-            if self._next_bin >= closing:
+            # Bins that closed made room: what lay beyond the open ones is counted further on.
+            open_to = max(counted_to, self._next_bin + rows)
+            if not beyond or open_to == counted_to:
                 break
-            # The batch spans more bins than are open at once: count it again, further on.
-            _, beyond = self._count(records_S2)
+            _, beyond = self._count(records_S2, counted_to, open_to)
+            counted_to = open_to
         self.counters["spikes_far"] += beyond
 
-    def _count(self, records_S2: NDArray[np.int64]) -> tuple[int, int]:
-        """Count spikes into the open bins; return how many lay before and beyond them."""
+    def _count(
+        self, records_S2: NDArray[np.int64], first_bin: int, end_bin: int
+    ) -> tuple[int, int]:
+        """Count spikes into some of the open bins; return how many lay before and beyond them."""
         self._tally[:] = 0
         count_spikes(
             records_S2,
             self._row_of_unit_U,
             self._ring_RC,
-            self._next_bin,
-            self._next_bin + len(self._ring_RC),
+            first_bin,
+            end_bin,
             self.width,
             self._tally,
         )
