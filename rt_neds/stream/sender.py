@@ -11,7 +11,8 @@ from rt_neds.errors import StreamError
 from rt_neds.frames import SpikeBatch
 from rt_neds.wire import pack_source, pack_spikes, topic
 
-LINGER_MS = 60_000  # what was sent must arrive, even at a receiver that is busy; ends at once if none is left
+LINGER_MS = 60_000
+"""What was sent must arrive, even at a receiver that is busy; over at once if none is left."""
 
 
 class Sender:
