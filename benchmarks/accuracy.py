@@ -1,12 +1,17 @@
-"""Accuracy on real recordings, decoded by a `serve` process fed by a `replay` process over ZeroMQ.
+"""Accuracy on real recordings: ours, streamed, beside baselines on the very same bins.
 
-For each protocol: train from its configuration, replay the whole session into `serve`, take the
-published values of the test bins, score them beside ridge and the mean profile on the very same
-bins, and compare them with the offline forward pass.
+    neds_causal    trained from the protocol's configuration; a `replay` process sends the whole
+                   session over ZeroMQ to a `serve` process, whose published values are scored
+    neds_full      the same network and number of decoded windows, seeing the future too: what
+                   causality costs
+    neds_modality  the same network with the paper's tokens, one per modality and bin
+    gru, ridge, mean_profile, glm   baselines
 
     python benchmarks/accuracy.py --data ../recordings --out runs/accuracy --seeds 0 1 2
 
-writes ``accuracy.json`` beside this file's ``results``; protocols are described in README.md.
+writes ``results/accuracy.json``: dataset -> protocol -> method -> target -> [mean, sd over seeds].
+A run found in ``--out``, of the same configuration, is not trained again. README.md describes the
+protocols.
 """
 
 from __future__ import annotations
@@ -14,17 +19,24 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
-from offline.baselines import ridge
+from offline.baselines.glm import encoding as glm_encoding
+from offline.baselines.glm import forward_1 as glm_forward_1
+from offline.baselines.gru import gru
+from offline.baselines.linear import ridge
 from offline.config import TrainConfig
-from offline.evaluate import offline_values, phase_in_trial
-from offline.metrics import gaussian_scores, mean_profile
+from offline.encoding import predict_spikes
+from offline.evaluate import phase_in_trial
+from offline.metrics import bits_per_spike, gaussian_scores, mean_profile, r2
+from offline.streamed import offline_values
 from offline.train import train
 from offline.windows import BinnedSession, bin_session
 from rt_neds.bundle import build_model, load_spec
@@ -46,34 +58,173 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is trained and tested: one run per element of ``folds``, scored together."""
+    """What is trained and tested: one run per element of ``folds``, scored together.
+
+    ``full`` are the settings of the network that sees the future: it cannot be asked ahead, and
+    where that leaves more windows to decode, it takes as many steps fewer.
+    """
 
     dataset: str
     name: str
     file: str
     config: str
-    folds: tuple[tuple[str, ...], ...]
+    folds: tuple[str, ...]
+    full: tuple[str, ...] = ()
+    neural: bool = False
 
 
+RAT_FULL = ("masking.schemes={decoding=1.0, encoding=0.2}", "training.steps=1286")
 PROTOCOLS = (
     Protocol(
-        "rat_w_maze", "blocked", "rat_w_maze.h5", "rat-w-maze.toml", (("data.split=blocked",),)
+        "rat_w_maze",
+        "blocked",
+        "rat_w_maze.h5",
+        "rat-w-maze.toml",
+        ("data.split=blocked",),
+        RAT_FULL,
     ),
     Protocol(
         "rat_w_maze",
         "contiguous",
         "rat_w_maze.h5",
         "rat-w-maze.toml",
-        (("data.split=contiguous",),),
+        ("data.split=contiguous",),
+        RAT_FULL,
+        neural=True,
     ),
     Protocol(
         "ibl_probe",
         "trial_folds",
         "ibl_probe_30_trials.h5",
         "ibl-probe.toml",
-        tuple((f"data.fold={fold}",) for fold in range(5)),
+        tuple(f"data.fold={fold}" for fold in range(5)),
     ),
 )
+
+Fold = dict[str, Any]
+"""True and guessed values of the test bins of one fold, by target; other scores beside them."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One fold with one seed: its configuration, and where its run lies."""
+
+    protocol: Protocol
+    config: TrainConfig
+    session: Path
+    out: Path
+
+    def binned(self) -> BinnedSession:
+        return bin_session(load_session(self.session), self.config.data, self.config.behaviour)
+
+    def bundle(self) -> Path:
+        """Trained now, or found."""
+        bundle = self.out / "bundle"
+        found = load_spec(bundle).training["config"] if bundle.is_dir() else None
+        if found is None or msgspec.convert(found, TrainConfig, strict=False) != self.config:
+            train(self.config, [str(self.session)], self.out)
+        return bundle
+
+
+def test_bins(binned: BinnedSession, m: int) -> np.ndarray:
+    """Scored bins of the test split."""
+    return np.flatnonzero(binned.of_split("test") & binned.scored_TM[:, m])
+
+
+# -- methods: a fold to its guesses --------------------------------------------------------------
+
+
+def neds_causal(at: Setting) -> Fold:
+    """Published by serve."""
+    bundle, binned = at.bundle(), at.binned()
+    with tempfile.TemporaryDirectory() as scratch:
+        live = live_values(at.session, bundle, Path(scratch))
+    fold, worst, missing = {}, 0.0, 0
+    for n, (name, bins, offline_SV, scale) in enumerate(offline_of(bundle, binned, at.config)):
+        published = np.array([bin_ in live for bin_ in bins])
+        missing += int((~published).sum())
+        streamed_SV = np.stack([live[bin_][2 * n : 2 * n + 2] for bin_ in bins[published]])
+        gap = np.abs(streamed_SV - offline_SV[published]).max() / scale.sd
+        worst = max(worst, float(gap))
+        fold[name] = truth(binned, name, bins[published]) | {
+            "guess": streamed_SV[:, 0],
+            "sd": streamed_SV[:, 1],
+        }
+    fold["stream_vs_offline_max_abs"], fold["unpublished_bins"] = worst, missing
+    if at.protocol.neural:
+        fold["encoding"] = neural_scores(bundle, binned, at.config)
+    return fold
+
+
+def neds_offline(at: Setting) -> Fold:
+    """The offline forward pass, for networks that cannot be served."""
+    bundle, binned = at.bundle(), at.binned()
+    return {
+        name: truth(binned, name, bins) | {"guess": value_SV[:, 0], "sd": value_SV[:, 1]}
+        for name, bins, value_SV, _ in offline_of(bundle, binned, at.config)
+    }
+
+
+def of_gru(at: Setting) -> Fold:
+    binned, names = at.binned(), list(at.config.behaviour)
+    bins = [test_bins(binned, m) for m in range(1, 1 + len(names))]
+    everywhere = np.unique(np.concatenate(bins))
+    guesses = gru(binned, names, everywhere, seed=at.config.training.seed)
+    return {
+        name: truth(binned, name, own)
+        | {"guess": np.asarray(guesses[name]).reshape(len(everywhere))[np.isin(everywhere, own)]}
+        for name, own in zip(names, bins, strict=True)
+    }
+
+
+def of_ridge(at: Setting) -> Fold:
+    binned, fold = at.binned(), {}
+    for m, name in enumerate(at.config.behaviour, start=1):
+        bins = test_bins(binned, m)
+        fold[name] = truth(binned, name, bins) | {"guess": ridge(binned, name, bins)}
+    return fold
+
+
+def of_profile(at: Setting) -> Fold:
+    binned = at.binned()
+    fold = {
+        name: truth(binned, name, test_bins(binned, m))
+        for m, name in enumerate(at.config.behaviour, start=1)
+    }
+    for of in fold.values():
+        of["guess"] = of["profile"]
+    return fold
+
+
+def of_glm(at: Setting) -> Fold:
+    """Poisson regressions of the spikes, the baseline of encoding and of the next bin."""
+    binned = at.binned()
+    bins = np.flatnonzero(binned.of_split("test") & binned.scored_TM.all(axis=1))
+    counts = np.concatenate([binned.counts_TN(b, b + 1) for b in bins])
+    guesses = {"encoding": glm_encoding(binned, bins), "forward_1": glm_forward_1(binned, bins)}
+    return {"encoding": {n: bits_per_spike(counts, g)["mean50"] for n, g in guesses.items()}}
+
+
+METHODS: dict[str, Callable[[Setting], Fold]] = {
+    "neds_causal": neds_causal,
+    "neds_full": neds_offline,
+    "neds_modality": neds_offline,
+    "gru": of_gru,
+    "ridge": of_ridge,
+    "mean_profile": of_profile,
+    "glm": of_glm,
+}
+SEEDLESS = ("ridge", "mean_profile", "glm")
+
+
+def overrides(method: str, protocol: Protocol) -> tuple[str, ...]:
+    """What a method changes in the protocol's configuration."""
+    if method == "neds_full":
+        return ("model.attention=full", *protocol.full)
+    return ("model.tokens=modality",) if method == "neds_modality" else ()
+
+
+# -- what the methods share ----------------------------------------------------------------------
 
 
 def live_values(session: Path, bundle: Path, scratch: Path) -> dict[int, np.ndarray]:
@@ -97,59 +248,78 @@ def live_values(session: Path, bundle: Path, scratch: Path) -> dict[int, np.ndar
     return values
 
 
-def run_fold(config: TrainConfig, session_path: Path, out: Path) -> dict[str, Any]:
-    """Train, serve, and gather what is needed to score the test bins."""
-    train(config, [str(session_path)], out)
-    bundle = out / "bundle"
-    spec, session = load_spec(bundle), load_session(session_path)
-    binned = bin_session(session, config.data, config.behaviour)
-    with tempfile.TemporaryDirectory() as scratch:
-        live = live_values(session_path, bundle, Path(scratch))
+def offline_of(bundle: Path, binned: BinnedSession, config: TrainConfig) -> list[tuple]:
+    """Name, test bins, values and scale of each behaviour, by the offline forward pass."""
+    spec = load_spec(bundle)
+    model, of_bundle = build_model(bundle, spec), spec.session(binned.session.id)
     spans = binned.spans("test")
     kept_T = np.concatenate([np.arange(a, b) for a, b in spans])
-    model, of_bundle = build_model(bundle, spec), spec.session(session.id)
-    offline = offline_values(
+    values = offline_values(
         model, of_bundle, binned, spans, list(spec.behaviours), config.data.window_bins
     )
-    parts: dict[str, Any] = {"worst": 0.0, "missing": 0}
-    at = 0
+    found = []
     for m, b in enumerate(spec.behaviours, start=1):
-        scored = binned.scored_TM[kept_T, m]
-        published = np.array([bin_ in live for bin_ in kept_T])
-        parts["missing"] += int((scored & ~published).sum())
-        use = scored & published
-        bins = kept_T[use]
-        streamed = np.stack([live[bin_][at : at + 2] for bin_ in bins])
-        sd = of_bundle.scales[b.name].sd
-        parts["worst"] = max(
-            parts["worst"], float(np.abs(streamed - offline[b.name][use]).max() / sd)
+        bins = test_bins(binned, m)
+        found.append(
+            (b.name, bins, values[b.name][np.isin(kept_T, bins)], of_bundle.scales[b.name])
         )
-        parts[b.name] = {
-            "true": binned.values_TM[bins, m].astype(float),
-            "mean": streamed[:, 0],
-            "sd": streamed[:, 1],
-            "profile": profile(binned, m, bins),
-            "ridge": ridge(binned, b.name, bins),
-        }
-        at += 2
-    return parts
+    return found
 
 
-def profile(binned: BinnedSession, m: int, bins: np.ndarray) -> np.ndarray:
-    """The trivial guess."""
+def neural_scores(bundle: Path, binned: BinnedSession, config: TrainConfig) -> dict[str, float]:
+    """Bits per spike of encoding and of the next bin, over units that fired 50 times."""
+    spec = load_spec(bundle)
+    of_bundle = spec.session(binned.session.id)
+    predicted = predict_spikes(
+        build_model(bundle, spec),
+        {name: config.masking.schemes.get(name, 0.0) for name in ("encoding", "ahead")},
+        binned,
+        binned.spans("test"),
+        [of_bundle.scales[b.name] for b in spec.behaviours],
+        None,
+        window=config.data.window_bins,
+    )
+    names = {"bits_per_spike": "encoding", "forward_1": "forward_1"}
+    return {names[metric]: p.scores()["mean50"] for metric, p in predicted.items()}
+
+
+def truth(binned: BinnedSession, name: str, bins: np.ndarray) -> dict[str, np.ndarray]:
+    """True values, and the trivial guess."""
+    m = binned.present.index(name) + 1
     train_S = np.flatnonzero(binned.of_split("train") & binned.scored_TM[:, m])
     phase_T = phase_in_trial(binned)
-    return mean_profile(binned.values_TM[train_S, m], phase_T[train_S], phase_T[bins])
+    profile_S = mean_profile(binned.values_TM[train_S, m], phase_T[train_S], phase_T[bins])
+    return {"true": binned.values_TM[bins, m].astype(float), "profile": profile_S}
 
 
-def pooled(folds: list[dict[str, Any]], name: str, method: str) -> dict[str, float]:
-    """Scores over the test bins of all folds together."""
-    true, guess, trivial = (
-        np.concatenate([fold[name][key] for fold in folds])
-        for key in ("true", "ridge" if method == "ridge" else "mean", "profile")
-    )
-    sd = None if method == "ridge" else np.concatenate([fold[name]["sd"] for fold in folds])
-    return gaussian_scores(true, guess, sd, trivial)
+def summarise(by_seed: list[list[Fold]], names: list[str]) -> dict[str, Any]:
+    """Target -> [mean, sd over seeds], test bins of all folds scored together."""
+    entry: dict[str, Any] = {}
+
+    def note(key: str, values: list[float]) -> None:
+        entry[key] = [float(np.mean(values)), float(np.std(values))]
+
+    for name in names if names[0] in by_seed[0][0] else ():
+        scores, coverage = [], []
+        for folds in by_seed:
+            joined = {
+                key: np.concatenate([fold[name][key] for fold in folds]) for key in folds[0][name]
+            }
+            scores.append(r2(joined["true"], joined["guess"]))
+            if "sd" in joined:
+                of = gaussian_scores(
+                    joined["true"], joined["guess"], joined["sd"], joined["profile"]
+                )
+                coverage.append(of["coverage_68"])
+        note(name, scores)
+        if coverage:
+            note(f"{name}_coverage_68", coverage)
+    for key in by_seed[0][0].get("encoding", {}):
+        note(f"{key}_mean50", [float(folds[0]["encoding"][key]) for folds in by_seed])
+    for key in ("stream_vs_offline_max_abs", "unpublished_bins"):
+        if key in by_seed[0][0]:
+            entry[key] = max(fold[key] for folds in by_seed for fold in folds)
+    return entry
 
 
 def main() -> None:
@@ -158,6 +328,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="*", default=None, help="dataset/protocol names")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     args = parser.parse_args()
     path = RESULTS / "accuracy.json"
     torch.set_num_threads(1)
@@ -165,46 +336,31 @@ def main() -> None:
         label = f"{protocol.dataset}/{protocol.name}"
         if args.only and label not in args.only:
             continue
-        by_seed, worst, missing = [], 0.0, 0
-        for seed in args.seeds:
-            folds = []
-            for overrides in protocol.folds:
-                config = load_config(
-                    config_path(protocol.config),
-                    TrainConfig,
-                    [*overrides, f"training.seed={seed}"],
-                )
-                out = args.out / protocol.dataset / protocol.name / f"{seed}-{overrides[-1]}"
-                folds.append(run_fold(config, args.data / protocol.file, out))
-                worst = max(worst, folds[-1]["worst"])
-                missing += folds[-1]["missing"]
-            by_seed.append(folds)
-            print(
-                label, "seed", seed, {n: pooled(folds, n, "neds_causal") for n in config.behaviour}
-            )
-        entry = summarise(by_seed, list(config.behaviour))
-        entry["stream_vs_offline_max_abs"] = worst
-        entry["unpublished_bins"] = missing
-        entry["seeds"] = args.seeds
-        results = json.loads(path.read_text()) if path.is_file() else {}
-        results.setdefault(protocol.dataset, {})[protocol.name] = entry
-        results["machine"] = machine()
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        for method in args.methods:
+            if method == "glm" and not protocol.neural:
+                continue
+            seeds = args.seeds[:1] if method in SEEDLESS else args.seeds
+            by_seed = [
+                [METHODS[method](s) for s in settings(protocol, method, n, args)] for n in seeds
+            ]
+            names = list(settings(protocol, method, 0, args)[0].config.behaviour)
+            entry = summarise(by_seed, names) | {"seeds": len(seeds)}
+            print(label, method, entry, flush=True)
+            results = json.loads(path.read_text()) if path.is_file() else {}
+            results.setdefault(protocol.dataset, {}).setdefault(protocol.name, {})[method] = entry
+            results["machine"] = machine()
+            path.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def summarise(by_seed: list[list[dict[str, Any]]], names: list[str]) -> dict[str, Any]:
-    """``{method: {target: [mean, sd over seeds]}}``; ridge and the profile have no seed."""
-    entry: dict[str, Any] = {"neds_causal": {}, "ridge": {}, "mean_profile": {}, "coverage_68": {}}
-    for name in names:
-        ours = [pooled(folds, name, "neds_causal") for folds in by_seed]
-        scores = np.array([s["r2"] for s in ours])
-        entry["neds_causal"][name] = [float(scores.mean()), float(scores.std())]
-        entry["ridge"][name] = [pooled(by_seed[0], name, "ridge")["r2"], 0.0]
-        entry["mean_profile"][name] = [ours[0]["r2_profile"], 0.0]
-        coverage = np.array([s["coverage_68"] for s in ours])
-        entry["coverage_68"][name] = [float(coverage.mean()), float(coverage.std())]
-    return entry
+def settings(protocol: Protocol, method: str, seed: int, args: argparse.Namespace) -> list[Setting]:
+    """Each fold of a protocol."""
+    found = []
+    for fold in protocol.folds:
+        changes = [fold, *overrides(method, protocol), f"training.seed={seed}"]
+        config = load_config(config_path(protocol.config), TrainConfig, changes)
+        out = args.out / protocol.dataset / protocol.name / method / f"{seed}-{fold}"
+        found.append(Setting(protocol, config, args.data / protocol.file, out))
+    return found
 
 
 if __name__ == "__main__":

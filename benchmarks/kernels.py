@@ -1,35 +1,44 @@
-"""What one bin costs on one core: counting its spikes, and decoding it.
+"""What one bin costs on one core: its messages, counting its spikes, decoding it, and what grows.
 
 Contestants take turns in one process, so that whatever else the machine does hits all of them;
 ratios of medians are the figures to trust. "Hot" is back to back. "Paced" is one step every 20 ms,
 asleep in between, as at a rig: by then other programs have had the caches, and what counts is how
 many bytes come back from memory. The row "bytes read" only sums an array as large as the
-weights, keys and values: no float32 step of this model can be much faster. A GRU and a ridge filter
-stand beside them because they are cheaper, and nobody should think otherwise.
+weights, keys and values: no float32 step of this model can be much faster. "In a queue" is the
+fused step when eight closed bins wait, for each of them. A GRU and a ridge filter stand beside them
+because they are cheaper, and nobody should think otherwise; POYO, where `pytorch-brain` is
+installed, because it is the peer.
 
-    python benchmarks/kernels.py [--json FILE]
+    python benchmarks/kernels.py [--json FILE] [what ...]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numba
 import numpy as np
 import torch
+import zmq
 from numpy.typing import NDArray
+from peers import make_gru, make_poyo, make_ridge
 from rich.console import Console
 from rich.table import Table
 
+from rt_neds.frames import SPIKE_DTYPE, DecodedFrame, SpikeBatch
 from rt_neds.model.neds import NEDS, SCHEMES, ModelConfig
 from rt_neds.model.readout import Behaviour
-from rt_neds.stream.binner import count_spikes
+from rt_neds.stream.binner import CHUNK, Binner, count_spikes
 from rt_neds.stream.fused import FusedStep
+from rt_neds.wire import pack_decoded, pack_spikes, unpack_decoded, unpack_spikes
 
 UNITS = 400
 WINDOW = 100
@@ -40,13 +49,14 @@ SIZES = {
     "large": ModelConfig(dim=256, layers=22, heads=8, context=WINDOW),
 }
 BEHAVIOURS = (
-    Behaviour(name="speed", kind="gaussian"),
+    Behaviour(name="speed", kind="continuous"),
     Behaviour(name="choice", kind="categorical", classes=("left", "right")),
     Behaviour(name="licks", kind="poisson"),
-    Behaviour(name="position", kind="gaussian"),
+    Behaviour(name="position", kind="continuous"),
 )
 FUSED, EAGER, RERUN, READ = "fused step", "eager step", "window again", "bytes read"
-GRU, RIDGE = "GRU of 64", "ridge"
+QUEUE = "in a queue of 8"
+GRU, RIDGE, POYO = "GRU of 64", "ridge", "POYO"
 
 Contestant = Callable[[], object]
 
@@ -58,10 +68,10 @@ def microseconds(run: Contestant) -> float:
 
 
 def take_turns(
-    contestants: Mapping[str, tuple[Contestant, int]], rounds: int
-) -> dict[str, NDArray[np.float64]]:
+    contestants: Mapping[Any, tuple[Contestant, int]], rounds: int
+) -> dict[Any, NDArray[np.float64]]:
     """Time blocks of each contestant in turn, of so many runs each, after a few that are not."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    times: dict[Any, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, (run, runs) in contestants.items():
             for _ in range(1 + runs // 4):
@@ -70,9 +80,9 @@ def take_turns(
     return {name: np.array(of_name) for name, of_name in times.items()}
 
 
-def pace(contestants: Mapping[str, Contestant], bins: int) -> dict[str, NDArray[np.float64]]:
+def pace(contestants: Mapping[Any, Contestant], bins: int) -> dict[Any, NDArray[np.float64]]:
     """Time one run of each contestant in turn, each after a period asleep."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    times: dict[Any, list[float]] = {name: [] for name in contestants}
     for _ in range(bins):
         for name, run in contestants.items():
             time.sleep(PERIOD)
@@ -115,6 +125,56 @@ def bench_counting(rounds: int) -> list[dict[str, object]]:
     ]
 
 
+# -- messages ------------------------------------------------------------------------------------
+
+
+def bench_messages(rounds: int) -> list[dict[str, object]]:
+    """A 1 ms batch of ten spikes, and a decoded bin of eight values, on their way."""
+    records_S = np.zeros(10, SPIKE_DTYPE)
+    records_S["sample"] = np.arange(10)
+    batch = SpikeBatch(1, 5, 0, 30, 30_000.0, 7, 0, records_S)
+    stamps = dict.fromkeys(("sent", "received", "binned", "decoded", "published"), 10**15)
+    values_V = np.zeros(8, np.float32)
+    frame = DecodedFrame("imec0", 1, 5, 600, values_V, 0, 10, 0, 0, 0, "0123456789ab", stamps)
+    spikes, decoded = pack_spikes("imec0", batch), pack_decoded(frame)
+    binners = {n: Binner(np.arange(n, dtype=np.int32), n, 600, WINDOW) for n in (100, 1_600)}
+    sample = dict.fromkeys(binners, 0)
+    context = zmq.Context()
+    push, pull = context.socket(zmq.PUSH), context.socket(zmq.PULL)
+    pull.connect(f"tcp://127.0.0.1:{push.bind_to_random_port('tcp://127.0.0.1')}")
+
+    def through_a_socket() -> list[bytes]:
+        push.send_multipart(spikes)
+        return pull.recv_multipart()
+
+    def into_bins(units: int) -> None:
+        first = sample[units]
+        sample[units] = first + 30
+        records_S["sample"] = np.arange(first, first + 10)
+        for _ in binners[units].frames(SpikeBatch(1, 0, first, first + 30, 3e4, 0, 0, records_S)):
+            pass
+
+    contestants: dict[str, tuple[Contestant, int]] = {
+        "pack ten spikes": (lambda: pack_spikes("imec0", batch), 100),
+        "parse ten spikes": (lambda: unpack_spikes(spikes[1], spikes[2], 0), 100),
+        "ten spikes through tcp, to and fro": (through_a_socket, 100),
+        "ten spikes into bins, 100 units": (lambda: into_bins(100), 100),
+        "ten spikes into bins, 1600 units": (lambda: into_bins(1_600), 100),
+        "pack a decoded bin": (lambda: pack_decoded(frame), 100),
+        "parse a decoded bin": (lambda: unpack_decoded(decoded[1]), 100),
+    }
+    times = take_turns(contestants, rounds)
+    context.destroy()
+    return [
+        {
+            "who": who,
+            "p50_us": float(np.median(us)),
+            "p99_us": float(np.percentile(us, 99)),
+        }
+        for who, us in times.items()
+    ]
+
+
 # -- decoding ------------------------------------------------------------------------------------
 
 
@@ -132,6 +192,7 @@ def make_contestants(
 ) -> tuple[dict[str, Contestant], int]:
     """The contestants, and how many bytes one step reads; checks first that they agree."""
     step, state = FusedStep(model, "a", wanted), model.start("a")
+    queued = FusedStep(model, "a", wanted)
     bytes_as_floats = np.ones(step.nbytes // 4, np.float32)
     scheme = torch.tensor([SCHEMES.index("decoding")])
     observed = torch.zeros(1, WINDOW, len(model.modalities), dtype=torch.bool)
@@ -145,6 +206,9 @@ def make_contestants(
 
     def fused() -> NDArray[np.float32]:
         return step.step(counts_TN[next_bin(FUSED)], True)
+
+    def queue() -> NDArray[np.float32]:
+        return queued.steps(counts_TN[:CHUNK], (True,) * CHUNK)
 
     def eager() -> dict[str, torch.Tensor]:
         t = next_bin(EAGER)
@@ -161,37 +225,40 @@ def make_contestants(
     expected_O = torch.cat([expected[name][0, 0] for name in wanted]).numpy()
     np.testing.assert_allclose(raw_O, expected_O, atol=1e-5)
     read(bytes_as_floats)
-    everyone = {FUSED: fused, EAGER: eager, RERUN: rerun, READ: lambda: read(bytes_as_floats)}
-    return {**everyone, **make_cheaper(len(wanted))}, step.nbytes
+    everyone: dict[str, Contestant] = {FUSED: fused, QUEUE: queue, EAGER: eager, RERUN: rerun}
+    everyone[READ] = lambda: read(bytes_as_floats)
+    return {**everyone, **make_peers(len(wanted))}, step.nbytes
 
 
-def make_cheaper(outputs: int) -> dict[str, Contestant]:
-    """Decoders that cost far less and, for one behaviour of one session, may decode as well."""
-    features_F = np.random.default_rng(0).standard_normal(3 * UNITS).astype(np.float32)
-    features_1F = torch.from_numpy(features_F)[None]
-    weights_OF = np.ones((outputs, 3 * UNITS), np.float32)
-    read_in, cell = torch.nn.Linear(3 * UNITS, 64), torch.nn.GRUCell(64, 64)
-    read_out, state = torch.nn.Linear(64, outputs), [torch.zeros(1, 64)]
-
-    @torch.no_grad()
-    def gru() -> torch.Tensor:
-        state[0] = cell(read_in(features_1F), state[0])
-        return read_out(state[0])
-
-    return {GRU: gru, RIDGE: lambda: weights_OF @ features_F}
+def make_peers(outputs: int) -> dict[str, Contestant]:
+    """Other decoders; without POYO, and a word why, where it is not installed."""
+    peers: dict[str, Contestant] = {
+        GRU: make_gru(UNITS, outputs),
+        RIDGE: make_ridge(UNITS, outputs),
+    }
+    try:
+        peers[POYO] = make_poyo(outputs)
+    except ImportError as error:
+        print(f"{POYO} is left out ({error}): pip install pytorch-brain")
+    return peers
 
 
-def bench_decoding(size: str, behaviours: int, rounds: int, bins: int) -> list[dict[str, object]]:
-    """One size of model, asked for so many behaviours."""
+def make_model(config: ModelConfig, units: int) -> tuple[NEDS, NDArray[np.float32]]:
+    """A model with random weights, and counts for it."""
     torch.manual_seed(0)
-    model = NEDS(SIZES[size], BEHAVIOURS, {"a": UNITS}).eval()
     rng = np.random.default_rng(0)
-    per_bin_N = rng.lognormal(np.log(0.3), 1.0, UNITS)  # half of the units below 15 spikes/s
-    counts_TN = rng.poisson(per_bin_N, (4 * WINDOW, UNITS)).astype(np.float32)
-    wanted = [b.name for b in BEHAVIOURS[:behaviours]]
-    everyone, nbytes = make_contestants(model, wanted, counts_TN)
-    runs = {FUSED: 20, EAGER: 12, RERUN: 1, READ: 10, GRU: 20, RIDGE: 20}
+    per_bin_N = rng.lognormal(np.log(0.3), 1.0, units)  # half of the units below 15 spikes/s
+    counts_TN = rng.poisson(per_bin_N, (4 * WINDOW, units)).astype(np.float32)
+    return NEDS(config, BEHAVIOURS, {"a": units}).eval(), counts_TN
+
+
+def bench_decoding(size: str, rounds: int, bins: int) -> list[dict[str, object]]:
+    """One size of model, and everyone else."""
+    model, counts_TN = make_model(SIZES[size], UNITS)
+    everyone, nbytes = make_contestants(model, [b.name for b in BEHAVIOURS], counts_TN)
+    runs = {FUSED: 20, QUEUE: 5, EAGER: 12, RERUN: 1, READ: 10, GRU: 20, RIDGE: 20, POYO: 1}
     hot = take_turns({who: (everyone[who], runs[who]) for who in everyone}, rounds)
+    hot[QUEUE] = hot[QUEUE] / CHUNK
     paced = pace({who: everyone[who] for who in (FUSED, EAGER, READ, GRU, RIDGE)}, bins)
     fused_us = np.median(hot[FUSED])
     rows: list[dict[str, object]] = []
@@ -200,7 +267,6 @@ def bench_decoding(size: str, behaviours: int, rounds: int, bins: int) -> list[d
         rows.append(
             {
                 "size": size,
-                "behaviours": behaviours,
                 "who": who,
                 "runs": len(us),
                 "hot_p50_us": float(np.median(us)),
@@ -215,14 +281,72 @@ def bench_decoding(size: str, behaviours: int, rounds: int, bins: int) -> list[d
     return rows
 
 
+# -- what grows ----------------------------------------------------------------------------------
+
+
+def bench_growth(size: str, rounds: int, bins: int) -> list[dict[str, object]]:
+    """The fused step of one size by context and by units."""
+    shapes = [(50, UNITS), (WINDOW, UNITS), (200, UNITS), (WINDOW, 100), (WINDOW, 1_600)]
+    names, contestants = [b.name for b in BEHAVIOURS], {}
+    for context, units in shapes:
+        model, counts_TN = make_model(msgspec.structs.replace(SIZES[size], context=context), units)
+        contestants[context, units] = stepping(FusedStep(model, "a", names), counts_TN)
+    return timed_rows(
+        contestants, rounds, bins, lambda key: {"size": size, "context": key[0], "units": key[1]}
+    )
+
+
+def bench_probes(size: str, rounds: int, bins: int) -> list[dict[str, object]]:
+    """So many probes by one process, one after the other: what each of them costs."""
+    made = [make_model(SIZES[size], UNITS) for _ in range(4)]
+    names, contestants = [b.name for b in BEHAVIOURS], {}
+    for probes in (1, 2, 4):
+        steps = [stepping(FusedStep(model, "a", names), counts) for model, counts in made[:probes]]
+        contestants[probes] = lambda steps=steps: [step() for step in steps]
+    return timed_rows(
+        contestants, rounds, bins, lambda key: {"size": size, "probes": key}, lambda key: key
+    )
+
+
+def stepping(step: FusedStep, counts_TN: NDArray[np.float32]) -> Contestant:
+    """The next bin, at each call."""
+    bins = itertools.cycle(counts_TN)
+    return lambda: step.step(next(bins), True)
+
+
+def timed_rows(
+    contestants: dict,
+    rounds: int,
+    bins: int,
+    describe: Callable[[Any], dict[str, object]],
+    parts: Callable[[Any], int] = lambda key: 1,
+) -> list[dict[str, object]]:
+    """Hot and paced times of contestants, each divided by its parts."""
+    hot = take_turns({key: (run, 20) for key, run in contestants.items()}, rounds)
+    paced = pace(contestants, bins)
+    return [
+        {
+            **describe(key),
+            "hot_p50_us": float(np.median(hot[key])) / parts(key),
+            "hot_p99_us": float(np.percentile(hot[key], 99)) / parts(key),
+            "paced_p50_us": float(np.median(paced[key])) / parts(key),
+            "paced_p99_us": float(np.percentile(paced[key], 99)) / parts(key),
+        }
+        for key in contestants
+    ]
+
+
 # -- showing -------------------------------------------------------------------------------------
 
 
 COLUMNS = {
     "size": "size",
-    "behaviours": "of",
+    "context": "context",
+    "units": "units",
+    "probes": "probes",
     "who": "who",
     "p50_us": "p50",
+    "p99_us": "p99",
     "million_spikes_per_s": "M spikes/s",
     "times_ours": "x ours",
     "hot_p50_us": "hot p50",
@@ -241,36 +365,57 @@ def show(rows: list[dict[str, object]], title: str, console: Console) -> None:
         left = key in ("who", "size")
         table.add_column(COLUMNS[key], justify="left" if left else "right", no_wrap=left)
     for before, row in zip([rows[0], *rows], rows, strict=False):
-        if any(row.get(key) != before.get(key) for key in ("size", "behaviours")):
+        if any(row.get(key) != before.get(key) for key in ("size",)):
             table.add_section()
         values = (row[key] for key in keys)
         table.add_row(
-            *("" if v is None else f"{v:,.1f}" if isinstance(v, float) else str(v) for v in values)
+            *("" if v is None else number(v) if isinstance(v, float) else str(v) for v in values)
         )
     console.print(table)
 
 
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    what = ("counting", "messages", "decoding", "growth", "probes")
+    parser.add_argument("what", nargs="*", help=f"of {', '.join(what)}; all by default")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--rounds", type=int, default=20, help="turns of each contestant")
     parser.add_argument("--bins", type=int, default=60, help="paced bins of each contestant")
     options = parser.parse_args()
+    if not set(options.what) <= set(what):
+        parser.error(f"{', '.join(options.what)} came; expected {', '.join(what)}")
     torch.set_num_threads(1)
-    console = Console()
-    counting = bench_counting(options.rounds)
-    show(counting, "Counting a million spikes of 400 units in 5,000 bins", console)
-    decoding = []
-    for size in SIZES:
-        rounds = options.rounds if size != "large" else max(1, options.rounds // 3)
-        for behaviours in (1, len(BEHAVIOURS)):
-            decoding += bench_decoding(size, behaviours, rounds, options.bins)
-    show(decoding, "Decoding one bin: 400 units, context 100, one core, us", console)
+    console, figures = Console(), {}
+    titles = {
+        "counting": "Counting a million spikes of 400 units in 5,000 bins",
+        "messages": "Messages, us",
+        "decoding": "Decoding one bin: 400 units, context 100, one core, us",
+        "growth": "The fused step by context and units, us",
+        "probes": "Several probes by one process: the fused step for each of them, us",
+    }
+    for name in options.what or what:
+        rows = run(name, options.rounds, options.bins)
+        show(rows, titles[name], console)
+        figures[name] = rows
     if options.json:
         about = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
         about |= {"numba": numba.__version__, "python": platform.python_version()}
-        figures = {"about": about, "counting": counting, "decoding": decoding}
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        options.json.write_text(json.dumps({"about": about, **figures}, indent=1) + "\n")
+
+
+def run(what: str, rounds: int, bins: int) -> list[dict[str, object]]:
+    """The rows of one table."""
+    if what == "counting":
+        return bench_counting(rounds)
+    if what == "messages":
+        return bench_messages(rounds)
+    bench = {"decoding": bench_decoding, "growth": bench_growth, "probes": bench_probes}[what]
+    fewer = {"large": max(1, rounds // 3)}
+    return [row for size in SIZES for row in bench(size, fewer.get(size, rounds), bins)]
 
 
 if __name__ == "__main__":

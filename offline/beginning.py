@@ -1,23 +1,19 @@
-"""Where training begins: read-ins standardised, read-outs at the mean rates, shortcuts at ridge.
+"""Where training begins: read-ins standardised, read-outs of the spikes at the mean rates.
 
 Shape suffixes: T bins, K boxcar widths, N units, F features (widths x units).
 """
 
 from __future__ import annotations
 
-from typing import cast
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offline.baselines import Scaler, fit_ridge
 from offline.batches import Subject
 from offline.config import TrainConfig
 from offline.windows import BinnedSession, behaviours_of
-from rt_neds.model.neds import NEDS, SessionParts
+from rt_neds.model.neds import NEDS
 from rt_neds.model.readin import boxcar_sums
-from rt_neds.model.readout import ReadOut
 
 WINDOWS_FOR_STATISTICS = 40
 
@@ -38,29 +34,7 @@ def build(config: TrainConfig, subjects: list[Subject]) -> NEDS:
             rate_N = torch.from_numpy(counts_TN.mean(axis=0)).clamp_min(1e-4)
             parts.spikes_out.linear.bias.copy_(rate_N.log())
             parts.spikes_out.linear.weight.mul_(0.1)
-        _begin_at_ridge(parts, subject, model)
     return model
-
-
-@torch.no_grad()
-def _begin_at_ridge(parts: SessionParts, subject: Subject, model: NEDS) -> None:
-    """Set the shortcut of each continuous behaviour to ridge, so that the rest learns what is left.
-
-    The read-out itself begins small: training starts where the linear decoder ends.
-    """
-    spikes_in = parts.spikes_in
-    scaler = Scaler(spikes_in.mean_KN.flatten().numpy(), spikes_in.sd_KN.flatten().numpy())
-    for m, (behaviour, scale) in enumerate(zip(model.behaviours, subject.scales, strict=True), 1):
-        name = behaviour.name
-        if name not in parts.shortcut or name not in subject.binned.present:
-            continue
-        head = cast(ReadOut, parts.behaviour_out[name]).linear
-        head.weight.mul_(0.1)
-        if behaviour.kind == "gaussian":
-            weights_F, offset = fit_ridge(subject.binned, m, spikes_in.history, scaler)
-            straight = cast(torch.nn.Linear, parts.shortcut[name])
-            straight.weight[0] = torch.from_numpy(weights_F / scale.sd)
-            head.bias[0] = (offset - scale.mean) / scale.sd
 
 
 def _statistics_sample(

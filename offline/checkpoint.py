@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,7 +22,6 @@ def save_checkpoint(
     averaged: nn.Module,
     best: dict[str, Tensor],
     optimiser: torch.optim.Optimizer,
-    rng: np.random.Generator,
     numbers: dict[str, Any],
 ) -> None:
     """Write a checkpoint; the older one stays readable until the new one is whole.
@@ -35,8 +33,6 @@ def save_checkpoint(
     best : dict of str to tensor
         State of the best averaged model so far.
     optimiser : AdamW
-    rng : numpy.random.Generator
-        The one that draws windows and masks.
     numbers : dict
         Step, best score and the configuration, as JSON.
     """
@@ -50,9 +46,7 @@ def save_checkpoint(
         tensors.update({f"{prefix}.{name}": tensor for name, tensor in state.items()})
     for index, moments in optimiser.state_dict()["state"].items():
         tensors.update({f"optimiser.{index}.{name}": value for name, value in moments.items()})
-    tensors["torch_rng"] = torch.get_rng_state()
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    numbers = {**numbers, "numpy_rng": rng.bit_generator.state}
     for name, write in (
         (TENSORS, lambda path: save_file(tensors, path)),
         (NUMBERS, lambda path: path.write_text(json.dumps(numbers))),
@@ -68,7 +62,6 @@ def load_checkpoint(
     model: nn.Module,
     averaged: nn.Module,
     optimiser: torch.optim.Optimizer,
-    rng: np.random.Generator,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Put everything back where :func:`save_checkpoint` found it.
 
@@ -100,6 +93,4 @@ def load_checkpoint(
         index, _, key = name.partition(".")
         moments.setdefault(int(index), {})[key] = tensor
     optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
-    torch.set_rng_state(tensors["torch_rng"])
-    rng.bit_generator.state = numbers["numpy_rng"]
     return numbers, part("best")

@@ -8,6 +8,9 @@ import msgspec
 
 from rt_neds.model.neds import SCHEMES, ModelConfig
 
+BEHAVIOUR_SCHEMES = ("decoding", "encoding", "within_behaviour", "cross_modal")
+"""Schemes that show or ask for behaviours; the others are of spikes alone."""
+
 
 class BehaviourConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Where a behaviour is in the session file and what it is decoded as.
@@ -16,7 +19,7 @@ class BehaviourConfig(msgspec.Struct, frozen=True, kw_only=True):
     ----------
     source : str or list of str
         Dotted name, such as ``wheel.wheel_speed`` or ``trials.choice``; several for ``speed``.
-    kind : {"gaussian", "poisson", "categorical"}
+    kind : {"continuous", "poisson", "categorical"}
     transform : {"none", "speed"}
         ``speed`` is the length of the step per second of a one-sided exponential average of the
         sources, restarted wherever they are.
@@ -34,7 +37,7 @@ class BehaviourConfig(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     source: str | list[str]
-    kind: Literal["gaussian", "poisson", "categorical"] = "gaussian"
+    kind: Literal["continuous", "poisson", "categorical"] = "continuous"
     transform: Literal["none", "speed"] = "none"
     tau_s: float = 0.2
     classes: dict[str, float] = {}
@@ -66,13 +69,19 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True):
         Length of a training window; longer than the context, so that the banded mask is trained.
     split : str
         ``time``: three contiguous pieces; ``trials``: contiguous folds over trial order; any other
-        name ``X``: the intervals ``X_{train,val,test}_domain`` of the file.
+        name ``X``: the intervals ``X_{train,val,test}_domain`` of the file; the last may be absent.
     fractions : (float, float, float)
         For ``time``: shares of train, validation and test.
     gap_s : float
         Left out between pieces.
+    train_minutes : float
+        Train on no more than the last so many minutes of the training split; 0 for all. What a
+        calibration of that length before the experiment would give.
     folds, fold : int
         For ``trials``: their number, and which one is the test; the next one is validation.
+    cache : str
+        Folder in which sessions are kept on the grid of bins, to be read from disk as training
+        needs them; by default ``cache`` in the folder of the run. It may be shared and deleted.
     """
 
     bin_ms: float = 20.0
@@ -80,12 +89,16 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True):
     split: str = "time"
     fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
     gap_s: float = 2.0
+    train_minutes: float = 0.0
     folds: int = 5
     fold: int = 0
+    cache: str = ""
 
     def __post_init__(self) -> None:
-        if self.bin_ms <= 0 or self.window_bins < 2 or self.gap_s < 0:
-            raise ValueError("bin_ms > 0, window_bins >= 2 and gap_s >= 0 are needed")
+        if self.bin_ms <= 0 or self.window_bins < 2 or min(self.gap_s, self.train_minutes) < 0:
+            raise ValueError(
+                "bin_ms > 0, window_bins >= 2, gap_s >= 0 and train_minutes >= 0 are needed"
+            )
         if min(self.fractions) <= 0 or abs(sum(self.fractions) - 1) > 1e-6:
             raise ValueError(f"fractions {self.fractions} must be positive and sum to 1")
         if not 0 <= self.fold < self.folds or self.folds < 3:
@@ -100,13 +113,17 @@ class MaskingConfig(msgspec.Struct, frozen=True, kw_only=True):
     schemes : dict of str to float
         Weight with which each scheme is drawn, per sample.
     ratio : float
-        Share of bins hidden by the schemes that hide bins at random.
+        Share of bins, or of units, hidden by the schemes that hide them at random; share of the
+        window that ``forward`` hides.
+    region : str
+        Field of ``units`` that the schemes of regions read.
     unit_dropout : float
         Mean share of units replaced by their stand-in, per sample; what survives lost units.
     """
 
     schemes: dict[str, float] = msgspec.field(default_factory=lambda: {"decoding": 1.0})
     ratio: float = 0.3
+    region: str = "region_beryl"
     unit_dropout: float = 0.1
 
     def __post_init__(self) -> None:
@@ -120,6 +137,16 @@ class MaskingConfig(msgspec.Struct, frozen=True, kw_only=True):
         if not 0 < self.ratio < 1 or not 0 <= self.unit_dropout < 0.5:
             raise ValueError("0 < ratio < 1 and 0 <= unit_dropout < 0.5 are needed")
 
+    @property
+    def by_region(self) -> bool:
+        """Whether any scheme needs to know the region of a unit."""
+        return any(self.schemes.get(name) for name in ("inter_region", "intra_region"))
+
+    @property
+    def of_behaviour(self) -> bool:
+        """Whether any scheme shows or asks for a behaviour."""
+        return any(weight and name in BEHAVIOUR_SCHEMES for name, weight in self.schemes.items())
+
 
 class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How the weights are found.
@@ -129,7 +156,13 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
     steps : int
         Optimiser steps.
     batch : int
-        Windows per step.
+        Windows per step, over all processes.
+    sessions : int
+        Sessions a step's windows are of, drawn anew each time; each gives as many.
+    accumulate : int
+        Parts a process does its windows of a step in, to save memory; it changes nothing else.
+    precision : {"32", "bf16"}
+        ``bf16``: products of matrices in bfloat16. Weights, sums and validation stay float32.
     learning_rate : float
         Highest of the one-cycle schedule.
     warmup : float
@@ -141,7 +174,11 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
     validate_every : int
         Steps between validations.
     spikes_weight : float
-        Of the loss on spikes, where a scheme hides them.
+        Of the loss on spikes, where a scheme asks for them.
+    frozen_steps : int
+        Fine-tuning: steps in which only what belongs to sessions is trained.
+    trunk_rate : float
+        Fine-tuning: learning rate of the trunk after that, as a share of the sessions'.
     seed : int
     device : str
         ``auto``, ``cpu`` or ``cuda``.
@@ -152,6 +189,9 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     steps: int = 1000
     batch: int = 16
+    sessions: int = 1
+    accumulate: int = 1
+    precision: Literal["32", "bf16"] = "32"
     learning_rate: float = 2e-3
     warmup: float = 0.15
     weight_decay: float = 0.01
@@ -159,6 +199,8 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
     average: float = 0.99
     validate_every: int = 100
     spikes_weight: float = 1.0
+    frozen_steps: int = 0
+    trunk_rate: float = 1.0
     seed: int = 0
     device: str = "auto"
     threads: int = 0
@@ -166,8 +208,12 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or self.validate_every < 1:
             raise ValueError("steps, batch and validate_every must be at least 1")
-        if self.threads < 0:
-            raise ValueError("threads must not be negative")
+        if min(self.sessions, self.accumulate) < 1 or self.batch % self.sessions:
+            raise ValueError(
+                "sessions and accumulate must be at least 1, and batch a multiple of sessions"
+            )
+        if min(self.threads, self.frozen_steps, self.trunk_rate) < 0:
+            raise ValueError("threads, frozen_steps and trunk_rate must not be negative")
         if not 0 <= self.average < 1 or not 0 <= self.warmup <= 1 or self.learning_rate <= 0:
             raise ValueError("0 <= average < 1, 0 <= warmup <= 1 and learning_rate > 0 are needed")
 
@@ -175,15 +221,21 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One complete training run."""
 
-    behaviour: dict[str, BehaviourConfig]
+    behaviour: dict[str, BehaviourConfig] = {}
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     masking: MaskingConfig = MaskingConfig()
     training: TrainingConfig = TrainingConfig()
 
     def __post_init__(self) -> None:
-        if not self.behaviour:
-            raise ValueError("behaviour: name at least one, as [behaviour.NAME] source = ...")
+        if not self.behaviour and self.masking.of_behaviour:
+            raise ValueError(
+                "behaviour: name at least one, as [behaviour.NAME] source = ..., or choose among "
+                "the schemes of spikes alone: "
+                + ", ".join(name for name in SCHEMES if name not in BEHAVIOUR_SCHEMES)
+            )
+        if self.model.attention != "causal" and self.masking.schemes.get("ahead"):
+            raise ValueError('the scheme "ahead" needs model.attention = "causal"')
         for name in self.behaviour:
             if not name.isidentifier() or name == "spikes":
                 raise ValueError(f"behaviour.{name}: use letters, digits and _, and not 'spikes'")

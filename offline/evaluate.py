@@ -6,79 +6,154 @@ Shape suffixes: S scored bins, T bins, M modalities (0 is spikes), V published v
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from offline.config import DataConfig, TrainConfig
+from offline.encoding import Predicted, encoding_scores, glm_scores, predict_spikes
 from offline.metrics import (
-    bits_per_spike,
+    TIME_STEPS,
     categorical_scores,
     gaussian_scores,
     mean_profile,
     poisson_d2,
 )
-from offline.predict import decode_spans, encode_spans
+from offline.regions import decode_regions, regions_of
+from offline.streamed import largest_difference, offline_values, stream_spans
 from offline.windows import BinnedSession, Split, bin_session
-from rt_neds.bundle import BundleSession, BundleSpec, build_model, load_spec
+from rt_neds.bundle import BundleSpec, build_model, load_spec
 from rt_neds.config import parse_config
 from rt_neds.errors import BundleError, ConfigError
 from rt_neds.model.neds import NEDS
-from rt_neds.model.readout import Behaviour, to_values_TV
-from rt_neds.replay import batches
+from rt_neds.model.readout import Behaviour
 from rt_neds.session import load_session
-from rt_neds.stream.binner import Binner
-from rt_neds.stream.decoder import Decoder, make_step, outputs_of, schema_outputs
+from rt_neds.stream.decoder import outputs_of
 
-BATCH_MS = 20.0
+Baselines = Literal["linear", "all", "none"]
+
+
+@dataclass
+class Evaluation:
+    """One session, scored: the numbers, and what they are of, for pictures.
+
+    Attributes
+    ----------
+    result : dict
+        What ``--json`` gives for the session.
+    binned : BinnedSession
+    behaviours : list of Behaviour
+        Those that were scored.
+    bins : dict of str to ndarray of int64, shape (S,)
+        Scored bins of each behaviour.
+    true : dict of str to ndarray, shape (S,)
+        What the behaviour was there.
+    values : dict of str to ndarray, shape (S, V)
+        What was decoded there, streamed.
+    predicted : dict of str to Predicted
+        Spikes, by metric of ``encoding``.
+    region_N : ndarray of str, optional
+    """
+
+    result: dict[str, Any]
+    binned: BinnedSession
+    behaviours: list[Behaviour]
+    bins: dict[str, NDArray[np.int64]]
+    true: dict[str, NDArray]
+    values: dict[str, NDArray]
+    predicted: dict[str, Predicted]
+    region_N: NDArray[np.str_] | None
 
 
 def evaluate(
     bundle: str | Path,
-    session_path: str | Path,
+    session_paths: str | Path | Sequence[str | Path],
     *,
     split: Split = "test",
     overrides: dict[str, Any] | None = None,
-    baselines: bool = True,
+    baselines: Baselines = "linear",
+    region: str | None = None,
+    report: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Score a bundle on one split of a session.
+    """Score a bundle on one split of a session, or of several.
 
     Parameters
     ----------
     bundle : path
-    session_path : path
+    session_paths : path or sequence of path
     split : {"train", "val", "test"}
     overrides : dict, optional
         Fields of the ``data`` section to change, such as ``{"split": "contiguous"}``.
-    baselines : bool
-        Whether to fit ridge and logistic regression on the same split.
+    baselines : {"linear", "all", "none"}
+        What to fit on the same split: ridge and logistic regression; also those that take minutes;
+        nothing.
+    region : str, optional
+        Field of ``units`` with each unit's region; by default the one training used, or the first
+        of ``regions.FIELDS`` that is there.
+    report : path, optional
+        Folder in which to leave ``report.html``.
 
     Returns
     -------
     dict
         ``session, split, bundle, bins, decoding, encoding, baselines, ideal,
-        stream_vs_offline_max_abs``; the last in units of each behaviour's sd, or of probability.
+        stream_vs_offline_max_abs`` (in units of each behaviour's sd, or of probability) and
+        ``regions``; for several sessions ``sessions``, one such dict each, and ``regions``, of the
+        units of all.
 
     Raises
     ------
     BundleError, SessionError, ConfigError
     """
+    paths = [session_paths] if isinstance(session_paths, (str, Path)) else list(session_paths)
     spec = load_spec(bundle)
+    model = build_model(bundle, spec)
+    evaluations = [
+        evaluate_session(
+            model, spec, path, split=split, overrides=overrides, baselines=baselines, region=region
+        )
+        for path in paths
+    ]
+    region_of = {e.result["session"]: e.region_N for e in evaluations if e.region_N is not None}
+    if len(evaluations) != len({e.result["session"] for e in evaluations}):
+        raise ConfigError(f"{', '.join(map(str, paths))}: a session is given twice; give each once")
+    regions = decode_regions(model, region_of)
+    if report is not None:
+        from offline.report import write_report
+
+        write_report(report, spec, evaluations, regions)
+    results = [e.result for e in evaluations]
+    one = results[0] if len(results) == 1 else {"sessions": results}
+    return {**one, "regions": regions}
+
+
+def evaluate_session(
+    model: NEDS,
+    spec: BundleSpec,
+    session_path: str | Path,
+    *,
+    split: Split,
+    overrides: dict[str, Any] | None,
+    baselines: Baselines,
+    region: str | None,
+) -> Evaluation:
+    """Score one session; see :func:`evaluate`."""
     session = load_session(session_path)
     of_bundle = spec.session(session.id)
     if of_bundle.units != session.unit_ids:
         raise BundleError(
-            f"{bundle} knows {len(of_bundle.units)} units of session {session.id} and "
+            f"bundle {spec.name} knows {len(of_bundle.units)} units of session {session.id} and "
             f"{session_path} has {len(session.unit_ids)}, or others; it was trained on another "
             "version of the file: train again"
         )
-    config = parse_config(spec.training["config"], TrainConfig, f"{bundle} (its configuration)")
+    config = parse_config(spec.training["config"], TrainConfig, f"{spec.name} (its configuration)")
     data = DataConfig(**{**_fields(config.data), **(overrides or {})})
     binned = bin_session(session, data, config.behaviour, require=False)
-    model = build_model(bundle, spec)
     spans = binned.spans(split)
     if not spans:
         raise ConfigError(f"{session_path} has no {split} split by data.split = {data.split!r}")
@@ -90,103 +165,87 @@ def evaluate(
         b.name: published_T & binned.scored_TM[kept_T, 1 + spec.behaviours.index(b)]
         for b in behaviours
     }
+    if region is None and config.masking.by_region:
+        region = config.masking.region
+    region_N = regions_of(session, region)
+    predicted = predict_spikes(
+        model,
+        config.masking.schemes,
+        binned,
+        spans,
+        [of_bundle.scales[b.name] for b in model.behaviours],
+        region_N,
+        window=data.window_bins,
+    )
     result: dict[str, Any] = {
         "session": session.id,
         "split": f"{data.split}/{split}",
         "bundle": spec.name,
         "bins": int(published_T.sum()),
         "decoding": {},
-        "encoding": encoding_scores(model, config, of_bundle, binned, spans, data.window_bins),
+        "encoding": encoding_scores(predicted),
         "baselines": {},
         "ideal": {},
-        "stream_vs_offline_max_abs": _difference(streamed, offline, scored, of_bundle, behaviours),
+        "stream_vs_offline_max_abs": largest_difference(
+            streamed, offline, scored, of_bundle, behaviours
+        ),
     }
+    behaviours = [b for b in behaviours if scored[b.name].sum() >= 2]
+    bins = {b.name: kept_T[scored[b.name]] for b in behaviours}
+    true = {
+        b.name: binned.values_TM[bins[b.name], 1 + spec.behaviours.index(b)] for b in behaviours
+    }
+    values = {b.name: streamed[b.name][scored[b.name]] for b in behaviours}
     for b in behaviours:
-        at_S = kept_T[scored[b.name]]
-        if len(at_S) < 2:
-            continue
-        m = 1 + spec.behaviours.index(b)
-        result["decoding"][b.name] = score(binned, b, m, at_S, streamed[b.name][scored[b.name]])
+        m, at_S = 1 + spec.behaviours.index(b), bins[b.name]
+        result["decoding"][b.name] = score(binned, b, m, at_S, values[b.name])
         ideal = ideal_values(binned, b, config, at_S)
         if ideal is not None:
             result["ideal"][b.name] = score(binned, b, m, at_S, ideal)
-        if baselines:
-            method, values = baseline_values(binned, b, at_S)
-            scores = score(binned, b, m, at_S, values)
-            result["baselines"].setdefault(method, {})[b.name] = scores
-    return result
+    for method, guesses in baseline_values(binned, behaviours, bins, baselines).items():
+        result["baselines"][method] = {
+            b.name: score(binned, b, 1 + spec.behaviours.index(b), bins[b.name], guesses[b.name])
+            for b in behaviours
+            if b.name in guesses
+        }
+    if baselines == "all" and predicted:
+        classes = {b.name: len(b.classes) for b in spec.behaviours if b.kind == "categorical"}
+        result["baselines"]["glm"] = glm_scores(binned, predicted, classes)
+    return Evaluation(result, binned, behaviours, bins, true, values, predicted, region_N)
 
 
-# -- three ways to decode ------------------------------------------------------------------------
-
-
-def stream_spans(
-    spec: BundleSpec,
-    model: NEDS,
-    of_bundle: BundleSession,
-    binned: BinnedSession,
-    spans: list[tuple[int, int]],
-) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.bool_]]:
-    """Decode spans as the rig would: batches through the binner and the decoder, bin by bin.
-
-    Each span begins as many bins earlier as can influence it, as a run of its own.
-
-    Returns
-    -------
-    dict of str to ndarray, shape (bins of all spans, values of that output)
-    ndarray of bool
-        Which of the bins were published.
-    """
-    units = len(of_bundle.units)
-    step = make_step(model, spec, of_bundle, np.zeros(units, bool))
-    decoder = Decoder(spec, of_bundle, step)
-    rows_U = np.arange(units, dtype=np.int32)
-    values, published = [], []
-    for epoch, (first, stop) in enumerate(spans):
-        values_TV = np.full((stop - first, len(decoder.values_V)), np.nan, np.float32)
-        binner = Binner(rows_U, units, binned.width, spec.model.context)
-        start = max(0, first - spec.model.receptive_field) * binned.width
-        plan = batches(binned.session, BATCH_MS, epoch=epoch, first=start, end=stop * binned.width)
-        for batch in plan:
-            for frame in binner.frames(batch):
-                value_V = decoder.decode(frame)
-                if frame.bin >= first:
-                    values_TV[frame.bin - first] = value_V
-        values.append(values_TV)
-        published.append(np.isfinite(values_TV[:, 0]))
-    all_TV = np.concatenate(values)
-    cut = {
-        o["name"]: slice(o["offset"], o["offset"] + o["size"])
-        for o in schema_outputs(spec, of_bundle)
-    }
-    return {name: all_TV[:, at] for name, at in cut.items()}, np.concatenate(published)
-
-
-def offline_values(
-    model: NEDS,
-    of_bundle: BundleSession,
-    binned: BinnedSession,
-    spans: list[tuple[int, int]],
-    behaviours: list[Behaviour],
-    window: int,
-) -> dict[str, NDArray[np.float32]]:
-    """The same from the offline forward pass."""
-    raws = decode_spans(model, binned, spans, wanted=[b.name for b in behaviours], window=window)
-    return {
-        b.name: to_values_TV(torch.from_numpy(raws[b.name]), b, of_bundle.scales[b.name]).numpy()
-        for b in behaviours
-    }
+# -- what it is compared with --------------------------------------------------------------------
 
 
 def baseline_values(
-    binned: BinnedSession, behaviour: Behaviour, at_S: NDArray[np.int64]
-) -> tuple[str, NDArray]:
-    """What a linear method, fitted on the same training bins, gives."""
-    from offline.baselines import logistic, ridge
+    binned: BinnedSession,
+    behaviours: list[Behaviour],
+    bins: dict[str, NDArray[np.int64]],
+    which: Baselines,
+) -> dict[str, dict[str, NDArray]]:
+    """What each baseline, fitted on the same training bins, gives: by method, by behaviour."""
+    guesses: dict[str, dict[str, NDArray]] = {}
+    if which == "none" or not behaviours:
+        return guesses
+    from offline.baselines.linear import logistic, ridge
 
-    if behaviour.kind == "categorical":
-        return "logistic", logistic(binned, behaviour.name, at_S, classes=len(behaviour.classes))
-    return "ridge", ridge(binned, behaviour.name, at_S)[:, None]
+    classes = {b.name: len(b.classes) for b in behaviours if b.kind == "categorical"}
+    for name, at_S in bins.items():
+        if name in classes:
+            guess = logistic(binned, name, at_S, classes=classes[name])
+            guesses.setdefault("logistic", {})[name] = guess
+        else:
+            guesses.setdefault("ridge", {})[name] = ridge(binned, name, at_S)[:, None]
+    if which == "all":
+        from offline.baselines.gru import gru
+
+        asked = np.unique(np.concatenate(list(bins.values())))
+        of_gru = gru(binned, list(bins), asked, classes=classes)
+        guesses["gru"] = {
+            name: of_gru[name][np.searchsorted(asked, at_S)].reshape(len(at_S), -1)
+            for name, at_S in bins.items()
+        }
+    return guesses
 
 
 def ideal_values(
@@ -226,62 +285,40 @@ def score(
         return {"d2": poisson_d2(true_S, values_SV[:, 0])}
     train_S = np.flatnonzero(binned.of_split("train") & binned.scored_TM[:, m])
     phase_T = phase_in_trial(binned)
-    profile_S = mean_profile(binned.values_TM[train_S, m], phase_T[train_S], phase_T[at_S])
-    sd_S = values_SV[:, 1] if values_SV.shape[1] > 1 else None
-    return gaussian_scores(true_S, values_SV[:, 0], sd_S, profile_S)
+    train = binned.values_TM[train_S, m], phase_T[train_S]
+    profile_S = mean_profile(*train, phase_T[at_S])
+    return gaussian_scores(
+        true_S,
+        values_SV[:, 0],
+        values_SV[:, 1] if values_SV.shape[1] > 1 else None,
+        profile_S,
+        profile_sd=float(np.std(train[0] - mean_profile(*train, train[1]))),
+        tenth_S=tenth_of_trial(binned)[at_S],
+    )
 
 
 def phase_in_trial(binned: BinnedSession) -> NDArray[np.int64]:
     """Bins since the start of the trial, -1 outside trials: the clock a trivial guess may read."""
     phase_T = np.full(binned.bins, -1, np.int64)
-    if binned.session.has("trials.start"):
-        for start, end in binned.session.intervals("trials") // binned.width:
-            low, high = max(0, int(start)), min(int(end), binned.bins)
-            phase_T[low:high] = np.arange(high - low)
+    for low, high in _trials(binned):
+        phase_T[low:high] = np.arange(high - low)
     return phase_T
 
 
-def encoding_scores(
-    model: NEDS,
-    config: TrainConfig,
-    of_bundle: BundleSession,
-    binned: BinnedSession,
-    spans: list[tuple[int, int]],
-    window: int,
-) -> dict[str, Any]:
-    """Bits per spike of the spikes given the behaviours; null for what was not trained."""
-    scores: dict[str, Any] = dict.fromkeys(
-        ("bits_per_spike", "forward", "co_smoothing", "intra_region", "inter_region")
-    )
-    if not config.masking.schemes.get("encoding"):
-        return scores
-    by = [of_bundle.scales[b.name] for b in model.behaviours]
-    rate_TN = encode_spans(model, binned, spans, by, window=window)
-    kept_T = np.concatenate([np.arange(a, b) for a, b in spans])
-    shown = binned.shown_TM[kept_T]
-    use = shown[:, 0] & shown[:, 1:].any(axis=1)
-    count_TN = np.concatenate([binned.counts_TN(a, b) for a, b in spans])
-    if use.any():
-        scores["bits_per_spike"] = bits_per_spike(count_TN[use], rate_TN[use])
-    return scores
+def tenth_of_trial(binned: BinnedSession) -> NDArray[np.int64]:
+    """Which tenth of its trial a bin lies in, -1 outside trials."""
+    tenth_T = np.full(binned.bins, -1, np.int64)
+    for low, high in _trials(binned):
+        tenth_T[low:high] = np.arange(high - low) * TIME_STEPS // (high - low)
+    return tenth_T
 
 
-def _difference(
-    streamed: dict[str, NDArray],
-    offline: dict[str, NDArray],
-    scored: dict[str, NDArray],
-    of_bundle: BundleSession,
-    behaviours: list[Behaviour],
-) -> float:
-    """Largest difference over all scored bins, in sds of a behaviour or in probability."""
-    worst = 0.0
-    for b in behaviours:
-        use = scored[b.name]
-        if use.any():
-            sd = of_bundle.scales[b.name].sd if b.kind == "gaussian" else 1.0
-            gap = np.abs(streamed[b.name][use] - offline[b.name][use])
-            worst = max(worst, float(gap.max()) / sd)
-    return worst
+def _trials(binned: BinnedSession) -> list[tuple[int, int]]:
+    """First bin and the one after the last of each trial, where the session has trials."""
+    if not binned.session.has("trials.start"):
+        return []
+    trials_K2 = np.clip(binned.session.intervals("trials") // binned.width, 0, binned.bins)
+    return [(int(low), int(high)) for low, high in trials_K2 if high > low]
 
 
 def _fields(config: DataConfig) -> dict[str, Any]:
@@ -293,46 +330,57 @@ def _fields(config: DataConfig) -> dict[str, Any]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", required=True, metavar="DIR")
-    parser.add_argument("--session", required=True, metavar="S.h5")
+    parser.add_argument(
+        "--session", required=True, nargs="+", metavar="S.h5", help="one session file, or several"
+    )
     parser.add_argument("--split", default="test", choices=["train", "val", "test"])
-    parser.add_argument("--no-baselines", action="store_true", help="leave out ridge and logistic")
+    parser.add_argument(
+        "--baselines",
+        default="linear",
+        choices=["linear", "all", "none"],
+        help="fitted on the same split: ridge and logistic (linear), also GRU and GLM (all)",
+    )
+    parser.add_argument(
+        "--region", metavar="FIELD", help="field of units that names regions (region, region_beryl)"
+    )
+    parser.add_argument("--report", metavar="DIR", help="leave DIR/report.html: tables, pictures")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
-    result = evaluate(args.bundle, args.session, split=args.split, baselines=not args.no_baselines)
+    result = evaluate(
+        args.bundle,
+        args.session,
+        split=args.split,
+        baselines=args.baselines,
+        region=args.region,
+        report=args.report,
+    )
     if not args.quiet:
         show(result)
+        if args.report:
+            print(Path(args.report) / "report.html")
     return result
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print a table of the scores."""
+    """Print the tables."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{result['session']}, {result['split']}: {result['bins']} bins, streamed")
-    columns = ["decoded", "score", "trivial", *result["baselines"], "ideal"]
-    for column in columns:
-        table.add_column(column, justify="left" if column == "decoded" else "right")
-    for name, scores in result["decoding"].items():
-        key, trivial = _headline(scores)
-        cells = [f"{name} ({key})", f"{scores[key]:.3f}", trivial]
-        for method in [*result["baselines"].values(), result["ideal"]]:
-            cells.append(f"{method[name][key]:.3f}" if name in method else "")
-        table.add_row(*cells)
+    from offline.tables import HOW, decoding_table, encoding_table, regions_sentence
+
     console = Console()
-    console.print(table)
-    console.print(f"stream against offline: {result['stream_vs_offline_max_abs']:.1e} at most")
-    if result["encoding"]["bits_per_spike"]:
-        console.print(
-            f"encoding: {result['encoding']['bits_per_spike']['mean50']:.3f} bits per spike"
-        )
-
-
-def _headline(scores: dict[str, Any]) -> tuple[str, str]:
-    if "r2" in scores:
-        return "r2", f"{scores['r2_profile']:.3f} mean profile"
-    if "d2" in scores:
-        return "d2", "0 mean rate"
-    return "balanced_accuracy", f"{1 / 2:.2f} chance" if scores["auc"] is not None else "chance"
+    for one in result.get("sessions", [result]):
+        console.print(f"{one['session']}, {one['split']}: {one['bins']} bins, streamed")
+        for head, rows in (decoding_table(one), encoding_table(one)):
+            table = Table()
+            for column in head:
+                table.add_column(column, justify="left" if column in (head[0], HOW) else "right")
+            for row in rows:
+                table.add_row(*row)
+            if rows:
+                console.print(table)
+        console.print(f"stream against offline: {one['stream_vs_offline_max_abs']:.1e} at most")
+    if result["regions"]:
+        console.print(regions_sentence(result["regions"]))

@@ -8,6 +8,15 @@ Schemes of NEDS (arXiv 2504.08201, section 3), drawn per sample:
     within_behaviour   random bins of each behaviour, independently; spikes neither shown nor asked
     cross_modal        the same random bins of every modality
 
+Schemes of MtM (arXiv 2407.14668, section 3), on spikes alone; its temporal masking, NDT1's, is
+within_spikes. A hidden unit enters with its stand-in in every bin, and is asked for:
+
+    neuron             random units
+    inter_region       all units of one region, drawn at random
+    intra_region       all units outside one region, unasked, and random units inside it, asked
+    forward            the last bins of the window, for every unit
+    ahead              nothing; each bin's spikes are asked of what was shown in earlier bins
+
 Shape suffixes: B samples, T bins, M modalities (0 is spikes), N units.
 """
 
@@ -21,6 +30,9 @@ from numpy.typing import NDArray
 from offline.config import MaskingConfig
 from rt_neds.model.neds import SCHEMES
 
+UNIT_SCHEMES = ("neuron", "inter_region", "intra_region")
+"""Schemes that hide units rather than bins."""
+
 
 @dataclass(frozen=True)
 class Masks:
@@ -33,6 +45,8 @@ class Masks:
         What the network is shown.
     asked_BTM : ndarray of bool
         What is hidden by the scheme and scored: the loss counts these and nothing else.
+    asked_BN : ndarray of bool
+        Units whose spikes are asked for, where spikes are.
     missing_BN : ndarray of bool
         Units replaced by their stand-in.
     """
@@ -40,6 +54,7 @@ class Masks:
     scheme_B: NDArray[np.int64]
     observed_BTM: NDArray[np.bool_]
     asked_BTM: NDArray[np.bool_]
+    asked_BN: NDArray[np.bool_]
     missing_BN: NDArray[np.bool_]
 
 
@@ -47,7 +62,7 @@ def draw_masks(
     config: MaskingConfig,
     shown_BTM: NDArray[np.bool_],
     scored_BTM: NDArray[np.bool_],
-    units: int,
+    region_N: NDArray[np.int64],
     rng: np.random.Generator,
 ) -> Masks:
     """Draw a scheme for each sample and hide what it says.
@@ -57,34 +72,42 @@ def draw_masks(
     config : MaskingConfig
     shown_BTM, scored_BTM : ndarray of bool
         Where each modality may be shown, and may be asked for.
-    units : int
+    region_N : ndarray of int
+        Region of each unit, as a number.
     rng : numpy.random.Generator
 
     Returns
     -------
     Masks
     """
-    names = list(config.schemes)
+    names = [name for name, weight in config.schemes.items() if weight > 0]
     weights = np.array([config.schemes[name] for name in names], dtype=np.float64)
     drawn = rng.choice(len(names), size=len(shown_BTM), p=weights / weights.sum())
+    units = (len(shown_BTM), len(region_N))
+    share = rng.uniform(0.0, 2.0 * config.unit_dropout, size=(len(shown_BTM), 1))
+    missing, asked_units = rng.random(units) < share, np.ones(units, bool)
     observed, asked = np.zeros_like(shown_BTM), np.zeros_like(scored_BTM)
     for b, index in enumerate(drawn):
         hidden_TM, silenced_M = hide(names[index], shown_BTM.shape[1:], config.ratio, rng)
         observed[b] = shown_BTM[b] & ~hidden_TM & ~silenced_M
         asked[b] = scored_BTM[b] & hidden_TM & ~silenced_M
-    share = rng.uniform(0.0, 2.0 * config.unit_dropout, size=(len(shown_BTM), 1))
+        if names[index] in UNIT_SCHEMES:
+            missing[b], asked_units[b] = hide_units(names[index], region_N, config.ratio, rng)
+        if names[index] in (*UNIT_SCHEMES, "ahead"):
+            asked[b, :, 0] = scored_BTM[b, :, 0]  # asked though shown: of other units, or earlier
     return Masks(
         scheme_B=np.array([SCHEMES.index(names[index]) for index in drawn], dtype=np.int64),
         observed_BTM=observed,
         asked_BTM=asked,
-        missing_BN=rng.random((len(shown_BTM), units)) < share,
+        asked_BN=asked_units,
+        missing_BN=missing,
     )
 
 
 def hide(
     scheme: str, shape_TM: tuple[int, ...], ratio: float, rng: np.random.Generator
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """What one scheme hides in one sample.
+    """What one scheme hides in one sample, by bins.
 
     Parameters
     ----------
@@ -92,7 +115,8 @@ def hide(
         One of ``SCHEMES``.
     shape_TM : (int, int)
     ratio : float
-        Chance of a bin to be hidden by the schemes that hide bins at random.
+        Chance of a bin to be hidden by the schemes that hide bins at random; share of the window
+        that ``forward`` hides.
     rng : numpy.random.Generator
 
     Returns
@@ -107,14 +131,46 @@ def hide(
         hidden_TM[:, 1:] = True
     elif scheme == "encoding":
         hidden_TM[:, 0] = True
-    elif scheme == "within_spikes":
-        hidden_TM[:, 0] = rng.random(T) < ratio
-        silenced_M[1:] = True
     elif scheme == "within_behaviour":
         hidden_TM[:, 1:] = rng.random((T, M - 1)) < ratio
         silenced_M[0] = True
     elif scheme == "cross_modal":
         hidden_TM[:] = (rng.random(T) < ratio)[:, None]
+    elif scheme in SCHEMES:  # spikes alone
+        silenced_M[1:] = True
+        if scheme == "within_spikes":
+            hidden_TM[:, 0] = rng.random(T) < ratio
+        elif scheme == "forward":
+            hidden_TM[T - max(1, round(ratio * T)) :, 0] = True
     else:
         raise ValueError(f"no scheme {scheme}; there are {', '.join(SCHEMES)}")
     return hidden_TM, silenced_M
+
+
+def hide_units(
+    scheme: str, region_N: NDArray[np.int64], ratio: float, rng: np.random.Generator
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """What one scheme hides in one sample, by units.
+
+    Parameters
+    ----------
+    scheme : str
+        One of ``UNIT_SCHEMES``.
+    region_N : ndarray of int
+    ratio : float
+        Chance of a unit to be hidden, where units are hidden at random; one at least is.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    missing_N, asked_N : ndarray of bool
+        Units replaced by their stand-in, and those of them that are asked for.
+    """
+    here_N = region_N == rng.choice(np.unique(region_N))
+    if scheme == "inter_region":
+        return here_N, here_N
+    inside_N = here_N if scheme == "intra_region" else np.ones(len(region_N), bool)
+    asked_N = inside_N & (rng.random(len(region_N)) < ratio)
+    if not asked_N.any():
+        asked_N[rng.choice(np.flatnonzero(inside_N))] = True
+    return asked_N | ~inside_N, asked_N

@@ -1,6 +1,9 @@
 """The offline forward pass over stretches of a session: what the stream must equal.
 
-Shape suffixes: T bins, M modalities (0 is spikes), C numbers of an output.
+Each function hides exactly what its name says and returns what the model gives there.
+
+Shape suffixes: B windows or copies, T bins, M modalities (0 is spikes), N units, X passes,
+C numbers of an output.
 """
 
 from __future__ import annotations
@@ -13,11 +16,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offline.windows import BinnedSession
-from rt_neds.model.neds import NEDS, SCHEMES, SPIKES
+from rt_neds.model.neds import AHEAD, NEDS, SCHEMES, SPIKES
 from rt_neds.model.readout import LOG_RATE_RANGE, Scale
 
 SEGMENT = 1000
 """Bins decoded at once; bounds memory, changes nothing."""
+
+COPIES = 8
+"""Copies of a segment, each with other units hidden, that go through the network together."""
+
+WINDOWS = 32
+"""Short windows that go through the network together."""
+
+FORECAST_WINDOW, FORECAST_BINS = 100, 10
+"""MtM's forward prediction: bins 90 to 99 of a window from bins 0 to 89."""
 
 
 def scales(binned: BinnedSession, names: Sequence[str], kinds: Sequence[str]) -> list[Scale]:
@@ -119,9 +131,134 @@ def encode_spans(
             shown[:, 0] = False
             values = normalise(binned.cut(binned.values_TM, start, end), by).astype(np.float32)
             counts = np.zeros((end - start, len(binned.session.unit_ids)), np.float32)
-            raw = _forward(model, binned, counts, values, shown, "encoding", [SPIKES])[SPIKES]
-            pieces.append(raw[0, low - start : high - start].clamp(*LOG_RATE_RANGE).exp())
-    return torch.cat(pieces).numpy()
+            arrays = (counts[None], values[None], shown[None])
+            raw = _forward(model, binned, *arrays, "encoding", [SPIKES])[SPIKES]
+            pieces.append(_counts(raw[0, low - start : high - start]))
+    return np.concatenate(pieces)
+
+
+# -- spikes from other spikes: behaviours are neither shown nor asked ----------------------------
+
+
+def spans_without_units(
+    model: NEDS,
+    binned: BinnedSession,
+    spans: Iterable[tuple[int, int]],
+    hidden_XN: NDArray[np.bool_],
+    asked_XN: NDArray[np.bool_],
+    scheme: str,
+    *,
+    window: int = 300,
+) -> NDArray[np.float32]:
+    """Predicted counts of units replaced by their stand-in, from the units that are left.
+
+    Parameters
+    ----------
+    model, binned, spans, window
+        As for :func:`decode_spans`.
+    hidden_XN : ndarray of bool
+        Units replaced in each pass, over all bins.
+    asked_XN : ndarray of bool
+        Units read in each pass, a part of the hidden ones; each unit in one pass at most.
+    scheme : str
+        One of ``SCHEMES``.
+
+    Returns
+    -------
+    ndarray, shape (bins of all spans, units)
+        NaN for units that no pass asks for.
+    """
+    assert not (asked_XN & ~hidden_XN).any(), "a unit that is seen is not predicted"
+    pieces = []
+    for first, stop in spans:
+        for low, high, start, end in _segments(model, first, stop, window):
+            counts, values, shown = _spikes_alone(binned, [(start, end)])
+            rate_TN = np.full((high - low, asked_XN.shape[1]), np.nan, np.float32)
+            for x in range(0, len(hidden_XN), COPIES):
+                hidden_BN, asked_BN = hidden_XN[x : x + COPIES], asked_XN[x : x + COPIES]
+                raw = _forward(
+                    model,
+                    binned,
+                    counts.repeat(len(hidden_BN), axis=0),
+                    values.repeat(len(hidden_BN), axis=0),
+                    shown.repeat(len(hidden_BN), axis=0),
+                    scheme,
+                    [SPIKES],
+                    missing_BN=hidden_BN,
+                )
+                raw_BTN = raw[SPIKES][:, low - start : high - start]
+                for raw_TN, asked_N in zip(raw_BTN, asked_BN, strict=True):
+                    rate_TN[:, asked_N] = _counts(raw_TN[:, torch.from_numpy(asked_N)])
+            pieces.append(rate_TN)
+    return np.concatenate(pieces)
+
+
+def forecast_spans(
+    model: NEDS, binned: BinnedSession, spans: Iterable[tuple[int, int]], scheme: str
+) -> NDArray[np.float32]:
+    """Predicted counts of the last ten bins of windows of a hundred, all spikes there hidden.
+
+    The hidden parts of the windows lie side by side; what a window shows may lie before the span.
+
+    Returns
+    -------
+    ndarray, shape (bins of all spans, units)
+        NaN in the last bins of a span, too few for a window, and where a window was not wholly
+        recorded.
+    """
+    pieces = []
+    recorded_T = binned.shown_TM[:, 0]
+    for first, stop in spans:
+        rate_TN = np.full((stop - first, len(binned.session.unit_ids)), np.nan, np.float32)
+        ends = [
+            end
+            for end in range(first + FORECAST_BINS, stop + 1, FORECAST_BINS)
+            if binned.cut(recorded_T, end - FORECAST_WINDOW, end).all()
+        ]
+        for at in range(0, len(ends), WINDOWS):
+            some = ends[at : at + WINDOWS]
+            arrays = _spikes_alone(binned, [(end - FORECAST_WINDOW, end) for end in some])
+            arrays[2][:, -FORECAST_BINS:, 0] = False
+            raw = _forward(model, binned, *arrays, scheme, [SPIKES])[SPIKES]
+            for end, last_TN in zip(some, _counts(raw[:, -FORECAST_BINS:]), strict=True):
+                rate_TN[end - FORECAST_BINS - first : end - first] = last_TN
+        pieces.append(rate_TN)
+    return np.concatenate(pieces)
+
+
+def ahead_spans(
+    model: NEDS, binned: BinnedSession, spans: Iterable[tuple[int, int]], scheme: str
+) -> NDArray[np.float32]:
+    """Predicted counts of every bin from the spikes of strictly earlier bins; causal models only.
+
+    Returns
+    -------
+    ndarray, shape (bins of all spans, units)
+    """
+    pieces = []
+    for first, stop in spans:
+        for low, high, start, end in _segments(model, first, stop, SEGMENT):
+            arrays = _spikes_alone(binned, [(start, end)])
+            raw = _forward(model, binned, *arrays, scheme, [AHEAD])[AHEAD]
+            pieces.append(_counts(raw[0, low - start : high - start]))
+    return np.concatenate(pieces)
+
+
+def _spikes_alone(
+    binned: BinnedSession, stretches: Sequence[tuple[int, int]]
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+    """Counts, behaviours (nothing) and what is shown (spikes, where recorded) of equal windows."""
+    shown = np.stack([binned.cut(binned.shown_TM, a, b) for a, b in stretches])
+    shown[:, :, 1:] = False
+    counts = np.stack([binned.counts_TN(a, b) for a, b in stretches])
+    return counts, np.zeros(shown.shape, np.float32), shown
+
+
+def _counts(raw: Tensor) -> NDArray[np.float32]:
+    return raw.clamp(*LOG_RATE_RANGE).exp().cpu().numpy()
+
+
+# -- through the network -------------------------------------------------------------------------
 
 
 def _decode(
@@ -132,25 +269,28 @@ def _decode(
     wanted: Sequence[str],
     device: torch.device | str,
 ) -> dict[str, Tensor]:
-    shown = binned.cut(binned.shown_TM, start, end)
-    shown[:, 1:] = False
-    values = np.zeros(shown.shape, np.float32)
-    counts = binned.counts_TN(start, end)
-    return _forward(model, binned, counts, values, shown, "decoding", wanted, device)
+    arrays = _spikes_alone(binned, [(start, end)])
+    return _forward(model, binned, *arrays, "decoding", wanted, device)
 
 
 @torch.no_grad()
 def _forward(
     model: NEDS,
     binned: BinnedSession,
-    counts_TN: NDArray[np.float32],
-    values_TM: NDArray[np.float32],
-    shown_TM: NDArray[np.bool_],
+    counts_BTN: NDArray[np.float32],
+    values_BTM: NDArray[np.float32],
+    shown_BTM: NDArray[np.bool_],
     scheme: str,
     wanted: Sequence[str],
     device: torch.device | str = "cpu",
+    missing_BN: NDArray[np.bool_] | None = None,
 ) -> dict[str, Tensor]:
-    arrays = (counts_TN, values_TM, shown_TM)
-    counts, values, shown = (torch.from_numpy(array)[None].to(device) for array in arrays)
-    scheme_B = torch.tensor([SCHEMES.index(scheme)], device=device)
-    return model(binned.session.id, counts, values, shown, scheme_B, wanted=wanted)
+    arrays = (counts_BTN, values_BTM, shown_BTM)
+    counts, values, shown = (torch.from_numpy(array).to(device) for array in arrays)
+    scheme_B = torch.full((len(counts_BTN),), SCHEMES.index(scheme), device=device)
+    missing = None
+    if missing_BN is not None:
+        missing = torch.from_numpy(missing_BN)[:, None].to(device)
+    return model(
+        binned.session.id, counts, values, shown, scheme_B, missing_BTN=missing, wanted=wanted
+    )

@@ -6,31 +6,35 @@ Shape suffixes: B windows, T bins, M modalities (0 is spikes), N units.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
-from offline.batches import Batch, Subject, draw_batch, prepare, refuse_twins
+from offline.average import RunningAverage, touched
+from offline.batches import Batch, Step, Subject, draw_step, refuse_twins
 from offline.beginning import build
+from offline.cache import kept
 from offline.checkpoint import load_checkpoint, save_checkpoint
 from offline.config import TrainConfig, TrainingConfig
+from offline.finetune import begin_at_bundle, refuse_other_units, trunk
 from offline.losses import loss_of, spikes_loss
-from offline.metrics import categorical_scores, poisson_d2, r2
-from offline.predict import decode_spans
-from offline.windows import Split
+from offline.processes import Processes, join, leave
+from offline.progress import progress
+from offline.validation import mean_score, validate
 from rt_neds.bundle import BundleSession, save_bundle
 from rt_neds.config import load_config
-from rt_neds.errors import ConfigError, DeviceError
-from rt_neds.model.neds import NEDS, SPIKES
-from rt_neds.model.readout import to_values_TV
+from rt_neds.errors import ConfigError
+from rt_neds.model.neds import AHEAD, NEDS, SCHEMES
+from rt_neds.session import load_session
 
 
 def train(
@@ -38,8 +42,10 @@ def train(
     session_paths: list[str],
     out: str | Path,
     *,
+    init: str | Path | None = None,
     resume: bool = False,
     quiet: bool = True,
+    on_validation: Callable[[int, float], None] | None = None,
 ) -> dict[str, Any]:
     """Train on one or more sessions and leave a bundle.
 
@@ -50,10 +56,14 @@ def train(
         Session files.
     out : path
         Folder for ``bundle/``, ``checkpoint/`` and ``log.jsonl``.
+    init : path, optional
+        Bundle whose trunk to begin with: fine-tuning.
     resume : bool
         Go on from the checkpoint in ``out``, to the same losses as if it had never stopped.
     quiet : bool
         No progress bar.
+    on_validation : callable, optional
+        Called with the step and the score of each validation; what it raises ends the training.
 
     Returns
     -------
@@ -67,27 +77,24 @@ def train(
     """
     out, started = Path(out), time.monotonic()
     settings = config.training
-    device = choose_device(settings.device)
+    processes = join(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    subjects = open_sessions(session_paths, config, out, processes)
     torch.manual_seed(settings.seed)
-    rng = np.random.default_rng(settings.seed)
-    subjects = [prepare(path, config) for path in session_paths]
-    refuse_twins(subjects)
-    model = build(config, subjects).to(device)
-    averaged = copy.deepcopy(model).eval()
-    optimiser = torch.optim.AdamW(
-        model.parameters(),
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        betas=(0.9, 0.98),
-    )
+    model = build(config, subjects)
+    if init is not None:
+        refuse_other_units(init, {subject.id: subject.units for subject in subjects})
+        begin_at_bundle(model, init, config)
+    model = model.to(processes.device)
+    average = RunningAverage(model)
+    optimiser = make_optimiser(model, settings)
     step, best_score, best_step, best_val = 0, -math.inf, 0, {}
-    best = {name: tensor.clone() for name, tensor in averaged.state_dict().items()}
+    best = {name: tensor.clone() for name, tensor in average.mean.state_dict().items()}
     as_json = msgspec.to_builtins(config)
     if resume:
         numbers, best = load_checkpoint(
-            out / "checkpoint", model=model, averaged=averaged, optimiser=optimiser, rng=rng
+            out / "checkpoint", model=model, averaged=average.mean, optimiser=optimiser
         )
         if numbers["config"] != json.loads(json.dumps(as_json)):
             raise ConfigError(
@@ -95,47 +102,53 @@ def train(
             )
         step, best_score = numbers["step"], numbers["best_score"]
         best_step, best_val = numbers["best_step"], numbers["best_val"]
-
-    if not resume:  # where it begins counts too: the kept weights are never worse on validation
-        best_val = validate(averaged, subjects, config, "val", device)
+    else:  # where it begins counts too: the kept weights are never worse on validation
+        best_val = validate_all(average.mean, subjects, config, processes)
         best_score = mean_score(best_val)
-    out.mkdir(parents=True, exist_ok=True)
     with (
-        (out / "log.jsonl").open("a" if resume else "w", encoding="utf-8") as log,
-        progress(settings.steps, quiet) as show,
+        open_log(out, resume, processes) as log,
+        progress(settings.steps, quiet or not processes.first) as show,
     ):
         while step < settings.steps:
-            set_rate(optimiser, learning_rate(step, settings))
-            batch = draw_batch(subjects, config, rng, device)
-            losses = train_step(model, optimiser, batch, config)
-            update_average(averaged, model, min(settings.average, (1 + step) / (10 + step)))
+            set_rates(optimiser, step, settings)
+            # What a step draws depends on the seed and on its number, and on nothing before it.
+            rng = np.random.default_rng((settings.seed, step))
+            torch.manual_seed(int(rng.integers(2**62)) + processes.number)
+            drawn = draw_step(
+                subjects, config, rng, processes.device, processes.number, processes.count
+            )
+            average.before(drawn.sessions)
+            losses = train_step(model, optimiser, drawn, config, processes)
+            average.after(drawn.sessions, min(settings.average, (1 + step) / (10 + step)))
             step += 1
-            _note(log, {"step": step, "session": batch.session, "loss": losses})
+            _note(log, {"step": step, "session": drawn.sessions, "loss": losses})
             show(step, losses["total"], best_score)
             if step % settings.validate_every and step != settings.steps:
                 continue
-            val = validate(averaged, subjects, config, "val", device)
+            val = validate_all(average.settle(), subjects, config, processes)
             score = mean_score(val)
             _note(log, {"step": step, "score": score, "val": val})
+            if on_validation is not None:
+                on_validation(step, score)
             if score > best_score:
                 best_score, best_step, best_val = score, step, val
-                best = {name: tensor.clone() for name, tensor in averaged.state_dict().items()}
-            save_checkpoint(
-                out / "checkpoint",
-                model=model,
-                averaged=averaged,
-                best=best,
-                optimiser=optimiser,
-                rng=rng,
-                numbers={
-                    "step": step,
-                    "best_score": best_score,
-                    "best_step": best_step,
-                    "best_val": best_val,
-                    "config": as_json,
-                },
-            )
-    averaged.load_state_dict(best)
+                best = {name: tensor.clone() for name, tensor in average.mean.state_dict().items()}
+            if processes.first:
+                save_checkpoint(
+                    out / "checkpoint",
+                    model=model,
+                    averaged=average.mean,
+                    best=best,
+                    optimiser=optimiser,
+                    numbers={
+                        "step": step,
+                        "best_score": best_score,
+                        "best_step": best_step,
+                        "best_val": best_val,
+                        "config": as_json,
+                    },
+                )
+    average.mean.load_state_dict(best)
     summary = {
         "bundle": str(out / "bundle"),
         "steps": step,
@@ -145,40 +158,58 @@ def train(
         "seconds": round(time.monotonic() - started, 1),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    save_bundle(
-        out / "bundle",
-        averaged,
-        bin_ms=config.data.bin_ms,
-        sessions=[_bundle_session(subject, config) for subject in subjects],
-        training={"config": as_json, **{k: summary[k] for k in ("steps", "best_step", "val")}},
-    )
+    if processes.first:
+        save_bundle(
+            out / "bundle",
+            average.mean,
+            bin_ms=config.data.bin_ms,
+            sessions=[_bundle_session(subject, config) for subject in subjects],
+            training={"config": as_json, **{k: summary[k] for k in ("steps", "best_step", "val")}},
+        )
+    processes.wait()
     return summary
 
 
 # -- before the loop -----------------------------------------------------------------------------
 
 
-def choose_device(name: str) -> torch.device:
-    """The device named, or the GPU if there is one for ``auto``."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise DeviceError(f"device {name}, but torch sees no GPU; use device = 'cpu' or 'auto'")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"training.device {name}; expected auto, cpu or cuda") from None
+def open_sessions(
+    paths: list[str], config: TrainConfig, out: Path, processes: Processes
+) -> list[Subject]:
+    """Sessions on the grid of bins, kept on disk; the processes share the work of putting them so.
+
+    Raises
+    ------
+    SessionError, ConfigError
+        If a session cannot be used, or none of them has some behaviour.
+    """
+    cache = Path(config.data.cache) if config.data.cache else out / "cache"
+    for path in paths[processes.number :: processes.count]:
+        kept(path, config, cache)
+    processes.wait()
+    subjects = [kept(path, config, cache) for path in paths]
+    refuse_twins(subjects)
+    for name, behaviour in config.behaviour.items():
+        if not any(name in subject.present for subject in subjects):
+            for source in behaviour.sources:
+                load_session(paths[0]).column(source)  # says what is there instead
+    return subjects
+
+
+def open_log(out: Path, resume: bool, processes: Processes) -> TextIO:
+    """The log of the run; the first process writes it."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "log.jsonl" if processes.first else Path(os.devnull)
+    return path.open("a" if resume else "w", encoding="utf-8")
 
 
 def _bundle_session(subject: Subject, config: TrainConfig) -> BundleSession:
-    session = subject.binned.session
-    names = list(config.behaviour)
     return BundleSession(
-        id=session.id,
-        units=session.unit_ids,
-        rate=session.rate,
-        scales=dict(zip(names, subject.scales, strict=True)),
-        behaviours=list(subject.binned.present),
+        id=subject.id,
+        units=subject.units,
+        rate=subject.rate,
+        scales=dict(zip(config.behaviour, subject.scales, strict=True)),
+        behaviours=list(subject.present),
     )
 
 
@@ -186,21 +217,50 @@ def _bundle_session(subject: Subject, config: TrainConfig) -> BundleSession:
 
 
 def train_step(
-    model: NEDS, optimiser: torch.optim.Optimizer, batch: Batch, config: TrainConfig
+    model: NEDS,
+    optimiser: torch.optim.Optimizer,
+    step: Step,
+    config: TrainConfig,
+    processes: Processes,
 ) -> dict[str, float]:
-    """One step of the optimiser; returns the loss of each modality and the total."""
+    """One step of the optimiser; returns the loss of each modality and the total.
+
+    Each is a mean over all that the step asks, in whatever parts and processes.
+    """
     model.train()
-    losses = batch_losses(model, batch, config)
-    total = torch.stack(list(losses.values())).sum()
-    if not torch.isfinite(total):
+    optimiser.zero_grad(set_to_none=True)
+    losses_K = torch.zeros(len(step.asked), device=processes.device)
+    for batch in step.batches:
+        with torch.autocast(
+            processes.device.type, torch.bfloat16, enabled=config.training.precision == "bf16"
+        ):
+            losses = batch_losses(model, batch, config)
+        if losses:
+            torch.stack(list(losses.values())).sum().backward()
+        for name, loss in losses.items():
+            losses_K[step.asked.index(name)] += loss.detach()
+    processes.sum(losses_K)
+    total = losses_K.sum().item()
+    if not math.isfinite(total):
         raise ConfigError(
             "the loss is no longer finite; lower training.learning_rate and train again"
         )
-    optimiser.zero_grad(set_to_none=True)
-    total.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.clip)
+    used = touched(model, step.sessions)
+    processes.sum_gradients(used)
+    torch.nn.utils.clip_grad_norm_(used, config.training.clip)
     optimiser.step()
-    return {"total": total.item(), **{name: loss.item() for name, loss in losses.items()}}
+    return {"total": total, **dict(zip(step.asked, losses_K.tolist(), strict=True))}
+
+
+def validate_all(
+    model: NEDS, subjects: list[Subject], config: TrainConfig, processes: Processes
+) -> dict[str, dict[str, float]]:
+    """Scores of each session on the validation split; the processes share the sessions."""
+    own = validate(
+        model, subjects[processes.number :: processes.count], config, "val", processes.device
+    )
+    names = [*config.behaviour, *SCHEMES]
+    return processes.gather(own, [subject.id for subject in subjects], names)
 
 
 def batch_losses(model: NEDS, batch: Batch, config: TrainConfig) -> dict[str, Tensor]:
@@ -214,6 +274,9 @@ def batch_losses(model: NEDS, batch: Batch, config: TrainConfig) -> dict[str, Te
         rows = (batch.scheme_B == scheme).nonzero()[:, 0]
         asked_BTM = batch.asked_BTM[rows]
         asked_M = asked_BTM.any(dim=1).any(dim=0).tolist()
+        wanted = [name for m, name in enumerate(model.modalities) if asked_M[m]]
+        if scheme == SCHEMES.index(AHEAD):
+            wanted = [AHEAD]
         outputs = model(
             batch.session,
             batch.counts_BTN[rows],
@@ -221,25 +284,27 @@ def batch_losses(model: NEDS, batch: Batch, config: TrainConfig) -> dict[str, Te
             batch.observed_BTM[rows],
             batch.scheme_B[rows],
             missing_BTN=batch.missing_BN[rows, None],
-            wanted=[name for m, name in enumerate(model.modalities) if asked_M[m]],
+            wanted=wanted,
         )
         for name, raw_BTC in outputs.items():
-            groups.setdefault(name, []).append((rows, raw_BTC))
+            groups.setdefault(name, []).append((rows, raw_BTC.float()))
     losses = {}
     for name, parts in groups.items():
         rows = torch.cat([rows for rows, _ in parts])
         raw_BTC = torch.cat([raw for _, raw in parts])
-        m = model.modalities.index(name)
+        m = 0 if name == AHEAD else model.modalities.index(name)
         asked_BT = batch.asked_BTM[rows, :, m]
-        if name == SPIKES:
-            loss = spikes_loss(raw_BTC, batch.counts_BTN[rows], asked_BT)
+        if m == 0:
+            counts_BTN = batch.counts_BTN[rows, -asked_BT.shape[1] :]
+            asked_BN = batch.asked_BN[rows]
+            loss = spikes_loss(raw_BTC, counts_BTN, asked_BT, asked_BN, batch.rate)
             losses[name] = config.training.spikes_weight * loss
         else:
             kind = config.behaviour[name].kind
-            target = batch.inputs_BTM if kind == "gaussian" else batch.targets_BTM
-            loss = loss_of(kind, raw_BTC, target[rows, :, m], asked_BT)
+            target_BT, scale = batch.targets_BTM[rows, :, m], batch.scales[m - 1]
+            loss = loss_of(kind, raw_BTC, target_BT, asked_BT, scale)
             losses[name] = config.behaviour[name].weight * loss
-    return losses
+    return {name: batch.share[name] * loss for name, loss in losses.items() if name in batch.share}
 
 
 def learning_rate(step: int, settings: TrainingConfig) -> float:
@@ -251,98 +316,24 @@ def learning_rate(step: int, settings: TrainingConfig) -> float:
     return settings.learning_rate * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimiser.param_groups:
-        group["lr"] = rate
-
-
-@torch.no_grad()
-def update_average(averaged: NEDS, model: NEDS, decay: float) -> None:
-    """Running average of the weights: steadier than any of them, and what is kept."""
-    for mean, now in zip(averaged.parameters(), model.parameters(), strict=True):
-        mean.lerp_(now, 1.0 - decay)
-
-
-def validate(
-    model: NEDS, subjects: list[Subject], config: TrainConfig, split: Split, device: torch.device
-) -> dict[str, dict[str, float]]:
-    """Score of each behaviour of each session on a split: R2, balanced accuracy, or Poisson D2."""
-    return {
-        subject.id: _validate_one(model, subject, config, split, device) for subject in subjects
-    }
-
-
-def _validate_one(
-    model: NEDS, subject: Subject, config: TrainConfig, split: Split, device: torch.device
-) -> dict[str, float]:
-    binned = subject.binned
-    spans = binned.spans(split)
-    kept = np.concatenate([np.arange(a, b) for a, b in spans]) if spans else np.arange(0)
-    raws = decode_spans(
-        model, binned, spans, wanted=binned.present, window=config.data.window_bins, device=device
+def make_optimiser(model: NEDS, settings: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW over two groups: the trunk, and what belongs to sessions."""
+    of_trunk = trunk(model)
+    of_sessions = [p for name, p in model.named_parameters() if name not in of_trunk]
+    return torch.optim.AdamW(
+        [{"params": list(of_trunk.values())}, {"params": of_sessions}],
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        betas=(0.9, 0.98),
     )
-    scores = {}
-    for m, behaviour in enumerate(model.behaviours, start=1):
-        if behaviour.name not in binned.present:
-            continue
-        scored = binned.scored_TM[kept, m]
-        true_S = binned.values_TM[kept, m][scored]
-        if len(true_S) < 2:
-            continue
-        raw_SC = torch.from_numpy(raws[behaviour.name][scored])
-        value_SV = to_values_TV(raw_SC, behaviour, subject.scales[m - 1]).numpy()
-        if behaviour.kind == "gaussian":
-            scores[behaviour.name] = r2(true_S, value_SV[:, 0])
-        elif behaviour.kind == "poisson":
-            scores[behaviour.name] = poisson_d2(true_S, value_SV[:, 0])
-        else:
-            by_trial = categorical_scores(
-                true_S.astype(np.int64), value_SV, binned.trial_T[kept][scored].astype(np.int64)
-            )
-            scores[behaviour.name] = by_trial["balanced_accuracy_bins"]
-    return scores
 
 
-def mean_score(val: dict[str, dict[str, float]]) -> float:
-    """Mean over sessions and behaviours; what the kept weights are chosen by."""
-    scores = [score for of_session in val.values() for score in of_session.values()]
-    return float(np.mean(scores)) if scores else 0.0
-
-
-# -- what people see -----------------------------------------------------------------------------
-
-
-class progress:
-    """A bar on a terminal, nothing elsewhere. Calling it shows a step."""
-
-    def __init__(self, steps: int, quiet: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            TextColumn(
-                "{task.completed}/{task.total}  loss {task.fields[loss]}  "
-                "best validation score {task.fields[best]}"
-            ),
-            TimeRemainingColumn(),
-            console=console,
-            disable=quiet or not console.is_terminal,
-        )
-        self._task = self._bar.add_task("training", total=steps, loss="-", best="-")
-
-    def __enter__(self) -> progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, step: int, loss: float, best: float) -> None:
-        shown = f"{best:.3f}" if math.isfinite(best) else "-"
-        self._bar.update(self._task, completed=step, loss=f"{loss:.3f}", best=shown)
+def set_rates(optimiser: torch.optim.Optimizer, step: int, settings: TrainingConfig) -> None:
+    """Learning rates of trunk and sessions; the trunk's is zero while it is frozen."""
+    rate = learning_rate(step, settings)
+    of_trunk, of_sessions = optimiser.param_groups
+    of_sessions["lr"] = rate
+    of_trunk["lr"] = rate * settings.trunk_rate if step >= settings.frozen_steps else 0.0
 
 
 def _note(log: Any, entry: dict[str, Any]) -> None:
@@ -363,6 +354,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, metavar="RUN", help="folder; the bundle is RUN/bundle"
     )
+    parser.add_argument("--init", metavar="BUNDLE", help="fine-tune: begin with this trunk")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in RUN")
 
 
@@ -370,8 +362,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.config is None:
         raise ConfigError("train needs --config FILE; see the folder configs/ for complete ones")
     config = load_config(args.config, TrainConfig, args.set)
-    summary = train(config, args.sessions, args.out, resume=args.resume, quiet=args.quiet)
-    if not args.quiet:
+    try:
+        summary = train(
+            config, args.sessions, args.out, init=args.init, resume=args.resume, quiet=args.quiet
+        )
+    finally:
+        leave()
+    if not args.quiet and int(os.environ.get("RANK", "0")) == 0:
         scores = ", ".join(
             f"{name} {score:.3f}"
             for of_session in summary["val"].values()

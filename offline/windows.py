@@ -7,6 +7,7 @@ Shape suffixes: B windows of a batch, T bins, M modalities (0 is spikes), N unit
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,25 +59,44 @@ class BinnedSession:
     present: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        self._samples_S = np.ascontiguousarray(self.session.records_S["sample"])
+        self._samples_S = self.session.records_S["sample"]
         self._rows_U = np.arange(len(self.session.unit_ids), dtype=np.int32)
 
     @property
     def bins(self) -> int:
         return len(self.split_T)
 
-    def counts_TN(self, first: int, stop: int) -> NDArray[np.float32]:
-        """Counts of bins ``[first, stop)``; bins before 0 and after the end are empty."""
-        width = self.width
-        low, high = np.searchsorted(self._samples_S, [max(first, 0) * width, max(stop, 0) * width])
+    def counts_TN(self, first: int, stop: int, later: int = 0) -> NDArray[np.float32]:
+        """Counts of bins ``[first, stop)`` of the grid moved ``later`` samples on.
+
+        Bins before 0 and after the end are empty.
+        """
+        start, end = first * self.width + later, stop * self.width + later
+        low, high = self._records(start, end)
         ring_TC = np.zeros((stop - first, len(self._rows_U) + 2), np.float32)
         if high > low:
             shifted_S2 = as_pairs(self.session.records_S[low:high]).copy()
-            shifted_S2[:, 0] -= first * width  # the ring's rows are bin % rows: start at zero
+            shifted_S2[:, 0] -= start  # the ring's rows are bin % rows: start at zero
             count_spikes(
-                shifted_S2, self._rows_U, ring_TC, 0, stop - first, width, np.zeros(2, np.int64)
+                shifted_S2,
+                self._rows_U,
+                ring_TC,
+                0,
+                stop - first,
+                self.width,
+                np.zeros(2, np.int64),
             )
         return ring_TC[:, :-2]
+
+    def _records(self, start: int, end: int) -> tuple[int, int]:
+        """Rows of the spikes in samples ``[start, end)``."""
+        # Bisection looks at a few of them; searchsorted would first copy all, be they on disk.
+        return bisect_left(self._samples_S, start), bisect_left(self._samples_S, end)
+
+    def spikes_N(self, first: int, stop: int) -> NDArray[np.int64]:
+        """Spikes of each unit in bins ``[first, stop)``."""
+        low, high = self._records(first * self.width, stop * self.width)
+        return np.bincount(self.session.records_S["unit"][low:high], minlength=len(self._rows_U))
 
     def cut(self, array_T: NDArray, first: int, stop: int) -> NDArray:
         """Rows ``[first, stop)`` of a per-bin array, zero (False) outside the session."""
@@ -103,6 +123,7 @@ def bin_session(
     behaviour_configs: dict[str, BehaviourConfig],
     *,
     require: bool = True,
+    spikes_alone: bool = False,
 ) -> BinnedSession:
     """Put a session on the grid of bins.
 
@@ -113,6 +134,8 @@ def bin_session(
     behaviour_configs : dict of str to BehaviourConfig
     require : bool
         Whether a behaviour that the file lacks is an error, or simply absent.
+    spikes_alone : bool
+        Whether it is fine if all of them are absent.
 
     Returns
     -------
@@ -143,7 +166,7 @@ def bin_session(
             value, shown = _continuous(session, config, bins, width)
             scored = shown
         values_TM[:, m], shown_TM[:, m], scored_TM[:, m] = value, shown, scored
-    if not present:
+    if not present and not spikes_alone:
         raise SessionError(
             f"{session.path} has none of {', '.join(behaviour_configs)}; "
             f"it has: {', '.join(session.behaviours()) or 'no behaviour'}"
@@ -246,6 +269,10 @@ def split_bins(session: Session, data: DataConfig, bins: int, width: int) -> NDA
     for code, intervals_K2 in enumerate(_split_intervals(session, data)):
         for start, end in intervals_K2:
             split_T[-(-start // width) : max(0, end // width)] = code
+    if data.train_minutes:
+        train = np.flatnonzero(split_T == 0)
+        last = round(data.train_minutes * 60 * session.rate / width)
+        split_T[train[: max(0, len(train) - last)]] = -1
     return split_T
 
 
@@ -254,7 +281,10 @@ def _split_intervals(session: Session, data: DataConfig) -> list[NDArray[np.int6
         return _time_split(session, data)
     if data.split == "trials":
         return _trial_folds(session, data)
-    return [session.intervals(f"{data.split}_{name}_domain") for name in SPLITS]
+    named = [f"{data.split}_{name}_domain" for name in SPLITS]
+    if not session.has(named[-1]):  # pretraining has nothing to test: its files name no such domain
+        return [*map(session.intervals, named[:-1]), np.zeros((0, 2), np.int64)]
+    return [session.intervals(name) for name in named]
 
 
 def _time_split(session: Session, data: DataConfig) -> list[NDArray[np.int64]]:

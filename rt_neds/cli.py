@@ -18,11 +18,15 @@ COMMANDS = {
     "simulate": ("rt_neds.simulate_command", "write a simulated session with an ideal observer"),
     "inspect": ("rt_neds.inspect", "say what is in a session file or a bundle"),
     "train": ("offline.train", "train on sessions and leave a bundle"),
+    "sweep": ("offline.sweep", "search for the settings that train best"),
     "evaluate": ("offline.evaluate", "score a bundle on a session, through the streaming path"),
     "serve": ("rt_neds.serve", "decode a probe's spikes, live"),
-    "replay": ("rt_neds.replay", "send a recorded session as an acquisition would"),
+    "replay": ("rt_neds.replay", "send a session or a capture as an acquisition would"),
+    "record": ("rt_neds.record", "write down what came and what went, byte for byte"),
+    "export": ("offline.nwb", "turn what was recorded into NWB"),
     "watch": ("rt_neds.watch", "show what is decoded, with latency, live"),
     "bench": ("rt_neds.bench", "measure this machine: latency, step"),
+    "doctor": ("rt_neds.doctor", "say what this machine will hold, and what to change"),
 }
 """Each module has ``add_arguments(parser)`` and ``run(args)``; what run returns is for --json."""
 

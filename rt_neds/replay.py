@@ -1,4 +1,7 @@
-"""``rt-neds replay``: send a recorded session as an acquisition would. ``serve`` cannot tell."""
+"""``rt-neds replay``: send a recording as an acquisition would. ``serve`` cannot tell.
+
+A session is cut into messages; a capture has them already, and they go out as they came.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from rt_neds.capture import Capture
 from rt_neds.clock import monotonic_ns
 from rt_neds.errors import ConfigError, StreamError
 from rt_neds.frames import SpikeBatch
@@ -17,6 +21,9 @@ from rt_neds.session import Session, load_session
 from rt_neds.wire import DEFAULT_SPIKES
 
 ANNOUNCE_NS = 1_000_000_000
+BATCH_MS = 1.0
+DEFAULT_OPENEPHYS = "tcp://127.0.0.1:5556"
+DEFAULT_BROADCASTER = "tcp://127.0.0.1:5557"
 
 
 def batches(
@@ -67,7 +74,7 @@ def replay(
     *,
     bind: str = DEFAULT_SPIKES,
     speed: float = 1.0,
-    batch_ms: float = 1.0,
+    batch_ms: float = BATCH_MS,
     from_s: float = 0.0,
     to_s: float | None = None,
     wait_s: float = 30.0,
@@ -129,6 +136,78 @@ def replay(
         sender.close()
 
 
+def replay_as_openephys(
+    session: Session,
+    stream: str,
+    *,
+    bind: str = DEFAULT_OPENEPHYS,
+    broadcaster: bool = False,
+    speed: float = 1.0,
+    batch_ms: float | None = None,
+    channels: int = 1,
+    from_s: float = 0.0,
+    to_s: float | None = None,
+    wait_s: float = 30.0,
+) -> dict[str, Any]:
+    """Send a session as the Open Ephys GUI would.
+
+    Parameters
+    ----------
+    stream : str
+        What the GUI would call the probe's stream.
+    broadcaster : bool
+        As its Event Broadcaster rather than its ZMQ Interface.
+    batch_ms : float, optional
+        Length of a block; 1024 samples by default.
+    channels : int
+        Continuous channels sent beside the spikes.
+
+    Returns
+    -------
+    dict
+        As :func:`replay`, without ``epoch``.
+
+    Raises
+    ------
+    ConfigError, StreamError
+    """
+    from rt_neds.openephys_emulator import BLOCK, Emulator, send_session
+
+    block = BLOCK if batch_ms is None else round(batch_ms / 1000 * session.rate)
+    if speed < 0 or block < 1 or not 0 <= channels <= 1024:
+        raise ConfigError(
+            f"speed {speed}, blocks of {block} samples, {channels} channels; speed >= 0, at least "
+            "one sample and 0 to 1024 channels expected"
+        )
+    emulator = Emulator(
+        bind,
+        stream,
+        session.unit_ids,
+        session.rate,
+        channels=channels,
+        broadcaster=broadcaster,
+        lossless=speed == 0,
+    )
+    try:
+        if not emulator.wait_for_subscriber(wait_s):
+            raise StreamError(
+                f"nobody subscribed at {bind} within {wait_s:g} s; start rt-neds serve --source "
+                f"{'openephys-events' if broadcaster else 'openephys'}://... or raise --wait"
+            )
+        end = None if to_s is None else round(to_s * session.rate)
+        sent = send_session(
+            emulator,
+            session,
+            block=block,
+            speed=speed,
+            first=round(from_s * session.rate),
+            end=end,
+        )
+    finally:
+        emulator.close()
+    return {"session": session.id, "rate": session.rate, **sent}
+
+
 def _send_all(
     sender: Any, plan: Iterator[SpikeBatch], session: Session, speed: float, announce: dict
 ) -> dict[str, Any]:
@@ -175,15 +254,33 @@ def _send_all(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--session", required=True, metavar="S.h5", help="session file")
-    parser.add_argument("--probe", required=True, help="name of the probe, such as imec0")
+    recording = parser.add_mutually_exclusive_group(required=True)
+    recording.add_argument("--session", metavar="S.h5", help="session file")
+    recording.add_argument("--capture", metavar="DIR", help="folder that rt-neds record wrote")
+    parser.add_argument("--probe", help="name of the probe, such as imec0; a capture has its own")
     parser.add_argument(
-        "--bind", default=DEFAULT_SPIKES, metavar="URL", help="address to send from"
+        "--as",
+        dest="sender",
+        default="rtneds",
+        choices=["rtneds", "openephys", "openephys-events"],
+        help="as our own stream (default), as Open Ephys' ZMQ Interface or Event Broadcaster",
+    )
+    parser.add_argument(
+        "--bind",
+        metavar="URL",
+        help="address to send from (port 5570; as Open Ephys 5556 and 5557, or 5557)",
     )
     parser.add_argument(
         "--speed", type=float, default=1.0, help="1 real time (default); 0 as fast as it is taken"
     )
-    parser.add_argument("--batch-ms", type=float, default=1.0, help="length of a message (1)")
+    parser.add_argument(
+        "--batch-ms",
+        type=float,
+        help="length of a message (1), or of a block (1024 samples) as Open Ephys",
+    )
+    parser.add_argument(
+        "--channels", type=int, default=1, help="continuous channels sent as Open Ephys (1)"
+    )
     parser.add_argument("--from", dest="from_s", type=float, default=0.0, metavar="S")
     parser.add_argument("--to", dest="to_s", type=float, default=None, metavar="S")
     parser.add_argument(
@@ -192,20 +289,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    summary = replay(
-        load_session(args.session),
-        args.probe,
-        bind=args.bind,
-        speed=args.speed,
-        batch_ms=args.batch_ms,
-        from_s=args.from_s,
-        to_s=args.to_s,
-        wait_s=args.wait,
-    )
+    if args.capture is not None:
+        return _run_capture(args)
+    if args.probe is None:
+        raise ConfigError("a session was given without a probe; add --probe NAME, such as imec0")
+    session = load_session(args.session)
+    common = {
+        "speed": args.speed,
+        "from_s": args.from_s,
+        "to_s": args.to_s,
+        "wait_s": args.wait,
+    }
+    if args.sender == "rtneds":
+        batch_ms = BATCH_MS if args.batch_ms is None else args.batch_ms
+        summary = replay(
+            session, args.probe, bind=args.bind or DEFAULT_SPIKES, batch_ms=batch_ms, **common
+        )
+    else:
+        broadcaster = args.sender == "openephys-events"
+        summary = replay_as_openephys(
+            session,
+            args.probe,
+            bind=args.bind or (DEFAULT_BROADCASTER if broadcaster else DEFAULT_OPENEPHYS),
+            broadcaster=broadcaster,
+            batch_ms=args.batch_ms,
+            channels=args.channels,
+            **common,
+        )
     if not args.quiet:
         print(
             f"sent {summary['spikes']} spikes in {summary['messages']} messages, "
             f"{summary['seconds']} s, at most {summary['behind_ms_max']} ms behind",
+            file=sys.stderr,
+        )
+    return summary
+
+
+def _run_capture(args: argparse.Namespace) -> dict[str, Any]:
+    from rt_neds.replay_capture import replay_capture, until
+
+    capture = Capture(args.capture)
+    shaped = (args.probe, args.batch_ms, args.from_s or None, args.to_s)
+    if shaped != (None,) * 4 or args.sender != "rtneds" or args.channels != 1:
+        raise ConfigError(
+            "--probe, --as, --batch-ms, --channels, --from and --to shape a session; a capture "
+            "goes out as it came: leave them out"
+        )
+    summary = replay_capture(
+        capture, bind=args.bind or DEFAULT_SPIKES, speed=args.speed, wait_s=args.wait
+    )
+    if not args.quiet:
+        print(
+            f"sent {summary['messages']} messages{until(capture)}, {summary['seconds']} s, "
+            f"at most {summary['behind_ms_max']} ms behind",
             file=sys.stderr,
         )
     return summary

@@ -1,4 +1,9 @@
-"""``rt-neds serve``: decode one probe's spikes, live."""
+"""``rt-neds serve``: decode one probe's spikes, live.
+
+The process that was started loads everything and then forks a worker, which decodes; it replaces a
+worker that dies or hangs (:mod:`rt_neds.supervise`). With ``standby`` two workers decode, and what
+they publish goes through a gate (:mod:`rt_neds.stream.gate`).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -17,71 +23,30 @@ from numpy.typing import NDArray
 
 from rt_neds.clock import ClockFit, monotonic_ns, samples_per_bin
 from rt_neds.config import load_config
-from rt_neds.errors import BundleError, ConfigError, StreamError
-from rt_neds.wire import DEFAULT_DECODED, DEFAULT_SPIKES
+from rt_neds.errors import ConfigError, StreamError
+from rt_neds.openephys_wire import is_openephys
+from rt_neds.serve_config import ServeConfig, each_probe, source_endpoint
+from rt_neds.wire import DEFAULT_DECODED
+
+if TYPE_CHECKING:
+    from rt_neds.supervise import Lifeline
 
 ANNOUNCEMENT_WAIT_S = 2.5
 REALTIME_PRIORITY = 50
 
 
-class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``serve`` can be told; bin width, units and outputs are the bundle's.
+def open_source(config: ServeConfig, spec: Any) -> Any:
+    """The source that a URL names; Open Ephys does not say which session is on, so we do."""
+    from rt_neds.stream.receiver import Announcement, Receiver
 
-    Attributes
-    ----------
-    probe : str
-    bundle : str
-        Folder of the bundle.
-    session : str
-        Session of the bundle whose units will come; empty for the only one, or the one announced.
-    source : str
-        ``rtneds://host:port``.
-    publish : str
-        Address of the decoded stream.
-    device : {"cpu", "cuda"}
-    lateness_ms : float
-        How long bins are held open for spikes that come late.
-    stale_ms : float
-        A source silent for longer is stale.
-    slip_ms : float
-        A lasting jump of the sample clock against the host clock by more is a slip.
-    realtime : bool
-        Ask the system for real-time priority; going without it is no error.
-    control : bool
-        Publish zeros without decoding, to learn the latency of machine and transport alone.
-    """
+    endpoint = source_endpoint(config.source)
+    if not is_openephys(config.source):
+        return Receiver(endpoint, config.probe)
+    from rt_neds.stream.openephys import OpenEphysSource
 
-    probe: str = ""
-    bundle: str = ""
-    session: str = ""
-    source: str = DEFAULT_SPIKES.replace("tcp://", "rtneds://")
-    publish: str = DEFAULT_DECODED
-    device: str = "cpu"
-    lateness_ms: float = 0.0
-    stale_ms: float = 250.0
-    slip_ms: float = 5.0
-    realtime: bool = True
-    control: bool = False
-
-    def __post_init__(self) -> None:
-        if self.lateness_ms < 0 or self.stale_ms <= 0 or self.slip_ms <= 0:
-            raise ValueError("lateness_ms >= 0, stale_ms > 0 and slip_ms > 0 are needed")
-        if self.device not in ("cpu", "cuda"):
-            raise ValueError(f"device {self.device!r}; expected 'cpu' or 'cuda'")
-
-
-def source_endpoint(url: str) -> str:
-    """ZeroMQ endpoint of a source URL.
-
-    Raises
-    ------
-    ConfigError
-        If the scheme is not one that is served.
-    """
-    scheme, found, rest = url.partition("://")
-    if not found or scheme != "rtneds" or not rest:
-        raise ConfigError(f"source {url}; expected rtneds://HOST:PORT")
-    return f"tcp://{rest}"
+    session = spec.session(config.session or None)
+    known = Announcement(session.id, session.rate, tuple(session.units))
+    return OpenEphysSource(endpoint, known, config.lateness_ms)
 
 
 def unit_map(announced: tuple[str, ...] | None, known: list[str]) -> NDArray[np.int32]:
@@ -108,8 +73,64 @@ def unit_map(announced: tuple[str, ...] | None, known: list[str]) -> NDArray[np.
     return rows
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """All that takes long to load, once for every worker.
+
+    Attributes
+    ----------
+    configs : list of ServeConfig
+        One for each probe.
+    specs, models : dict
+        By folder of the bundle.
+    """
+
+    configs: list[ServeConfig]
+    specs: dict[str, Any]
+    models: dict[str, Any]
+
+
+def load(config: ServeConfig, say: Callable[[str], None]) -> Loaded:
+    """Import, read and compile what decoding needs; leaves no open socket and no thread.
+
+    Raises
+    ------
+    BundleError, ConfigError, StreamError
+    """
+    configs = each_probe(config)
+    for one in configs:
+        source_endpoint(one.source)
+        if one.standby and is_openephys(one.source):
+            raise ConfigError(
+                f"standby with {one.source}; Open Ephys does not name its acquisitions, so two "
+                "workers cannot agree on one: serve it without standby"
+            )
+    # Torch comes in here, so that wrong options are told at once.
+    import torch
+
+    from rt_neds.bundle import build_model, load_spec
+    from rt_neds.stream.decoder import Decoder, check_streamable, make_step
+    from rt_neds.stream.publisher import check_free
+
+    torch.set_num_threads(1)  # more would be threads, which a fork does not have
+    specs = {one.bundle: load_spec(one.bundle) for one in configs}
+    for spec in specs.values():
+        check_streamable(spec)
+    models = {bundle: build_model(bundle, spec) for bundle, spec in specs.items()}
+    check_free(config.publish)
+    say(f"starting with {', '.join(specs)}; the first start on a machine compiles for some seconds")
+    for bundle, spec in specs.items():
+        session = next((session for session in spec.sessions if session.behaviours), None)
+        if session is None or config.control:
+            continue
+        missing_N = np.zeros(len(session.units), bool)
+        step = make_step(models[bundle], spec, session, missing_N)
+        Decoder(spec, session, step).warm_up(len(session.units), bins=1)
+    return Loaded(configs, specs, models)
+
+
 def serve(config: ServeConfig, stop: Callable[[], bool], say: Callable[[str], None]) -> None:
-    """Decode until told to stop.
+    """Decode in this process until told to stop.
 
     Parameters
     ----------
@@ -123,53 +144,144 @@ def serve(config: ServeConfig, stop: Callable[[], bool], say: Callable[[str], No
     ------
     BundleError, ConfigError, StreamError
     """
-    endpoint = source_endpoint(config.source)
-    if not config.probe or not config.bundle:
-        raise ConfigError("serve needs --probe NAME and --bundle FOLDER (or a --config with both)")
-    # Torch comes in here, so that wrong options are told at once.
-    from rt_neds.bundle import build_model, load_spec
+    loaded = load(config, say)
     from rt_neds.stream.publisher import Publisher
-    from rt_neds.stream.receiver import Receiver
 
-    spec = load_spec(config.bundle)
-    if spec.model.attention != "causal" or spec.model.masked != "queries":
-        raise BundleError(
-            f"{config.bundle} has attention = {spec.model.attention!r}, masked = "
-            f'{spec.model.masked!r}; serving needs "causal" and "queries": train it so'
-        )
-    model = build_model(config.bundle, spec)
-    publisher = Publisher(config.publish, config.probe)
-    receiver = Receiver(endpoint, config.probe)
+    publisher = Publisher(config.publish, loaded.configs[0].probe)
+    decode(loaded, publisher, stop, say)
+
+
+def serve_supervised(
+    config: ServeConfig, stop: Callable[[], bool], say: Callable[[str], None]
+) -> None:
+    """Decode in processes of their own, and replace those that die or hang, until told to stop.
+
+    Raises
+    ------
+    BundleError, ConfigError, StreamError, WorkerError
+    """
+    loaded = load(config, say)
+    from rt_neds.stream.board import Accounted, Board
+    from rt_neds.stream.gate import Gate, GateSink, datagrams
+    from rt_neds.stream.publisher import Publisher, flush_sockets
+    from rt_neds.supervise import Supervisor
+
+    probes = [one.probe for one in loaded.configs]
+    board = Board(probes, 3 if config.standby else 1)
+    pairs = datagrams(2 if config.standby else 0)
+
+    def alone(line: Lifeline) -> None:
+        publisher = Publisher(config.publish, probes[0])
+        decode(loaded, Accounted(publisher, board, line.writer, probes[0]), line.stop, say, line)
+        flush_sockets()
+
+    def gate(line: Lifeline) -> None:
+        halves = {
+            one.probe: round(loaded.specs[one.bundle].bin_ms / 2 * 1e6) for one in loaded.configs
+        }
+        gate = Gate(config.publish, halves, [ours for ours, _ in pairs], board)
+        with quiet_machine(config.realtime):
+            gate.run(line.stop)
+        flush_sockets()
+
+    def behind_gate(which: int) -> Callable[[Lifeline], None]:
+        def work(line: Lifeline) -> None:
+            sink = GateSink(pairs[which][1], probes, board, line.writer, probes[0])
+            decode(loaded, sink, line.stop, say, line)
+
+        return work
+
+    roles: list[tuple[str, Callable[[Lifeline], None]]] = [("decoding worker", alone)]
+    if config.standby:
+        workers = [("first worker", behind_gate(0)), ("second worker", behind_gate(1))]
+        roles = [("gate", gate), *workers]
+    Supervisor(roles, board, config.hang_ms, say).run(stop)
+
+
+def decode(
+    loaded: Loaded,
+    sink: Any,
+    stop: Callable[[], bool],
+    say: Callable[[str], None],
+    line: Lifeline | None = None,
+) -> None:
+    """Decode into a sink until told to stop; closes it in the end.
+
+    Parameters
+    ----------
+    loaded : Loaded
+    sink : Publisher, or what stands for it
+    stop, say : callable
+        As in :func:`serve`.
+    line : Lifeline, optional
+        What to know of those who decoded before us, and to tell those after us.
+
+    Raises
+    ------
+    StreamError
+    """
+    from rt_neds.stream.loop import run_together
+    from rt_neds.stream.receiver import Announcement, waiting_for
+
+    configs, specs = loaded.configs, loaded.specs
+    receivers = [open_source(one, specs[one.bundle]) for one in configs]
     try:
-        say(
-            f"starting with {config.bundle}; the first start on a machine compiles for some seconds"
-        )
-        announced = _wait_for_announcement(receiver, stop)
-        why = "source changed"
-        while why == "source changed" and not stop():
-            loop = assemble(config, spec, model, receiver, publisher, announced)
-            say(f"serving {config.probe}: {config.source} -> {config.publish}, bundle {spec.name}")
-            with quiet_machine(config.realtime):
-                why = loop.run(stop)
-            announced = receiver.announced
+
+        def start(which: int) -> Any:
+            one, receiver = configs[which], receivers[which]
+            announced, restarts = receiver.announced, 0
+            if line is not None:
+                line.starting()
+                restarts = line.restarts
+                if announced is not None:
+                    line.remember(one.probe, [announced.session, announced.rate, announced.units])
+            spec, model = specs[one.bundle], loaded.models[one.bundle]
+            loop = assemble(
+                one, spec, model, receiver, sink.beside(one.probe), announced, say, restarts
+            )
+            say(f"serving {one.probe}: {one.source} -> {one.publish}, bundle {spec.name}")
+            return loop
+
+        for one, receiver in zip(configs, receivers, strict=True):
+            if line is not None and one.probe in line.heard and receiver.announced is None:
+                session, rate, units = line.heard[one.probe]
+                receiver.announced = Announcement(session, rate, tuple(units))
+            _wait_for_announcement(receiver, stop)
+        loops = [start(which) for which in range(len(configs))]
+        wait = waiting_for(receivers)
+        while not stop():
+            with quiet_machine(configs[0].realtime):
+                changed = run_together(loops, wait, stop)
+            if changed is not None:
+                loops[changed] = start(changed)
     finally:
-        receiver.close()
-        publisher.close()
+        for receiver in receivers:
+            receiver.close()
+        sink.close()
 
 
-def _wait_for_announcement(receiver: Any, stop: Callable[[], bool]) -> Any:
+def _wait_for_announcement(receiver: Any, stop: Callable[[], bool]) -> None:
     """Who sends, if they say so within a moment; spikes that come first are not thrown away."""
     deadline = monotonic_ns() + round(ANNOUNCEMENT_WAIT_S * 1e9)
     while receiver.announced is None and monotonic_ns() < deadline and not stop():
         if receiver.peek_spikes(50):
             break
-    return receiver.announced
 
 
 def assemble(
-    config: ServeConfig, spec: Any, model: Any, source: Any, sink: Any, announced: Any
+    config: ServeConfig,
+    spec: Any,
+    model: Any,
+    source: Any,
+    sink: Any,
+    announced: Any,
+    say: Callable[[str], None] = lambda line: None,
+    restarts: int = 0,
 ) -> Any:
-    """Put the parts of the loop together for what the source announced."""
+    """Put the parts of the loop together for what the source announced.
+
+    ``restarts`` is how many processes ended before this one took their place.
+    """
     import torch
 
     from rt_neds.stream.binner import Binner
@@ -191,24 +303,28 @@ def assemble(
     if config.control:
         step: Any = Silence(sum(b.outputs for b in spec.behaviours))
     else:
-        step = make_step(model, spec, session, missing_N, config.device)
+        step = make_step(model, spec, session, missing_N, config.device, say)
     decoder = Decoder(spec, session, step)
     decoder.warm_up(len(session.units))
     fit = ClockFit(rate, config.slip_ms)
-    lateness = round(config.lateness_ms / 1000 * rate)
+    # Open Ephys does not say up to where it is complete: its source holds back, not the binner.
+    held = 0.0 if is_openephys(config.source) else config.lateness_ms
+    lateness = round(held / 1000 * rate)
+    validity = Validity(
+        spec.model.context,
+        round(width / rate * 1e9),
+        fit,
+        config.stale_ms,
+        bool(missing_N.any()),
+    )
+    validity.counters["restarts"] = restarts
     return Loop(
         probe=config.probe,
         model=spec.name,
         source=source,
         binner=Binner(rows, len(session.units), width, spec.model.context, lateness),
         decoder=decoder,
-        validity=Validity(
-            spec.model.context,
-            round(width / rate * 1e9),
-            fit,
-            config.stale_ms,
-            bool(missing_N.any()),
-        ),
+        validity=validity,
         sink=sink,
         # A source that says nothing is taken for the session itself; it may yet say otherwise.
         assumed=announced or Announcement(session.id, rate, tuple(session.units)),
@@ -252,23 +368,30 @@ TAKES_CONFIG = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--probe", help="name of the probe, such as imec0")
+    parser.add_argument(
+        "--probe", nargs="+", metavar="NAME", help="name of the probe, such as imec0, or of several"
+    )
     parser.add_argument("--bundle", metavar="DIR", help="folder that rt-neds train left")
     parser.add_argument(
-        "--source", metavar="URL", help="where spikes come from: rtneds://HOST:PORT"
+        "--source",
+        metavar="URL",
+        help="where spikes come from: rtneds://HOST:PORT, openephys://HOST:5556[?stream=NAME]",
     )
     parser.add_argument(
         "--publish", metavar="URL", help=f"decoded stream (default {DEFAULT_DECODED})"
     )
     parser.add_argument("--session", metavar="ID", help="session of a bundle that has several")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="what decodes (default cpu)")
     parser.add_argument(
         "--control", action="store_true", default=None, help="publish without decoding"
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    options = ("probe", "bundle", "source", "publish", "session", "control")
+    options = ("probe", "bundle", "source", "publish", "session", "device", "control")
     given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
+    if args.probe is not None:
+        given["probe"] = " ".join(args.probe)
     config = msgspec.structs.replace(load_config(args.config, ServeConfig, args.set), **given)
     stopped = False
 
@@ -279,4 +402,12 @@ def run(args: argparse.Namespace) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     say = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
+    from rt_neds.supervise import CAN_FORK
+
+    if CAN_FORK:
+        serve_supervised(config, lambda: stopped, say)
+        return
+    if config.standby:
+        raise ConfigError("standby on a system that cannot fork; it needs Linux: serve without it")
+    say("this system cannot fork: nobody will replace this process if it dies or hangs")
     serve(config, lambda: stopped, say)

@@ -44,7 +44,9 @@ class Series:
 
 @dataclass
 class Session:
-    """A session in memory: spikes as wire records, everything else by name.
+    """A session: spikes as wire records, everything else by name.
+
+    What is asked for by name is read from the file at the first such question, unless it is there.
 
     Attributes
     ----------
@@ -65,7 +67,7 @@ class Session:
     unit_ids: list[str]
     records_S: NDArray[np.void]
     domain_K2: NDArray[np.int64]
-    _data: Any = field(repr=False)
+    _data: Any = field(repr=False, default=None)
 
     @cached_property
     def end(self) -> int:
@@ -87,7 +89,7 @@ class Session:
 
     def names(self, of: str = "") -> list[str]:
         """Names of the groups in the file, or of what is inside one of them."""
-        group = self._get(of) if of else self._data
+        group = self._get(of) if of else self._whole()
         return sorted(str(key) for key in group.keys())  # noqa: SIM118
 
     def has(self, name: str) -> bool:
@@ -121,15 +123,16 @@ class Session:
     def behaviours(self) -> list[str]:
         """Dotted names of every time series but the spikes."""
         names = []
-        for group_name in sorted(self._data.keys()):
-            group = getattr(self._data, group_name)
+        data = self._whole()
+        for group_name in sorted(data.keys()):
+            group = getattr(data, group_name)
             if group_name != "spikes" and hasattr(group, "timestamps"):
                 skip = ("timestamps", "domain")
                 names += [f"{group_name}.{key}" for key in group.keys() if key not in skip]  # noqa: SIM118
         return names
 
     def _get(self, name: str) -> Any:
-        found, known = self._data, []
+        found, known = self._whole(), []
         for part in name.split("."):
             known = [str(key) for key in found.keys()] if hasattr(found, "keys") else []  # noqa: SIM118
             if part not in known:
@@ -138,6 +141,11 @@ class Session:
                 raise SessionError(f"{self.path}: no {name} in this session; {advice}")
             found = getattr(found, part)
         return found
+
+    def _whole(self) -> Any:
+        if self._data is None:
+            self._data = _open(self.path)
+        return self._data
 
 
 def load_session(path: str | Path) -> Session:

@@ -168,7 +168,7 @@ class View:
 
 def describe(output: dict[str, Any], values: Any) -> str:
     """One output in words: mean and sd, a rate, or the likelier class."""
-    if output["kind"] == "gaussian":
+    if output["kind"] == "continuous":
         return f"{values[0]:.2f} ± {values[1]:.2f} {output['unit']}"
     if output["kind"] == "poisson":
         return f"{values[0]:.3f} per bin"

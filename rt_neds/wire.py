@@ -166,7 +166,7 @@ def unpack_decoded(header: bytes) -> DecodedFrame:
         values = np.asarray(fields["values"], dtype=np.float32)
         stamps = {str(name): int(stamp) for name, stamp in fields["stamps"].items()}
         probe, model = str(fields["probe"]), str(fields["model"])
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise WireError("a decoded frame without values, stamps, probe or model") from None
     return DecodedFrame(
         probe, epoch, bin_, end, values, flags, spikes, late, unknown, lost, model, stamps

@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import zmq
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -186,12 +187,23 @@ def test_kernel_equals_its_naive_twin(seed, n, first):
     assert list(tally) == [before, after]
 
 
+def through_a_socket(payload):
+    with zmq.Context() as context, context.socket(zmq.PUSH) as push:
+        port = push.bind_to_random_port("tcp://127.0.0.1")
+        with context.socket(zmq.PULL) as pull:
+            pull.connect(f"tcp://127.0.0.1:{port}")
+            push.send(payload)
+            return pull.recv()
+
+
 def test_one_signature_whatever_the_buffer(tmp_path):
     records = spikes(np.random.default_rng(0), 100, 0, 1000)
     (tmp_path / "spikes").write_bytes(records.tobytes())
     mapped = np.memmap(tmp_path / "spikes", SPIKE_DTYPE, mode="r")
     shifted = np.frombuffer(b"x" + records.tobytes(), np.uint8)[1:].view(SPIKE_DTYPE)
     buffers = [records, mapped, np.frombuffer(records.tobytes(), SPIKE_DTYPE), shifted]
+    buffers.append(np.frombuffer(through_a_socket(records.tobytes()), SPIKE_DTYPE))
+    buffers.append(np.repeat(records, 2)[::2])
     results = []
     for buffer in buffers:
         ring = np.zeros((60, UNITS + 2), np.float32)

@@ -52,7 +52,7 @@ def test_train_and_evaluate_by_command_and_the_json_contract(capsys, tmp_path):
     assert set(result["decoding"]["speed"]) >= {"r2", "r2_profile"}
     assert set(result["decoding"]["choice"]) >= {"balanced_accuracy", "auc"}
     assert set(result["encoding"]) == {
-        "bits_per_spike", "forward", "co_smoothing", "intra_region", "inter_region",
+        "bits_per_spike", "forward", "forward_1", "co_smoothing", "intra_region", "inter_region",
     }  # fmt: skip
     assert result["encoding"]["bits_per_spike"]["mean50"] is not None
     assert result["baselines"]["ridge"]["speed"].keys() >= {"r2", "r2_profile"}

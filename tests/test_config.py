@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from offline.config import TrainConfig
+from offline.sweep import SweepConfig
 from rt_neds.config import config_path, load_config
 from rt_neds.errors import ConfigError
 from rt_neds.serve import ServeConfig, source_endpoint
@@ -65,7 +66,7 @@ def test_overrides(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(p.name for p in CONFIGS.glob("*.toml")))
 def test_every_configuration_that_comes_with_us_is_complete(name):
-    kind = ServeConfig if name == "serve.toml" else TrainConfig
+    kind = {"serve.toml": ServeConfig, "sweep.toml": SweepConfig}.get(name, TrainConfig)
     assert load_config(config_path(name), kind) is not None
 
 

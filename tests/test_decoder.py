@@ -1,5 +1,7 @@
 """The decoder: every way to step gives the same values, named as the schema says."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -34,6 +36,22 @@ def test_the_fast_step_and_the_plain_one_publish_the_same(tiny, missing):
         np.testing.assert_allclose(fast.decode(frame), plain.decode(frame), rtol=1e-4, atol=1e-4)
 
 
+def test_a_queue_of_bins_decodes_to_the_same_values(tiny):
+    spec = load_spec(tiny[1] / "bundle")
+    session, model = spec.session(), build_model(tiny[1] / "bundle", spec)
+    none, names = np.zeros(6, bool), [b.name for b in spec.behaviours]
+    several = list(frames(40, 6, start=70))
+    for step, atol in [
+        (make_step(model, spec, session, none), 0),
+        (EagerStep(model, session.id, names), 1e-5),
+    ]:
+        decoder = Decoder(spec, session, step)
+        one_by_one_TV = np.stack([decoder.decode(frame).copy() for frame in several])
+        at = [0, 8, 9, 12, 20, 25, 33, 40]
+        chunks = [decoder.decode_chunk(several[a:b]).copy() for a, b in itertools.pairwise(at)]
+        np.testing.assert_allclose(np.concatenate(chunks), one_by_one_TV, rtol=0, atol=atol)
+
+
 def test_values_are_where_the_schema_says(tiny):
     spec = load_spec(tiny[1] / "bundle")
     session, model = spec.session(), build_model(tiny[1] / "bundle", spec)
@@ -52,7 +70,7 @@ def test_values_are_where_the_schema_says(tiny):
 def test_the_control_decodes_nothing():
     step = Silence(3)
     step.reset(5)
-    assert step.step(np.ones(4, np.float32), True).tolist() == [0, 0, 0]
+    assert step.steps([np.ones(4, np.float32)] * 2, [True] * 2).tolist() == [[0, 0, 0]] * 2
 
 
 def test_a_simulated_session_is_scored_beside_its_ideal(tmp_path):

@@ -10,6 +10,8 @@ from rt_neds.frames import SPIKE_DTYPE, Flag, SpikeBatch
 from rt_neds.replay import batches
 from rt_neds.serve import ServeConfig, assemble, unit_map
 from rt_neds.session import load_session
+from rt_neds.stream.binner import CHUNK
+from rt_neds.stream.decoder import Decoder
 from rt_neds.stream.receiver import Announcement
 
 RATE, WIDTH, CONTEXT = 30_000.0, 600, 10
@@ -178,6 +180,42 @@ def test_the_loop_decodes_the_same_however_the_session_is_cut(run, tiny, batch_m
     for a, b in zip(frames[20.0], frames[batch_ms], strict=True):
         assert a.bin == b.bin
         np.testing.assert_array_equal(a.values_V, b.values_V)
+
+
+def test_behind_the_clock_bins_wait_for_each_other_and_all_come_out(run, monkeypatch):
+    # Real time for fifteen seconds, then a stall after which fifty bins are there at once.
+    stall = 750
+    seconds = 16
+
+    def at_ns(k):
+        on_time = round((k + 1) * WIDTH / RATE * 1e9) + MS
+        return on_time if k < stall else max(on_time, round((stall + 50) * WIDTH / RATE * 1e9))
+
+    clock = {"ns": 0}
+    monkeypatch.setattr("rt_neds.stream.loop.monotonic_ns", lambda: clock["ns"])
+    chunks = []
+    decode_chunk = Decoder.decode_chunk
+
+    def spy(self, frames):
+        chunks.append([frame.bin for frame in frames])
+        return decode_chunk(self, frames)
+
+    monkeypatch.setattr(Decoder, "decode_chunk", spy)
+    monkeypatch.setattr(
+        ListSource, "read", lambda self, ms: clocked(self.items.pop(0)) if self.items else None
+    )
+
+    def clocked(item):
+        clock["ns"] = item.received_ns
+        return item
+
+    sink, _ = run(silence(0, seconds * 50, at_ns=at_ns))
+    assert [f.bin for f in sink.frames] == list(range(seconds * 50))
+    assert all(len(chunk) == 1 for chunk in chunks[:stall])
+    assert max(len(chunk) for chunk in chunks) == CHUNK
+    late = [f.bin for f in sink.frames if f.flags & Flag.LATE]
+    assert late == list(range(stall, stall + 48))
+    assert [bin_ for chunk in chunks for bin_ in chunk] == list(range(seconds * 50))
 
 
 def test_poking_future_spikes_changes_nothing_that_was_published(run, tiny):

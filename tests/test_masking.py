@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offline.config import MaskingConfig
-from offline.losses import loss_of, spikes_loss
-from offline.masking import draw_masks, hide
+from offline.losses import loss_of, smeared, spikes_loss
+from offline.masking import UNIT_SCHEMES, draw_masks, hide, hide_units
 from rt_neds.model.neds import SCHEMES
+from rt_neds.model.readout import STEPS, Behaviour, Scale, to_values
 
 
 @settings(deadline=None, max_examples=60)
@@ -30,9 +31,46 @@ def test_what_each_scheme_hides(seed, scheme, ratio):
     elif scheme == "within_behaviour":
         assert not hidden[:, 0].any()
         assert silenced.tolist() == [True, False, False, False]
-    else:
+    elif scheme == "cross_modal":
         assert (hidden == hidden[:, :1]).all()
         assert not silenced.any()
+    else:
+        assert silenced.tolist() == [False, True, True, True]
+        last = 50 - max(1, round(ratio * 50)) if scheme == "forward" else 50
+        assert np.flatnonzero(hidden[:, 0]).tolist() == list(range(last, 50))
+        assert not hidden[:, 1:].any()
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    seed=st.integers(0, 9999),
+    scheme=st.sampled_from(UNIT_SCHEMES),
+    ratio=st.floats(0.01, 0.95),
+    region=st.lists(st.integers(0, 3), min_size=2, max_size=20),
+)
+def test_what_the_schemes_of_units_hide(seed, scheme, ratio, region):
+    region = np.array(region)
+    missing, asked = hide_units(scheme, region, ratio, np.random.default_rng(seed))
+    assert asked.any()
+    assert not (asked & ~missing).any()
+    if scheme == "neuron":
+        assert (missing == asked).all()
+    elif scheme == "inter_region":
+        (only,) = np.unique(region[asked])
+        assert (asked == (region == only)).all()
+        assert (missing == asked).all()
+    else:
+        (only,) = np.unique(region[asked])
+        assert missing[region != only].all()
+        assert (missing[region == only] == asked[region == only]).all()
+
+
+def test_units_are_hidden_by_the_stated_share_and_regions_evenly():
+    rng, region = np.random.default_rng(0), np.repeat([0, 1], [4000, 1000])
+    _, asked = hide_units("neuron", region, 0.3, rng)
+    assert asked.mean() == pytest.approx(0.3, abs=0.02)
+    drawn = [hide_units("inter_region", region, 0.3, rng)[1][0] for _ in range(400)]
+    assert np.mean(drawn) == pytest.approx(0.5, abs=0.08)
 
 
 def test_random_schemes_hide_the_stated_share_and_behaviours_independently():
@@ -50,20 +88,28 @@ def test_asked_is_hidden_and_scored_and_never_shown(seed):
     rng = np.random.default_rng(seed)
     shown, scored = rng.random((2, 8, 30, 4)) < 0.7
     config = MaskingConfig(schemes=dict.fromkeys(SCHEMES, 1.0))
-    masks = draw_masks(config, shown, scored, 11, rng)
-    assert not (masks.asked_BTM & masks.observed_BTM).any()
+    masks = draw_masks(config, shown, scored, rng.integers(0, 3, 11), rng)
+    by_bins = ~np.isin(masks.scheme_B, [SCHEMES.index(s) for s in (*UNIT_SCHEMES, "ahead")])
+    assert not (masks.asked_BTM & masks.observed_BTM)[by_bins].any()
+    assert not (masks.asked_BTM & masks.observed_BTM)[:, :, 1:].any()
     assert not (masks.asked_BTM & ~scored).any()
     assert not (masks.observed_BTM & ~shown).any()
     for b, scheme in enumerate(masks.scheme_B):
         if SCHEMES[scheme] == "decoding":
             assert (masks.asked_BTM[b, :, 1:] == scored[b, :, 1:]).all()
             assert (masks.observed_BTM[b, :, 0] == shown[b, :, 0]).all()
+        if SCHEMES[scheme] in UNIT_SCHEMES:
+            assert (masks.asked_BTM[b, :, 0] == scored[b, :, 0]).all()
+            assert (masks.observed_BTM[b, :, 0] == shown[b, :, 0]).all()
+            assert not (masks.asked_BN[b] & ~masks.missing_BN[b]).any()
+        else:
+            assert masks.asked_BN[b].all()
 
 
 def test_schemes_are_drawn_by_their_weights_and_units_dropped_by_theirs():
     config = MaskingConfig(schemes={"decoding": 3.0, "encoding": 1.0}, unit_dropout=0.2)
     ones = np.ones((4000, 2, 2), bool)
-    masks = draw_masks(config, ones, ones, 50, np.random.default_rng(0))
+    masks = draw_masks(config, ones, ones, np.zeros(50, int), np.random.default_rng(0))
     assert np.mean(masks.scheme_B == SCHEMES.index("decoding")) == pytest.approx(0.75, abs=0.02)
     assert masks.missing_BN.mean() == pytest.approx(0.2, abs=0.01)
 
@@ -71,35 +117,57 @@ def test_schemes_are_drawn_by_their_weights_and_units_dropped_by_theirs():
 def test_losses_by_hand():
     asked = torch.tensor([[True, False, True]])
     target = torch.tensor([[1.0, 99.0, 0.0]])
-    raw = torch.tensor([[[0.5, 0.0], [7.0, 7.0], [1.0, np.log(4.0)]]], dtype=torch.float32)
-    residual = np.array([0.25, 1.0])
-    by_hand = (
-        0.5 * residual.mean() + (0.5 * (0 + residual[0]) + 0.5 * (np.log(4) + residual[1] / 4)) / 2
-    )
-    assert loss_of("gaussian", raw, target, asked).item() == pytest.approx(by_hand, rel=1e-5)
+    scale = Scale(mean=0.0, sd=1.0, low=0.0, high=9.6)  # steps of 0.2 from -0.2 to 9.8
+    raw = torch.zeros(1, 3, STEPS)
+    raw[0, 0, 6] = raw[0, 1, 0] = 2.0
+    by_hand = []
+    for value, logits in ((1.0, raw[0, 0]), (0.0, raw[0, 2])):
+        share = np.exp(-0.5 * ((np.arange(-0.2, 9.81, 0.2) - value) / 0.3) ** 2)
+        log_p = logits.log_softmax(0).numpy()
+        by_hand.append(-(share / share.sum() * log_p).sum())
+    loss = loss_of("continuous", raw, target, asked, scale).item()
+    assert loss == pytest.approx(np.mean(by_hand), rel=1e-4)
     log_rate = torch.tensor([[[0.2], [5.0], [-0.3]]])
     by_hand = ((np.exp(0.2) - 0.2) + np.exp(-0.3)) / 2
-    assert loss_of("poisson", log_rate, target, asked).item() == pytest.approx(by_hand, rel=1e-5)
+    assert loss_of("poisson", log_rate, target, asked, Scale()).item() == pytest.approx(
+        by_hand, rel=1e-5
+    )
     logits = torch.tensor([[[0.0, 1.0], [9.0, 9.0], [2.0, 0.0]]])
     by_hand = (-np.log(np.e / (1 + np.e)) - np.log(np.e**2 / (1 + np.e**2))) / 2
-    assert loss_of("categorical", logits, target, asked).item() == pytest.approx(by_hand, rel=1e-5)
+    assert loss_of("categorical", logits, target, asked, Scale()).item() == pytest.approx(
+        by_hand, rel=1e-5
+    )
     counts = torch.tensor([[[1.0, 0.0], [9.0, 9.0], [0.0, 2.0]]])
     rates = torch.tensor([[[0.1, -0.2], [3.0, 3.0], [0.0, 0.4]]])
     by_hand = np.mean([np.exp(0.1) - 0.1, np.exp(-0.2), 1.0, np.exp(0.4) - 0.8])
-    assert spikes_loss(rates, counts, asked).item() == pytest.approx(by_hand, rel=1e-5)
+    both = torch.ones(1, 2, dtype=torch.bool)
+    assert spikes_loss(rates, counts, asked, both, 0.5).item() == pytest.approx(
+        2 * by_hand, rel=1e-5
+    )
+    by_hand = np.mean([np.exp(-0.2), np.exp(0.4) - 0.8])
+    second = torch.tensor([[False, True]])
+    assert spikes_loss(rates, counts, asked, second, 1.0).item() == pytest.approx(by_hand, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "poisson", "categorical"])
+@pytest.mark.parametrize("kind", ["continuous", "poisson", "categorical"])
 def test_nothing_asked_costs_nothing_and_still_has_a_gradient(kind):
-    raw = torch.randn(2, 3, 2, requires_grad=True)
-    loss = loss_of(kind, raw, torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool))
+    raw = torch.randn(2, 3, STEPS, requires_grad=True)
+    loss = loss_of(kind, raw, torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool), Scale())
     loss.backward()
     assert loss.item() == 0
     assert raw.grad.abs().sum() == 0
 
 
-def test_the_mean_does_not_give_up_hard_bins_as_noise():
-    # The gradient of the mean must not shrink where the stated variance is large.
-    raw = torch.tensor([[[0.0, 4.0]]], requires_grad=True)
-    loss_of("gaussian", raw, torch.tensor([[2.0]]), torch.tensor([[True]])).backward()
-    assert raw.grad[0, 0, 0].item() == pytest.approx(-2.0)
+def test_the_best_answer_states_the_right_mean_and_sd():
+    # Two values, as likely: what minimises the loss must be published as their mean and sd.
+    scale = Scale(mean=5.0, sd=2.0, low=0.0, high=10.0)
+    target = torch.tensor([[3.0, 6.0]])
+    best_C = smeared(target[0], scale).mean(dim=0)
+    raw = best_C.log()[None, None].expand(1, 2, -1)
+    mean, sd = to_values(raw[0, 0].numpy(), Behaviour(name="x", kind="continuous"), scale)
+    assert mean == pytest.approx(4.5, abs=0.01)
+    assert sd == pytest.approx(1.5, abs=0.01)
+    worse = raw + 0.1 * torch.randn(STEPS, generator=torch.Generator().manual_seed(0))
+    asked = torch.ones(1, 2, dtype=torch.bool)
+    lower, higher = (loss_of("continuous", r, target, asked, scale) for r in (raw, worse))
+    assert lower < higher

@@ -2,14 +2,21 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import norm
+from sklearn.calibration import calibration_curve
 from sklearn.metrics import balanced_accuracy_score, d2_tweedie_score, r2_score, roc_auc_score
 
 from offline.metrics import (
+    bits_of_units,
     bits_per_spike,
     categorical_scores,
+    error_by_time,
     gaussian_scores,
     mean_profile,
     poisson_d2,
+    reliability,
 )
 from tests.naive import bits_per_spike_of_unit
 
@@ -25,6 +32,17 @@ def test_bits_per_spike_against_the_written_formula():
     by_unit = [bits_per_spike_of_unit(counts[:, n], rates[:, n]) for n in (0, 1, 2, 4)]
     assert scores["mean"] == pytest.approx(np.mean(by_unit), rel=1e-9)
     assert scores["mean50"] == pytest.approx(np.mean(by_unit[:3]), rel=1e-9)
+
+
+def test_bits_of_each_unit_against_the_written_formula():
+    rng = np.random.default_rng(5)
+    rates = rng.uniform(0.05, 0.6, size=(300, 3)).astype(np.float32)
+    counts = rng.poisson(rates).astype(np.float32)
+    gain, spikes = bits_of_units(counts, rates)
+    columns = zip(counts.T.tolist(), rates.T.tolist(), strict=True)
+    expected = [bits_per_spike_of_unit(k, r) for k, r in columns]
+    np.testing.assert_allclose(gain / spikes, expected, rtol=1e-6)
+    assert bits_per_spike(counts, rates)["pooled"] == pytest.approx(gain.sum() / counts.sum())
 
 
 def test_the_null_scores_zero_and_the_truth_more():
@@ -45,6 +63,50 @@ def test_gaussian_scores():
     assert scores["coverage_68"] == pytest.approx(0.683, abs=0.02)
 
 
+def test_the_stated_sd_against_scipy():
+    rng = np.random.default_rng(4)
+    true, mean, sd = rng.normal(size=400), rng.normal(size=400), rng.uniform(0.2, 2, size=400)
+    scores = gaussian_scores(true, mean, sd, np.full(400, 0.3), profile_sd=1.5)
+    for percent, level in (("50", 0.5), ("68", 0.6827), ("90", 0.9), ("95", 0.95)):
+        low, high = norm.interval(level, mean, sd)
+        assert scores[f"coverage_{percent}"] == np.mean((low <= true) & (true <= high))
+    assert scores["nll"] == pytest.approx(-norm.logpdf(true, mean, sd).mean())
+    assert scores["nll_profile"] == pytest.approx(-norm.logpdf(true, 0.3, 1.5).mean())
+
+
+def test_error_over_time_in_trial():
+    true, guess = np.array([0.0, 4.0, 0.0, 4.0]), np.array([1.0, 4.0, 3.0, 0.0])
+    came = error_by_time(true, guess, np.array([0, 9, 0, -1]))
+    assert came[0] == (1 + 9) / 2 / 4  # the variance of all four is 4
+    assert came[9] == 0
+    assert np.isnan(came[1:9]).all()
+    nowhere = gaussian_scores(true, guess, None, true, tenth_S=np.full(4, -1))
+    assert nowhere["error_by_time"] is None
+    assert nowhere["error_by_time_profile"] is None
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 999), classes=st.integers(2, 4), bins=st.integers(5, 400))
+def test_reliability_against_scikit_learn(seed, classes, bins):
+    rng = np.random.default_rng(seed)
+    probability = rng.dirichlet(np.ones(classes), size=bins)
+    true = rng.integers(0, classes, bins)
+    error, parts = reliability(true, probability)
+    stated, right = probability.max(axis=1), probability.argmax(axis=1) == true
+    expected_true, expected_stated = calibration_curve(right, stated, n_bins=10)
+    np.testing.assert_allclose(parts["true"], expected_true)
+    np.testing.assert_allclose(parts["stated"], expected_stated)
+    assert sum(parts["bins"]) == bins
+    share = np.array(parts["bins"]) / bins
+    assert error == pytest.approx(np.sum(share * np.abs(expected_true - expected_stated)))
+
+
+def test_who_is_always_sure_and_right_half_the_time_is_off_by_half():
+    error, parts = reliability(np.array([0, 1]), np.array([[1.0, 0.0], [1.0, 0.0]]))
+    assert error == 0.5
+    assert parts == {"stated": [1.0], "true": [0.5], "bins": [2]}
+
+
 def test_mean_profile_reads_only_the_clock():
     values, phases = np.array([1.0, 3.0, 5.0, 7.0, 100.0]), np.array([0, 1, 0, 1, -1])
     profile = mean_profile(values, phases, np.array([0, 1, 5, -1]))
@@ -62,6 +124,7 @@ def test_trials_are_decided_at_their_last_bin():
     assert scores["balanced_accuracy"] == balanced_accuracy_score([0, 1, 1, 0], [0, 1, 0, 0])
     assert scores["auc"] == roc_auc_score([0, 1, 1, 0], [0.1, 0.9, 0.3, 0.2])
     assert scores["majority"] == 0.5
+    assert scores["chance"] == 0.5
     assert len(scores["by_time"]) == 10
     assert scores["by_time"][-1] == scores["balanced_accuracy"]
     guess = probability.argmax(axis=1)

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from rt_neds.model.attention import rotary_table
 from rt_neds.model.neds import NEDS, SCHEMES, SPIKES, ModelConfig
 from rt_neds.model.readin import boxcar_sums
-from rt_neds.model.readout import Behaviour, Scale, to_values, to_values_TV
+from rt_neds.model.readout import STEPS, Behaviour, Scale, to_values, to_values_TV
 
 BEHAVIOURS = (
-    Behaviour(name="speed", kind="gaussian", unit="rad/s"),
+    Behaviour(name="speed", kind="continuous", unit="rad/s"),
     Behaviour(name="choice", kind="categorical", classes=("left", "right")),
     Behaviour(name="licks", kind="poisson"),
 )
@@ -51,7 +51,6 @@ def stream(model, session, counts, values, observed, scheme, chunks, first_bin=0
         batch=len(counts),
         first_bin=first_bin,
         chunk=max(chunks),
-        observable=model.modalities,
     )
     pieces, at = [], 0
     for size in chunks:
@@ -91,7 +90,7 @@ def test_stream_equals_offline_after_1e5_bins():
     model = random_model(dim=16, layers=2, context=8)
     bins, chunk = 100_000, 500
     counts, values, observed, scheme = random_inputs("a", bins)
-    state = model.start("a", chunk=chunk, observable=model.modalities)
+    state = model.start("a", chunk=chunk)
     for at in range(0, bins - 10, chunk):
         cut = slice(at, min(at + chunk, bins - 10))
         model.step("a", state, counts[:, cut], values[:, cut], observed[:, cut], scheme)
@@ -132,17 +131,17 @@ def test_receptive_field_is_what_it_says():
 
 @settings(deadline=None, max_examples=20)
 @given(
-    seed=st.integers(0, 10_000), at=st.integers(1, 29), masked=st.sampled_from(["queries", "seen"])
+    seed=st.integers(0, 10_000), at=st.integers(1, 29), tokens=st.sampled_from(["bin", "modality"])
 )
-def test_poking_the_future_changes_nothing_before_it(seed, at, masked):
-    model = random_model(seed, masked=masked)
+def test_poking_the_future_changes_nothing_before_it(seed, at, tokens):
+    model = random_model(seed, tokens=tokens)
     counts, values, observed, scheme = random_inputs("b", 30, seed)
     poked = counts.clone(), values.clone(), observed.clone()
     poked[0][:, at:] += 3
     poked[1][:, at:, [1, 3]] -= 2.0
     poked[1][:, at:, 2] = 1 - poked[1][:, at:, 2]
     poked[2][:, at:] = ~poked[2][:, at:]
-    if masked == "queries":  # which tokens exist must not leak either; compare all outputs
+    if tokens == "bin":  # which tokens exist must not leak either; compare all outputs
         poked[2][:, at] = True
     with torch.no_grad():
         before = model("b", counts, values, observed, scheme)
@@ -162,9 +161,9 @@ def test_full_attention_does_see_the_future():
     assert (before - after).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("masked", ["queries", "seen"])
-def test_what_is_hidden_has_no_influence(masked):
-    model = random_model(masked=masked)
+@pytest.mark.parametrize("tokens", ["bin", "modality"])
+def test_what_is_hidden_has_no_influence(tokens):
+    model = random_model(tokens=tokens)
     counts, values, observed, scheme = random_inputs("a", 25)
     poked_counts = torch.where(observed[:, :, :1], counts, counts + 5)
     poked_values = torch.where(observed, values, 1 - values)
@@ -175,7 +174,7 @@ def test_what_is_hidden_has_no_influence(masked):
         torch.testing.assert_close(one[name], two[name])
 
 
-def test_hidden_tokens_are_queries_so_asking_for_less_changes_nothing():
+def test_asking_for_less_changes_nothing():
     model = random_model()
     counts, values, observed, scheme = random_inputs("a", 25)
     observed[:, :, 1:] = False
@@ -217,8 +216,8 @@ def test_sessions_with_equal_unit_counts_do_not_share():
 def test_a_stream_refuses_what_it_cannot_be():
     with pytest.raises(ValueError, match="causal"):
         random_model(attention="full").start("a")
-    with pytest.raises(ValueError, match="queries"):
-        random_model(masked="seen").start("a")
+    with pytest.raises(ValueError, match="tokens"):
+        random_model(tokens="modality").start("a")
 
 
 def test_boxcar_sums_against_a_loop():
@@ -240,12 +239,21 @@ def test_rotary_angles_keep_their_precision_for_days():
 
 
 def test_published_values_by_hand_and_in_bulk():
-    raw = torch.tensor([[0.5, np.log(4.0)], [-1.0, 0.0], [-9.0, 0.0]], dtype=torch.float32)
-    scale = Scale(mean=10.0, sd=2.0, low=7.0, high=12.0)
+    scale = Scale(mean=10.0, sd=2.0, low=7.0, high=12.0)  # steps of 0.116 from 6.6 to 12.4
+    raw = torch.full((3, STEPS), -30.0)
+    raw[0, 10] = 0.0  # sure of one step
+    raw[1, 10] = raw[1, 40] = 5.0  # torn between two
+    raw[2] = 0.0  # no idea
     many = to_values_TV(raw, BEHAVIOURS[0], scale)
-    torch.testing.assert_close(many, torch.tensor([[11.0, 4.0], [8.0, 2.0], [7.0, 2.0]]))
-    for row, expected in zip(raw.numpy(), many.tolist(), strict=True):
-        assert to_values(row, BEHAVIOURS[0], scale) == pytest.approx(expected)
+    mean, smear = 6.6 + 25 * 0.116, (1.5 * 0.116) ** 2
+    expected = [
+        [6.6 + 10 * 0.116, 0.058],
+        [mean, np.sqrt((15 * 0.116) ** 2 - smear)],
+        [9.5, np.sqrt(0.116**2 * (51**2 - 1) / 12 - smear)],
+    ]
+    torch.testing.assert_close(many, torch.tensor(expected).float(), atol=1e-4, rtol=1e-4)
+    for row, values in zip(raw.numpy(), many.tolist(), strict=True):
+        assert to_values(row, BEHAVIOURS[0], scale) == pytest.approx(values, rel=1e-4)
     logits = torch.tensor([[0.0, np.log(3.0)]], dtype=torch.float32)
     assert to_values(logits[0].numpy(), BEHAVIOURS[1], Scale()) == pytest.approx([0.25, 0.75])
     torch.testing.assert_close(

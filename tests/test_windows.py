@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from temporaldata import Interval
 
 from offline.config import BehaviourConfig, DataConfig
 from offline.windows import bin_session
@@ -92,6 +93,23 @@ def test_missing_behaviours_and_splits(tmp_path):
         bin_session(session, config.data, only, require=False)
     with pytest.raises(SessionError, match="no blocked_train_domain"):
         bin_session(session, DataConfig(split="blocked"), config.behaviour, require=False)
+
+
+def test_a_named_split_may_have_nothing_to_test(tmp_path):
+    session = load_session(write_session(tmp_path / "s.h5"))
+    whole = {"train": (0.0, 40.0), "val": (42.0, 50.0), "test": (52.0, 60.0)}
+    config, data = tiny_config(), DataConfig(split="pretrain")
+    for name, (start, end) in whole.items():
+        if name == "val":
+            with pytest.raises(SessionError, match="no pretrain_val_domain"):
+                bin_session(session, data, config.behaviour)
+        if name == "test":
+            assert not bin_session(session, data, config.behaviour).of_split("test").any()
+        domain = Interval(start=np.array([start]), end=np.array([end]))
+        setattr(session._data, f"pretrain_{name}_domain", domain)
+    b = bin_session(session, data, config.behaviour)
+    spans = {name: b.spans(name) for name in whole}
+    assert spans == {"train": [(0, 2000)], "val": [(2100, 2500)], "test": [(2600, 3000)]}
 
 
 def test_the_rat_is_scored_only_where_it_is_tracked(data_dir):

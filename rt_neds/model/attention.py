@@ -1,11 +1,12 @@
 """Rotary attention over bins: banded and block-causal, or full; over a whole sequence, or a ring.
 
 Shape suffixes: B batch, T query bins, S key bins, M modalities (tokens per bin), D model width,
-H heads, F width of a head, R rows of the ring, Q = T * M queries, P = S * M keys + 1 (the sink).
+H heads, F width of a head, R rows of the ring, Q = T * M queries, P key tokens (of all S bins).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,37 +70,80 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.sink_value_HF = nn.Parameter(torch.zeros(heads, dim // heads))
 
-    def project(self, x_BTMD: Tensor, table_2TF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of each token, each of shape (B, H, T, M, F), rotated."""
-        B, T, M, D = x_BTMD.shape
-        qkv = self.qkv(x_BTMD).view(B, T, M, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(3, 0, 4, 1, 2, 5).unbind(0)
+    def project(
+        self, x_BTMD: Tensor, table_2TF: Tensor, asking: Sequence[int], keys: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the tokens ``asking``, keys and values of the tokens ``keys``, rotated.
+
+        Each of shape (B, H, T, tokens, F). A token that nobody may see needs no key.
+        """
+        weight, bias, (M, D) = self.qkv.weight, self.qkv.bias, x_BTMD.shape[2:]
+        if len(keys) == len(asking) == M:
+            q, k, v = nnf.linear(x_BTMD, weight, bias).chunk(3, dim=-1)
+        else:
+            q = nnf.linear(x_BTMD[:, :, asking], weight[:D], bias[:D])
+            k, v = nnf.linear(x_BTMD[:, :, keys], weight[D:], bias[D:]).chunk(2, dim=-1)
+        q, k, v = (self._split(x) for x in (q, k, v))
         return rotate(q, table_2TF), rotate(k, table_2TF), v
 
+    def _split(self, x_BTMD: Tensor) -> Tensor:
+        B, T, M, D = x_BTMD.shape
+        return x_BTMD.view(B, T, M, self.heads, D // self.heads).permute(0, 3, 1, 2, 4)
+
     def attend(
-        self, q_BHTMF: Tensor, k_BHSMF: Tensor, v_BHSMF: Tensor, allowed_BTSM: Tensor
+        self, q_BHTMF: Tensor, k_BHSMF: Tensor, v_BHSMF: Tensor, allowed_BTMP: Tensor
     ) -> Tensor:
-        """Attend from every query token to the allowed keys and the sink; returns (B, T, M, D)."""
+        """Attend from every query token to the allowed keys and the sink; returns (B, T, M, D).
+
+        ``allowed_BTMP`` has a column for each key token, bin by bin, without the sink; its third
+        axis may be 1 where all tokens of a bin see the same.
+        """
         B, H, T, M, F = q_BHTMF.shape
-        k = nnf.pad(k_BHSMF.reshape(B, H, -1, F), (0, 0, 0, 1))
+        k = nnf.pad(k_BHSMF.flatten(2, 3), (0, 0, 0, 1))
         sink_BH1F = self.sink_value_HF[None, :, None].expand(B, H, 1, F)
-        v = torch.cat([v_BHSMF.reshape(B, H, -1, F), sink_BH1F], dim=2)
-        allowed_BTP = nnf.pad(allowed_BTSM.flatten(2), (0, 1), value=True)
-        allowed_BQP = allowed_BTP[:, :, None].expand(-1, -1, M, -1).reshape(B, 1, T * M, -1)
+        v = torch.cat([v_BHSMF.flatten(2, 3), sink_BH1F], dim=2)
+        allowed_BTMP = nnf.pad(allowed_BTMP, (0, 1), value=True)
+        allowed_BQP = allowed_BTMP.expand(-1, -1, M, -1).flatten(1, 2)
         out_BHQF = nnf.scaled_dot_product_attention(
-            q_BHTMF.reshape(B, H, T * M, F), k, v, attn_mask=allowed_BQP
+            q_BHTMF.reshape(B, H, T * M, F), k, v, attn_mask=allowed_BQP[:, None]
         )
-        return self.out(out_BHQF.view(B, H, T, M, F).permute(0, 2, 3, 1, 4).reshape(B, T, M, H * F))
+        return self.out(out_BHQF.view(B, H, T, M, F).permute(0, 2, 3, 1, 4).flatten(3))
 
     def sequence(
-        self, x_BTMD: Tensor, table_2TF: Tensor, seen_BTM: Tensor, context: int, causal: bool
+        self,
+        x_BTMD: Tensor,
+        table_2TF: Tensor,
+        seen_BTM: Tensor,
+        asking: Sequence[int],
+        context: int,
+        causal: bool,
+        ahead: bool = False,
     ) -> Tensor:
-        """Attend within a whole sequence; only tokens in ``seen_BTM`` serve as keys."""
-        q, k, v = self.project(x_BTMD, table_2TF)
-        key_modalities = seen_BTM.any(dim=1).any(dim=0).nonzero()[:, 0]
-        k, v, seen = k[:, :, :, key_modalities], v[:, :, :, key_modalities], seen_BTM
-        seen = seen[:, :, key_modalities]
-        T = x_BTMD.shape[1]
+        """Attend within a whole sequence.
+
+        Parameters
+        ----------
+        x_BTMD : tensor
+            Tokens.
+        table_2TF : tensor
+            Rotary angles of the bins.
+        seen_BTM : tensor of bool
+            Which of the first tokens of a bin serve as keys; those after them never do.
+        asking : sequence of int
+            Tokens of a bin that attend.
+        context : int
+        causal : bool
+        ahead : bool
+            Whether the last of them may look at strictly earlier bins only.
+
+        Returns
+        -------
+        tensor, shape (B, T, asking tokens, D)
+        """
+        keys = seen_BTM.any(dim=1).any(dim=0).nonzero()[:, 0].tolist()
+        q, k, v = self.project(x_BTMD, table_2TF, asking, keys)
+        seen = seen_BTM[:, :, keys]
+        T, M = x_BTMD.shape[1], len(asking)
         bins_T = torch.arange(T, device=x_BTMD.device)
         # A band of width `context` leaves most of the T x T square dark: cut it into strips.
         strip = context if causal and context < T else T
@@ -109,13 +153,21 @@ class Attention(nn.Module):
             oldest = max(0, start - context + 1) if causal else 0
             newest = stop if causal else T
             band_TS = visible(bins_T[start:stop], bins_T[oldest:newest], context, causal)
-            allowed_BTSM = band_TS[None, :, :, None] & seen[:, None, oldest:newest]
+            allowed_BTP = (band_TS[None, :, :, None] & seen[:, None, oldest:newest]).flatten(2)
+            allowed_BTMP = allowed_BTP[:, :, None]
+            if ahead:
+                ago_TS = bins_T[start:stop, None] - bins_T[None, oldest:newest]
+                earlier_TP = (ago_TS > 0).repeat_interleave(len(keys), dim=1)
+                allowed_BTMP = torch.cat(
+                    [allowed_BTMP.expand(-1, -1, M - 1, -1), allowed_BTMP & earlier_TP[:, None]],
+                    dim=2,
+                )
             outs.append(
                 self.attend(
                     q[:, :, start:stop],
                     k[:, :, oldest:newest],
                     v[:, :, oldest:newest],
-                    allowed_BTSM,
+                    allowed_BTMP,
                 )
             )
         return torch.cat(outs, dim=1)

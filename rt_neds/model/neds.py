@@ -1,10 +1,11 @@
 """NEDS, causal: the whole forward pass in the order the data takes, and the same one bin at a time.
 
-Neural Encoding and Decoding at Scale (arXiv 2504.08201): one transformer whose tokens are, at each
-bin, the spikes and each behaviour; hiding some and asking for them back makes it encode and decode.
-Two things differ from the paper's, on purpose: attention may be causal (banded and block-causal, so
-that a bin can be decoded when it closes), and a hidden token can see without being seen
-(``masked = "queries"``), so that what was observed never depends on what is being asked.
+Neural Encoding and Decoding at Scale (arXiv 2504.08201): one transformer is shown some of the
+spikes and behaviours of each bin, and asked for the rest. Two things differ from the paper's, on
+purpose: attention may be causal (banded and block-causal, so that a bin can be decoded when it
+closes), and a bin is one token, made of what it shows, instead of one token per modality
+(``docs/decisions/0001``): what was observed never depends on what is being asked, and a step costs
+the same however many behaviours there are.
 
 Shape suffixes: B batch, T bins, M modalities (0 is spikes, then each behaviour), N units, D width.
 """
@@ -24,10 +25,24 @@ from rt_neds.model.attention import Attention, Ring, rotary_table, visible
 from rt_neds.model.readin import CategoricalReadIn, ContinuousReadIn, SpikeReadIn
 from rt_neds.model.readout import Behaviour, ReadOut
 
-SCHEMES = ("decoding", "encoding", "within_spikes", "within_behaviour", "cross_modal")
-"""Training schemes of NEDS (arXiv 2504.08201, section 3): each says what is hidden."""
+SCHEMES = (
+    "decoding",
+    "encoding",
+    "within_spikes",
+    "within_behaviour",
+    "cross_modal",
+    "neuron",
+    "inter_region",
+    "intra_region",
+    "forward",
+    "ahead",
+)
+"""Training schemes: five of NEDS (arXiv 2504.08201, section 3), four of MtM (arXiv 2407.14668,
+section 3) and their causal limit, the next bin. Each says what is hidden (``offline.masking``)."""
 
 SPIKES = "spikes"
+AHEAD = "ahead"
+"""Output: log-rates of each bin's spikes, asked from strictly earlier bins only."""
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,13 +57,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         Bins a token sees in each layer, its own included.
     attention : {"causal", "full"}
         ``full`` is the paper's, for comparison; it cannot be served.
-    masked : {"queries", "seen"}
-        Whether hidden tokens stay out of everyone's sight, or serve as keys as in the paper.
+    tokens : {"bin", "modality"}
+        ``bin``: one token per bin, made of what the bin shows; what is hidden is simply not in it.
+        ``modality``, the paper's, for comparison: one token per modality and bin; hidden ones are
+        learned vectors that all others see. It cannot be served.
     history : tuple of int
         Widths, in bins, of the running sums of counts that a spike token is made of.
-    shortcut : bool
-        Whether each behaviour also hears the standardised spikes of its own bin directly, through
-        one linear map, which training begins with at the ridge solution.
     dropout : float
     """
 
@@ -58,9 +72,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     widen: int = 2
     context: int = 100
     attention: Literal["causal", "full"] = "causal"
-    masked: Literal["queries", "seen"] = "queries"
+    tokens: Literal["bin", "modality"] = "bin"
     history: tuple[int, ...] = (1, 5, 25)
-    shortcut: bool = True
     dropout: float = 0.2
 
     def __post_init__(self) -> None:
@@ -108,12 +121,6 @@ class SessionParts(nn.Module):
         self.behaviour_out = nn.ModuleDict(
             {b.name: ReadOut(config.dim, b.outputs) for b in behaviours}
         )
-        features = len(config.history) * units
-        self.shortcut = nn.ModuleDict()
-        for b in behaviours if config.shortcut else ():
-            straight = nn.Linear(features, b.outputs, bias=False)
-            nn.init.zeros_(straight.weight)
-            self.shortcut[b.name] = straight
 
 
 @dataclass(slots=True)
@@ -127,14 +134,11 @@ class StreamState:
     ring : Ring
     counts_BHN : tensor
         Counts of the last ``max(history) - 1`` bins, for the boxcars.
-    kept : tuple of int
-        Modalities whose keys are kept: those that may be observed.
     """
 
     next_bin: int
     ring: Ring
     counts_BHN: Tensor
-    kept: tuple[int, ...]
 
 
 class NEDS(nn.Module):
@@ -206,7 +210,8 @@ class NEDS(nn.Module):
         session : str
             Session id.
         counts_BTN : tensor of float32
-            Spike counts; those of bins that are not observed are ignored.
+            Spike counts; those of bins that are not observed are ignored. It may begin earlier than
+            the rest: what it has more only feeds running sums.
         values_BTM : tensor of float32
             Behaviours: normalised values, or class numbers; column 0 (spikes) is ignored.
         observed_BTM : tensor of bool
@@ -216,35 +221,47 @@ class NEDS(nn.Module):
         missing_BTN : tensor of bool, optional
             Units to replace by their learned stand-in; broadcasts over bins.
         wanted : sequence of str, optional
-            Modalities to read out; all by default. Tokens that are neither shown nor wanted are
-            left out, which changes nothing where hidden tokens are queries.
+            Modalities to read out; all by default. ``"ahead"`` adds a token to each bin that
+            shows nothing and sees nothing of its bin or later, and reads the spikes from it.
 
         Returns
         -------
         dict of str to tensor, shape (B, T, numbers of that output)
         """
         wanted = self.modalities if wanted is None else tuple(wanted)
-        use = self._used(observed_BTM.any(dim=1).any(dim=0).tolist(), wanted)
-        counts_BTN = torch.where(observed_BTM[:, :, :1], counts_BTN, 0.0)
-        x_BTMD, z_BTF = self._tokens(
-            session, counts_BTN, values_BTM, observed_BTM, scheme_B, missing_BTN, use
-        )
-        seen_BTM = observed_BTM[:, :, use]
-        if self.config.masked == "seen":
-            seen_BTM = torch.ones_like(seen_BTM)
-        table_2TF = self._rotary(x_BTMD.shape[1]).to(x_BTMD.device)
         causal = self.config.attention == "causal"
-        for layer in self.stack():
+        assert causal or AHEAD not in wanted, "full attention has no earlier"
+        past = counts_BTN.shape[1] - observed_BTM.shape[1]
+        shown_BT1 = nnf.pad(observed_BTM[:, :, :1], (0, 0, past, 0), value=True)
+        counts_BTN = torch.where(shown_BT1, counts_BTN, 0.0)
+        x_BTMD, seen_BTM = self._tokens(
+            session, counts_BTN, values_BTM, observed_BTM, scheme_B, missing_BTN, past
+        )
+        askers = {name: self._asker(name) for name in wanted if name != AHEAD}
+        if AHEAD in wanted:
+            askers[AHEAD] = x_BTMD.shape[2]
+            x_BTMD = torch.cat([x_BTMD, self._dark(session, x_BTMD, scheme_B)], dim=2)
+        table_2TF = self._rotary(x_BTMD.shape[1]).to(x_BTMD.device)
+        everyone, readers = list(range(x_BTMD.shape[2])), sorted(set(askers.values()))
+        for n, layer in enumerate(self.stack()):
+            asking = everyone if n + 1 < self.config.layers else readers
             attended = layer.attention.sequence(
-                layer.norm1(x_BTMD), table_2TF, seen_BTM, self.config.context, causal
+                layer.norm1(x_BTMD),
+                table_2TF,
+                seen_BTM,
+                asking,
+                self.config.context,
+                causal,
+                AHEAD in wanted,
             )
-            x_BTMD = layer.add(x_BTMD, attended)
-        return self._read_out(session, x_BTMD, z_BTF, use, wanted)
+            x_BTMD = layer.add(x_BTMD[:, :, asking], attended)
+        return self._read_out(
+            session, x_BTMD, {name: readers.index(token) for name, token in askers.items()}
+        )
 
-    def _used(self, shown_M: Sequence[bool], wanted: Sequence[str]) -> list[int]:
-        if self.config.masked == "seen":
-            return list(range(len(self.modalities)))
-        return [m for m, name in enumerate(self.modalities) if shown_M[m] or name in wanted]
+    def _asker(self, name: str) -> int:
+        """Which token of a bin an output is read from."""
+        return self.modalities.index(name) if self.config.tokens == "modality" else 0
 
     def _tokens(
         self,
@@ -254,32 +271,55 @@ class NEDS(nn.Module):
         observed_BTM: Tensor,
         scheme_B: Tensor,
         missing_BTN: Tensor | None,
-        use: Sequence[int],
         past: int = 0,
-    ) -> tuple[Tensor, Tensor | None]:
-        """One token per bin and used modality, and the features of shown spikes (else zero).
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens of each bin, and which of them serve as keys.
 
         The first ``past`` bins of the counts only feed boxcars.
         """
-        z_BTF = None
-        index, parts = self.session_ids.index(session), self.parts(session)
-        tokens = []
-        for m in use:
-            name = self.modalities[m]
-            if m == 0:
-                z_BTF = parts.spikes_in.standardise(counts_BTN, missing_BTN)[:, past:]
-                token = self.spikes_shared(nnf.softsign(parts.spikes_in(z_BTF)))
-            elif name in self.categorical_in:
-                token = self.categorical_in[name](values_BTM[:, :, m])
-            else:
-                token = parts.behaviour_in[name](values_BTM[:, :, m])
-            shown = observed_BTM[:, :, m, None]
-            tokens.append(torch.where(shown, token, self.hidden_D) + self.modality_MD[m])
-        x_BTMD = torch.stack(tokens, dim=2)
-        x_BTMD = x_BTMD + self.session_XD[index] + self.scheme_XD[scheme_B][:, None, None]
-        if z_BTF is not None:
-            z_BTF = z_BTF * observed_BTM[:, :, :1]
-        return self.token_dropout(x_BTMD), z_BTF
+        apart = self.config.tokens == "modality"
+        shown_M = observed_BTM.any(dim=1).any(dim=0).tolist()
+        tokens, sum_BTD = [], self.hidden_D.expand(*observed_BTM.shape[:2], -1)
+        for m in range(len(self.modalities)):
+            hidden_D, shown_BT1 = self.hidden_D + self.modality_MD[m], observed_BTM[:, :, m, None]
+            if not shown_M[m]:
+                tokens.append(hidden_D.expand_as(sum_BTD))
+                continue
+            token = self._token(m, session, counts_BTN, values_BTM, missing_BTN, past)
+            token = token + self.modality_MD[m]
+            tokens.append(torch.where(shown_BT1, token, hidden_D))
+            sum_BTD = sum_BTD + torch.where(shown_BT1, token, 0.0)
+        x_BTMD = torch.stack(tokens if apart else [sum_BTD], dim=2)
+        seen_BTM = torch.ones_like(observed_BTM) if apart else observed_BTM.any(2, keepdim=True)
+        return self._in_context(x_BTMD, session, scheme_B), seen_BTM
+
+    def _dark(self, session: str, x_BTMD: Tensor, scheme_B: Tensor) -> Tensor:
+        """For each bin, a token that shows nothing."""
+        B, T, _, D = x_BTMD.shape
+        return self._in_context(self.hidden_D.expand(B, T, 1, D), session, scheme_B)
+
+    def _in_context(self, x_BTMD: Tensor, session: str, scheme_B: Tensor) -> Tensor:
+        """Tokens, told which session and scheme they are of."""
+        session_D = self.session_XD[self.session_ids.index(session)]
+        return self.token_dropout(x_BTMD + session_D + self.scheme_XD[scheme_B][:, None, None])
+
+    def _token(
+        self,
+        m: int,
+        session: str,
+        counts_BTN: Tensor,
+        values_BTM: Tensor,
+        missing_BTN: Tensor | None,
+        past: int,
+    ) -> Tensor:
+        """What modality ``m`` of each bin reads in as, shape (B, T, D)."""
+        name, parts = self.modalities[m], self.parts(session)
+        if m == 0:
+            z_BTF = parts.spikes_in.standardise(counts_BTN, missing_BTN)[:, past:]
+            return self.spikes_shared(nnf.softsign(parts.spikes_in(z_BTF)))
+        if name in self.categorical_in:
+            return self.categorical_in[name](values_BTM[:, :, m])
+        return parts.behaviour_in[name](values_BTM[:, :, m])
 
     def _rotary(self, bins: int) -> Tensor:
         if self._table.shape[1] < bins:
@@ -287,23 +327,13 @@ class NEDS(nn.Module):
         return self._table[:, :bins]
 
     def _read_out(
-        self,
-        session: str,
-        x_BTMD: Tensor,
-        z_BTF: Tensor | None,
-        use: Sequence[int],
-        wanted: Sequence[str],
+        self, session: str, x_BTMD: Tensor, token_of: Mapping[str, int]
     ) -> dict[str, Tensor]:
-        parts = self.parts(session)
-        x_BTMD = self.norm(x_BTMD)
-        outputs = {}
-        for position, m in enumerate(use):
-            name = self.modalities[m]
-            if name in wanted:
-                head = parts.spikes_out if m == 0 else parts.behaviour_out[name]
-                outputs[name] = head(x_BTMD[:, :, position])
-                if name in parts.shortcut and z_BTF is not None:
-                    outputs[name] = outputs[name] + parts.shortcut[name](z_BTF)
+        """Each wanted output, from the token that asks for it."""
+        parts, x_BTMD, outputs = self.parts(session), self.norm(x_BTMD), {}
+        for name, token in token_of.items():
+            head = parts.spikes_out if name in (SPIKES, AHEAD) else parts.behaviour_out[name]
+            outputs[name] = head(x_BTMD[:, :, token])
         return outputs
 
     # -- one bin, or a few, at a time ------------------------------------------------------------
@@ -315,7 +345,6 @@ class NEDS(nn.Module):
         batch: int = 1,
         first_bin: int = 0,
         chunk: int = 1,
-        observable: Sequence[str] = (SPIKES,),
     ) -> StreamState:
         """State of a stream of which nothing has been seen.
 
@@ -328,24 +357,20 @@ class NEDS(nn.Module):
             Number of the first bin.
         chunk : int
             Most bins that one ``step`` will be given.
-        observable : sequence of str
-            Modalities that may be observed; only their keys are kept.
         """
-        if self.config.attention != "causal" or self.config.masked != "queries":
-            raise ValueError(
-                'a stream needs attention = "causal" and masked = "queries"; '
-                f"this model has {self.config.attention!r} and {self.config.masked!r}"
-            )
         config = self.config
-        kept = tuple(self.modalities.index(name) for name in observable)
+        if config.attention != "causal" or config.tokens != "bin":
+            raise ValueError(
+                'a stream needs attention = "causal" and tokens = "bin"; '
+                f"this model has {config.attention!r} and {config.tokens!r}"
+            )
         rows = config.context + chunk - 1
-        shape = (batch, config.heads, rows, len(kept), config.dim // config.heads)
+        shape = (batch, config.heads, rows, 1, config.dim // config.heads)
         units = self.parts(session).units
         return StreamState(
             next_bin=first_bin,
             ring=Ring.empty(config.layers, shape, self.hidden_D),
             counts_BHN=self.hidden_D.new_zeros(batch, max(config.history) - 1, units),
-            kept=kept,
         )
 
     @torch.no_grad()
@@ -366,13 +391,11 @@ class NEDS(nn.Module):
         Arguments are those of :meth:`forward` for the new bins only; ``state`` is advanced.
         """
         wanted = self.modalities if wanted is None else tuple(wanted)
-        shown = [m in state.kept for m in range(len(self.modalities))]
-        use = self._used(shown, wanted)
         counts_BTN = torch.where(observed_BTM[:, :, :1], counts_BTN, 0.0)
         past = state.counts_BHN.shape[1]
         with_past = torch.cat([state.counts_BHN, counts_BTN], dim=1)
-        x_BTMD, z_BTF = self._tokens(
-            session, with_past, values_BTM, observed_BTM, scheme_B, missing_BTN, use, past
+        x_BTMD, seen_BTM = self._tokens(
+            session, with_past, values_BTM, observed_BTM, scheme_B, missing_BTN, past
         )
         state.counts_BHN = with_past[:, with_past.shape[1] - past :]
 
@@ -382,15 +405,14 @@ class NEDS(nn.Module):
         bins_T = torch.arange(bins.start, bins.stop, device=x_BTMD.device)
         rows_T = bins_T % len(ring.bin_R)
         ring.bin_R[rows_T] = bins_T
-        ring.seen_BRM[:, rows_T] = observed_BTM[:, :, state.kept]
+        ring.seen_BRM[:, rows_T] = seen_BTM
         band_TR = visible(bins_T, ring.bin_R, self.config.context, causal=True)
-        allowed_BTRM = band_TR[None, :, :, None] & ring.seen_BRM[:, None]
+        allowed_BTMP = (band_TR[None, :, :, None] & ring.seen_BRM[:, None]).flatten(2)[:, :, None]
         table_2TF = rotary_table(bins, self.config.dim // self.config.heads).to(x_BTMD.device)
-        kept_positions = [use.index(m) for m in state.kept]
         for layer, keys, values in zip(self.stack(), ring.keys, ring.values, strict=True):
-            q, k, v = layer.attention.project(layer.norm1(x_BTMD), table_2TF)
-            keys[:, :, rows_T] = k[:, :, :, kept_positions]
-            values[:, :, rows_T] = v[:, :, :, kept_positions]
-            x_BTMD = layer.add(x_BTMD, layer.attention.attend(q, keys, values, allowed_BTRM))
+            q, k, v = layer.attention.project(layer.norm1(x_BTMD), table_2TF, [0], [0])
+            keys[:, :, rows_T] = k
+            values[:, :, rows_T] = v
+            x_BTMD = layer.add(x_BTMD, layer.attention.attend(q, keys, values, allowed_BTMP))
         state.next_bin += T
-        return self._read_out(session, x_BTMD, z_BTF, use, wanted)
+        return self._read_out(session, x_BTMD, dict.fromkeys(wanted, 0))

@@ -1,6 +1,6 @@
 """From what was observed to tokens: one session's units, or one behaviour.
 
-Shape suffixes: B batch, T bins, N units of one session, K boxcar widths, D model width.
+Shape suffixes: B batch, T bins, N units of one session, K boxcar widths, P places, D model width.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+
+PLACES = 25
+"""Places of a normalised behaviour, a quarter of an sd apart, on three sds either side."""
 
 
 def boxcar_sums(counts_BTN: Tensor, history: Sequence[int]) -> Tensor:
@@ -65,14 +68,23 @@ class SpikeReadIn(nn.Module):
 
 
 class ContinuousReadIn(nn.Module):
-    """One session's continuous behaviour, already normalised, to one vector per bin."""
+    """One session's continuous behaviour, already normalised, to one vector per bin.
+
+    It enters as itself and as how near it is to each of a row of places, so that a unit that fires
+    in one place, or at one speed, is a linear function away.
+    """
+
+    places_P: Tensor
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(1, dim)
+        self.register_buffer("places_P", torch.linspace(-3.0, 3.0, PLACES))
+        self.linear = nn.Linear(1 + PLACES, dim)
 
     def forward(self, value_BT: Tensor) -> Tensor:
-        return self.linear(value_BT[..., None])
+        away_BTP = (value_BT[..., None] - self.places_P) * ((PLACES - 1) / 6.0)
+        near_BTP = torch.exp(-0.5 * away_BTP**2)
+        return self.linear(torch.cat([value_BT[..., None], near_BTP], dim=-1))
 
 
 class CategoricalReadIn(nn.Module):

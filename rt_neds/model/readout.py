@@ -5,7 +5,8 @@ Shape suffixes: B batch, T bins, D model width, C numbers per output.
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -13,9 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-Kind = Literal["gaussian", "poisson", "categorical"]
+Kind = Literal["continuous", "poisson", "categorical"]
 
-LOG_VARIANCE_RANGE = (-8.0, 5.0)
+STEPS = 51
+"""Steps of a continuous behaviour's range that get a probability each."""
+SMEAR = 1.5
+"""Steps by which training smears a true value: neighbours of the right step are nearly right."""
 LOG_RATE_RANGE = (-12.0, 8.0)
 
 
@@ -25,7 +29,7 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
     Attributes
     ----------
     name : str
-    kind : {"gaussian", "poisson", "categorical"}
+    kind : {"continuous", "poisson", "categorical"}
     classes : tuple of str
         Names of the classes of a categorical behaviour, in the order of its probabilities.
     unit : str
@@ -39,8 +43,8 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def outputs(self) -> int:
-        """Numbers the network gives: mean and log-variance, log-rate, or one logit per class."""
-        return {"gaussian": 2, "poisson": 1, "categorical": len(self.classes)}[self.kind]
+        """Numbers the network gives: a logit per step of its range or per class, or a log-rate."""
+        return {"continuous": STEPS, "poisson": 1, "categorical": len(self.classes)}[self.kind]
 
 
 class ReadOut(nn.Module):
@@ -54,21 +58,37 @@ class ReadOut(nn.Module):
         return self.linear(x_BTD)
 
 
-class Scale(msgspec.Struct, frozen=True, kw_only=True):
+class Scale(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """A session's physical scale of one continuous behaviour, from its training split.
 
     Attributes
     ----------
     mean, sd : float
         Normaliser.
-    low, high : float or None
-        Range that was seen; a decoded mean is held inside it.
+    low, high : float
+        Range that was seen. It is cut into ``STEPS``, with a fifth of an sd to spare on both sides.
     """
 
     mean: float = 0.0
     sd: float = 1.0
-    low: float | None = None
-    high: float | None = None
+    low: float = -3.0
+    high: float = 3.0
+
+    @cached_property
+    def values_C(self) -> NDArray[np.float32]:
+        """Value at the middle of each step, shape (STEPS,)."""
+        spare = 0.2 * self.sd
+        return np.linspace(self.low - spare, self.high + spare, STEPS, dtype=np.float32)
+
+    @property
+    def step(self) -> float:
+        """Width of a step."""
+        return float(self.values_C[1] - self.values_C[0])
+
+
+def _spread(variance: Any, step: float) -> Any:
+    """Sd without what the smearing put into it; no less than half a step."""
+    return (variance - (SMEAR * step) ** 2).clip(min=(0.5 * step) ** 2) ** 0.5
 
 
 def to_values(raw_C: NDArray[np.float32], behaviour: Behaviour, scale: Scale) -> list[float]:
@@ -87,26 +107,25 @@ def to_values(raw_C: NDArray[np.float32], behaviour: Behaviour, scale: Scale) ->
     list of float
         Mean and sd; rate per bin; or probabilities.
     """
-    if behaviour.kind == "gaussian":
-        mean = float(raw_C[0]) * scale.sd + scale.mean
-        if scale.low is not None and scale.high is not None:
-            mean = min(max(mean, scale.low), scale.high)
-        log_variance = min(max(float(raw_C[1]), LOG_VARIANCE_RANGE[0]), LOG_VARIANCE_RANGE[1])
-        return [mean, float(np.exp(0.5 * log_variance)) * scale.sd]
     if behaviour.kind == "poisson":
         return [float(np.exp(min(max(float(raw_C[0]), LOG_RATE_RANGE[0]), LOG_RATE_RANGE[1])))]
-    e = np.exp(raw_C - raw_C.max())
-    return [float(p) for p in e / e.sum()]
+    e_C = np.exp(raw_C - raw_C.max())
+    p_C = e_C / e_C.sum()
+    if behaviour.kind == "continuous":
+        mean = float(p_C @ scale.values_C)
+        variance = p_C @ (scale.values_C - mean) ** 2
+        return [mean, float(_spread(variance, scale.step))]
+    return p_C.tolist()
 
 
 def to_values_TV(raw_TC: Tensor, behaviour: Behaviour, scale: Scale) -> Tensor:
-    """The same for a whole sequence, shape (T, C)."""
-    if behaviour.kind == "gaussian":
-        mean = raw_TC[:, 0] * scale.sd + scale.mean
-        if scale.low is not None and scale.high is not None:
-            mean = mean.clamp(scale.low, scale.high)
-        spread = (0.5 * raw_TC[:, 1].clamp(*LOG_VARIANCE_RANGE)).exp() * scale.sd
-        return torch.stack([mean, spread], dim=1)
+    """The same for a whole sequence, shape (T, values)."""
     if behaviour.kind == "poisson":
         return raw_TC.clamp(*LOG_RATE_RANGE).exp()
-    return raw_TC.softmax(dim=1)
+    p_TC = raw_TC.softmax(dim=1)
+    if behaviour.kind == "continuous":
+        values_C = torch.from_numpy(scale.values_C).to(raw_TC.device)
+        mean_T = p_TC @ values_C
+        variance_T = (p_TC * (values_C - mean_T[:, None]) ** 2).sum(dim=1)
+        return torch.stack([mean_T, _spread(variance_T, scale.step)], dim=1)
+    return p_TC

@@ -19,6 +19,8 @@ from rt_neds.clock import monotonic_ns
 from rt_neds.frames import BinnedFrame, SpikeBatch
 
 OPEN_BINS = 64
+CHUNK = 8
+"""Most closed bins that may wait to be decoded together."""
 COUNTERS = (
     "bins",
     "bins_unobserved",
@@ -144,7 +146,7 @@ class Binner:
         self._row_of_unit_U = np.ascontiguousarray(row_of_unit_U, dtype=np.int32)
         rows = OPEN_BINS + -(-lateness // width)
         self._ring_RC = np.zeros((rows, units + 2), np.float32)
-        self._counts_N = np.zeros(units, np.float32)
+        self._counts_of_frame = np.zeros((1 + CHUNK, units), np.float32)
         self._tally = np.zeros(2, np.int64)
         self._epoch: int | None = None
         self._next_bin = 0  # the oldest bin still open
@@ -154,7 +156,7 @@ class Binner:
         self._first_of_run = True
 
     def frames(self, batch: SpikeBatch) -> Iterator[BinnedFrame]:
-        """Take in a batch and yield the bins it closes; each frame is valid until the next."""
+        """Take in a batch and yield the bins it closes; a frame lasts until ``CHUNK`` more came."""
         if batch.epoch != self._epoch:
             self._begin_run(batch.first)
             self._epoch = batch.epoch
@@ -230,12 +232,13 @@ class Binner:
         if self._holes:
             self._holes = [hole for hole in self._holes if hole[1] > end]
         row_C = self._ring_RC[bin_ % len(self._ring_RC)]
-        self._counts_N[:] = row_C[:-2]
+        counts_N = self._counts_of_frame[self.counters["bins"] % len(self._counts_of_frame)]
+        counts_N[:] = row_C[:-2]
         frame = BinnedFrame(
             epoch=batch.epoch,
             bin=bin_,
             end=end,
-            counts_N=self._counts_N,
+            counts_N=counts_N,
             observed=observed,
             spikes=int(row_C[-1]),
             unknown=int(row_C[-2]),

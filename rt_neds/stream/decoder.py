@@ -1,11 +1,11 @@
-"""Counts to values: one cached step of the network per bin.
+"""Counts to values: one cached step of the network per bin, or per few bins when there is a queue.
 
-Shape suffixes: N units, O raw outputs of the network, V published values.
+Shape suffixes: T bins, N units, O raw outputs of the network, V published values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -16,18 +16,22 @@ from rt_neds.bundle import BundleSession, BundleSpec
 from rt_neds.errors import BundleError
 from rt_neds.frames import BinnedFrame
 from rt_neds.model.neds import NEDS, SCHEMES
-from rt_neds.model.readout import to_values
+from rt_neds.stream.binner import CHUNK
 from rt_neds.stream.fused import FusedStep
+from rt_neds.stream.graph import GraphStep
+from rt_neds.stream.values import Values, values_of
 
 
 class Step(Protocol):
-    """One bin of one stream: what differs between devices."""
+    """The next bins of one stream: what differs between devices."""
 
     def reset(self, first_bin: int = 0) -> None:
         """Forget the past; the next bin has that number."""
 
-    def step(self, counts_N: NDArray[np.float32], observed: bool) -> NDArray[np.float32]:
-        """Raw outputs of the next bin, in an array that the next step overwrites."""
+    def steps(
+        self, counts_TN: Sequence[NDArray[np.float32]], observed_T: Sequence[bool]
+    ) -> NDArray[np.float32]:
+        """Raw outputs (T, O) of the next 1 to ``CHUNK`` bins; overwritten by the next call."""
 
 
 class EagerStep:
@@ -44,8 +48,8 @@ class EagerStep:
         self._model, self._session, self._wanted = model.to(device), session, tuple(wanted)
         self._device = torch.device(device)
         modalities = len(model.modalities)
-        self._values = torch.zeros(1, 1, modalities, device=device)
-        self._observed = torch.zeros(1, 1, modalities, dtype=torch.bool, device=device)
+        self._values = torch.zeros(1, CHUNK, modalities, device=device)
+        self._observed = torch.zeros(1, CHUNK, modalities, dtype=torch.bool, device=device)
         self._scheme = torch.tensor([SCHEMES.index("decoding")], device=device)
         self._missing = None
         if missing_N is not None and missing_N.any():
@@ -54,36 +58,45 @@ class EagerStep:
 
     def reset(self, first_bin: int = 0) -> None:
         """Forget the past; the next bin has that number."""
-        self._state = self._model.start(self._session, first_bin=first_bin)
+        self._state = self._model.start(self._session, first_bin=first_bin, chunk=CHUNK)
 
     def step(self, counts_N: NDArray[np.float32], observed: bool) -> NDArray[np.float32]:
         """Raw outputs of the next bin."""
-        self._observed[0, 0, 0] = observed
+        return self.steps((counts_N,), (observed,))[0]
+
+    def steps(
+        self, counts_TN: Sequence[NDArray[np.float32]], observed_T: Sequence[bool]
+    ) -> NDArray[np.float32]:
+        """Raw outputs of the next bins."""
+        bins = len(counts_TN)
+        self._observed[0, :bins, 0] = torch.tensor(observed_T, device=self._device)
         outputs = self._model.step(
             self._session,
             self._state,
-            torch.from_numpy(counts_N)[None, None].to(self._device),
-            self._values,
-            self._observed,
+            torch.from_numpy(np.stack(counts_TN))[None].to(self._device),
+            self._values[:, :bins],
+            self._observed[:, :bins],
             self._scheme,
             missing_BTN=self._missing,
             wanted=self._wanted,
         )
-        return torch.cat([outputs[name][0, 0] for name in self._wanted]).cpu().numpy()
+        return torch.cat([outputs[name][0] for name in self._wanted], dim=1).cpu().numpy()
 
 
 class Silence:
     """Decodes nothing: what is left of the latency is the machine's and the transport's own."""
 
     def __init__(self, outputs: int) -> None:
-        self._raw_O = np.zeros(outputs, np.float32)
+        self._raw_TO = np.zeros((CHUNK, outputs), np.float32)
 
     def reset(self, first_bin: int = 0) -> None:
         """Nothing to forget."""
 
-    def step(self, counts_N: NDArray[np.float32], observed: bool) -> NDArray[np.float32]:
+    def steps(
+        self, counts_TN: Sequence[NDArray[np.float32]], observed_T: Sequence[bool]
+    ) -> NDArray[np.float32]:
         """Zeros."""
-        return self._raw_O
+        return self._raw_TO[: len(counts_TN)]
 
 
 class Decoder:
@@ -100,37 +113,47 @@ class Decoder:
     Attributes
     ----------
     values_V : ndarray of float32
-        Values of the bin last decoded, in the order of the schema; overwritten by the next.
+        Values of the first of the bins last decoded, in the order of the schema; overwritten by
+        the next.
     """
 
     def __init__(self, spec: BundleSpec, session: BundleSession, step: Step) -> None:
         self.session = session
-        self._behaviours = outputs_of(spec, session)
-        self._scales = [session.scales[b.name] for b in self._behaviours]
+        behaviours = outputs_of(spec, session)
+        self._values = Values(behaviours, [session.scales[b.name] for b in behaviours], CHUNK)
         self._step = step
-        self.values_V = np.zeros(
-            sum(schema_size(b.kind, len(b.classes)) for b in self._behaviours), np.float32
-        )
+        self.values_V = self._values.values_TV[0]
 
     def decode(self, frame: BinnedFrame) -> NDArray[np.float32]:
         """Decode a bin; bins must come in order, and a first of a run begins anew."""
-        if frame.first_of_run:
-            self._step.reset(frame.bin)
-        raw_O = self._step.step(frame.counts_N, frame.observed)
-        at = to = 0
-        for behaviour, scale in zip(self._behaviours, self._scales, strict=True):
-            values = to_values(raw_O[at : at + behaviour.outputs], behaviour, scale)
-            self.values_V[to : to + len(values)] = values
-            at, to = at + behaviour.outputs, to + len(values)
-        return self.values_V
+        return self.decode_chunk((frame,))[0]
+
+    def decode_chunk(self, frames: Sequence[BinnedFrame]) -> NDArray[np.float32]:
+        """Decode at most ``CHUNK`` bins, to shape (T, V); only the first may begin a run."""
+        if frames[0].first_of_run:
+            self._step.reset(frames[0].bin)
+        raw_TO = self._step.steps(
+            [frame.counts_N for frame in frames], [frame.observed for frame in frames]
+        )
+        return self._values.of(raw_TO)
 
     def warm_up(self, units: int, bins: int = 20) -> None:
         """Run the whole step on silence, so that the first real bin is not the slow one."""
         counts_N = np.zeros(units, np.float32)
         self._step.reset(0)
         for _ in range(bins):
-            self._step.step(counts_N, True)
+            self._step.steps((counts_N,), (True,))
+        self._step.steps((counts_N,) * CHUNK, (True,) * CHUNK)
         self._step.reset(0)
+
+
+def check_streamable(spec: BundleSpec) -> None:
+    """BundleError if the network of a bundle cannot be run bin by bin."""
+    if spec.model.attention != "causal" or spec.model.tokens != "bin":
+        raise BundleError(
+            f"attention = {spec.model.attention!r} and tokens = {spec.model.tokens!r}; "
+            'serving needs "causal" and "bin": train it so'
+        )
 
 
 def make_step(
@@ -139,23 +162,25 @@ def make_step(
     session: BundleSession,
     missing_N: NDArray[np.bool_],
     device: str = "cpu",
+    say: Callable[[str], None] = lambda line: None,
 ) -> Step:
-    """The fastest faithful step for a device.
+    """The fastest faithful step for a device; ``say`` hears why a GPU is not used after all.
 
     Raises
     ------
     BundleError
         If the network cannot be run bin by bin.
     """
-    if spec.model.attention != "causal" or spec.model.masked != "queries":
-        raise BundleError(
-            f"attention = {spec.model.attention!r} and masked = {spec.model.masked!r}; "
-            'serving needs "causal" and "queries": train it so'
-        )
+    check_streamable(spec)
     wanted = [b.name for b in outputs_of(spec, session)]
-    if device == "cpu":
-        return FusedStep(model, session.id, wanted, missing_N)
-    return EagerStep(model, session.id, wanted, missing_N, device)
+    if device != "cpu":
+        try:
+            if not torch.cuda.is_available():
+                raise RuntimeError(f"device {device!r} asked for and no CUDA device is there")
+            return GraphStep(model, session.id, wanted, missing_N, device)
+        except RuntimeError as error:
+            say(f"{str(error).splitlines()[0]}; decoding on the CPU")
+    return FusedStep(model, session.id, wanted, missing_N)
 
 
 def outputs_of(spec: BundleSpec, session: BundleSession) -> list:
@@ -163,16 +188,11 @@ def outputs_of(spec: BundleSpec, session: BundleSession) -> list:
     return [b for b in spec.behaviours if b.name in session.behaviours]
 
 
-def schema_size(kind: str, classes: int) -> int:
-    """Published values of one output: mean and sd, a rate, or a probability per class."""
-    return {"gaussian": 2, "poisson": 1, "categorical": classes}[kind]
-
-
 def schema_outputs(spec: BundleSpec, session: BundleSession) -> list[dict]:
     """``outputs`` of the schema message: how to name the values."""
     outputs, offset = [], 0
     for b in outputs_of(spec, session):
-        size = schema_size(b.kind, len(b.classes))
+        size = values_of(b.kind, len(b.classes))
         outputs.append(
             {
                 "name": b.name,

@@ -3,11 +3,12 @@
 Equal to ``NEDS.step`` for one stream that shows spikes and asks for behaviours. Both read every
 weight once per bin; what this saves is everything around that:
 
-* Spikes are the only keys, so only their token needs keys and values; the last layer needs no more
-  of it than those, and a bin that is not observed needs nothing of it at all.
-* The tokens of behaviours are hidden, hence constant: their first queries are computed at load.
+* Weights lie in one array in the order they are read; most spikes' weights are not read at all.
 * Scales, shifts and means (of the norms, of the standardisation, of missing units, of the softmax)
   are folded into the linear maps at load.
+
+When the loop is behind the clock, a few bins go through one call: a weight is then read once for
+all of them.
 
 Shape suffixes: as in :mod:`rt_neds.stream.fused_kernel`.
 """
@@ -23,7 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rt_neds.model.attention import ROTARY_BASE
-from rt_neds.model.neds import NEDS, SCHEMES, SPIKES
+from rt_neds.model.neds import NEDS, SCHEMES
+from rt_neds.stream.binner import CHUNK
 from rt_neds.stream.fused_kernel import PANEL, fused_step
 
 F4 = NDArray[np.float32]
@@ -78,19 +80,6 @@ def _of_root_sums(
     return weight_EI * scale_KN.ravel(), bias_E + weight_EI @ constant_KN.ravel()
 
 
-def _shortcut(parts: Any, wanted: Sequence[str], sizes: Sequence[int], missing_N: Any) -> F4:
-    """Constants, then the weights of each root sum, for each number read out."""
-    features = parts.spikes_in.linear.in_features
-    weights = [
-        _f8(parts.shortcut[name].weight) if name in parts.shortcut else np.zeros((size, features))
-        for name, size in zip(wanted, sizes, strict=True)
-    ]
-    weight_OI, constant_O = _of_root_sums(
-        parts.spikes_in, np.concatenate(weights), np.zeros(sum(sizes)), missing_N
-    )
-    return np.ascontiguousarray(np.concatenate([constant_O[None], weight_OI.T]), np.float32)
-
-
 def _query_map(layer: Any) -> tuple[F8, F8]:
     """Queries scaled such that softmax is of powers of two."""
     (dim, _), heads = layer.attention.out.weight.shape, layer.attention.heads
@@ -99,7 +88,7 @@ def _query_map(layer: Any) -> tuple[F8, F8]:
     return weight_EI[:dim] * scale, bias_E[:dim] * scale
 
 
-def _blocks(model: Any, parts: Any, spikes_D: F4, missing_N: Any) -> Iterator[F8]:
+def _blocks(model: Any, parts: Any, spikes_D: F8, missing_N: Any) -> Iterator[F8]:
     """All weights in the order they are read; ``spikes_D`` is added to the spike token."""
     dim = model.config.dim
     read_in = _map(parts.spikes_in.linear)
@@ -116,20 +105,10 @@ def _blocks(model: Any, parts: Any, spikes_D: F4, missing_N: Any) -> Iterator[F8
         yield _panels(*_map(layer.narrow))
 
 
-def _constant(model: Any, session: str, wanted: Sequence[str], shape_2MD: tuple[int, ...]) -> F4:
-    """What the tokens begin with, and the first queries of the hidden ones, not yet rotated."""
-    use, dim = [0, *(model.modalities.index(name) for name in wanted)], model.config.dim
-    x_MD = _f8(model.modality_MD)[use] + _f8(model.session_XD)[model.session_ids.index(session)]
-    x_MD += _f8(model.scheme_XD)[SCHEMES.index("decoding")]
-    x_MD[1:] += _f8(model.hidden_D)
-    centred_MD = x_MD - x_MD.mean(axis=1, keepdims=True)
-    variance_M1 = (centred_MD**2).mean(axis=1, keepdims=True)
-    weight_EI, bias_E = _query_map(model.layers[0])
-    constant_2MD = _zeros(*shape_2MD)
-    constant_2MD[0, :, :dim] = x_MD
-    constant_2MD[1, :, :dim] = centred_MD / np.sqrt(variance_M1 + model.norm.eps) @ weight_EI.T
-    constant_2MD[1, :, :dim] += bias_E
-    return constant_2MD
+def _dark(model: Any, session: str) -> F8:
+    """Token of a bin that shows nothing, in a session that is decoded."""
+    session_D = _f8(model.session_XD)[model.session_ids.index(session)]
+    return _f8(model.hidden_D) + session_D + _f8(model.scheme_XD)[SCHEMES.index("decoding")]
 
 
 class FusedStep:
@@ -150,8 +129,6 @@ class FusedStep:
 
     Attributes
     ----------
-    raw_O : ndarray of float32, shape (numbers of all wanted outputs,)
-        What the last step gave: the ``outputs`` numbers of each behaviour, one after the other.
     nbytes : int
         Bytes of weights, keys and values: what a step reads when no boxcar is empty.
     """
@@ -164,37 +141,42 @@ class FusedStep:
         missing_N: NDArray[np.bool_] | None = None,
     ) -> None:
         model.start(session)  # refuses a model that cannot be streamed
-        if not wanted or SPIKES in wanted:
-            raise ValueError("the fused step decodes at least one behaviour, and never spikes")
+        if not wanted or not set(wanted) <= set(model.modalities[1:]):
+            raise ValueError(f"asked for {list(wanted)}; expected one or more behaviours")
         c = model.config
         parts: Any = model.sessions[model.session_ids.index(session)]
         layers: Any = model.layers
         sinks = [_f8(layer.attention.sink_value_HF) for layer in layers]
-        M, D, R, width = 1 + len(wanted), _up(c.dim), _up(c.context + 1), c.dim // c.heads
-        constant_2MD = _constant(model, session, wanted, (2, M, D + PANEL))
-        blocks = list(_blocks(model, parts, constant_2MD[0, 0, : c.dim], missing_N))
+        T, rows = CHUNK, c.context + CHUNK - 1  # what a whole chunk sees
+        D, R, width = _up(c.dim), _up(rows + 1), c.dim // c.heads
+        dark_D = _zeros(D)
+        dark_D[: c.dim] = _dark(model, session)
+        spikes_D = _f8(model.modality_MD)[0] + _dark(model, session)
+        blocks = list(_blocks(model, parts, spikes_D, missing_N))
         weights = _zeros(sum(block.size for block in blocks))
         np.concatenate(blocks, out=weights, casting="same_kind")
         maps = [_map(parts.behaviour_out[name].linear, model.norm) for name in wanted]
-        outputs = [len(bias_E) for _, bias_E in maps]
         heads_OI = np.concatenate([np.column_stack(pair) for pair in maps]).astype(np.float32)
-        self.raw_O = np.zeros(len(heads_OI), np.float32)
-        self._counts_N, self._bin = np.zeros(parts.units, np.float32), 0
+        self._raw_TO, self._bin = np.zeros((T, len(heads_OI)), np.float32), 0
+        self._counts_TN = np.zeros((T, parts.units), np.float32)
+        self._observed_T = np.zeros(T, bool)
         self._counts_CN = _zeros(max(c.history), parts.units)
         self._sums_KN = _zeros(len(c.history), parts.units)
         self._keys_LHPFV = _zeros(c.layers, c.heads, R // PANEL, 1 + width, PANEL)
-        self._values_LHPRV = _zeros(c.layers, c.heads, _up(width) // PANEL, 2 + c.context, PANEL)
+        self._values_LHPRV = _zeros(c.layers, c.heads, _up(width) // PANEL, 2 + rows, PANEL)
         self._sink_LHPV = _zeros(c.layers, c.heads, _up(width) // PANEL, PANEL)
         self._sink_LHPV.reshape(c.layers, c.heads, -1)[:, :, :width] = sinks
         self.nbytes = weights.nbytes + self._keys_LHPFV.nbytes + self._values_LHPRV.nbytes
+        inputs = self._sums_KN.size + 4
         self._arguments = (
+            self._counts_TN,
+            self._observed_T,
             weights,
-            constant_2MD,
-            _shortcut(parts, wanted, outputs, missing_N),  # shortcut_IO
+            dark_D,
             heads_OI,
-            np.repeat(np.arange(1, M), outputs),  # token_of_O
             ROTARY_BASE ** -(np.arange(0, width, 2, dtype=np.float64) / width),
             np.array(c.history, np.int64),
+            c.context,
             np.float32(model.norm.eps),
             c.dim,
             c.widen * c.dim,
@@ -202,17 +184,17 @@ class FusedStep:
             self._sums_KN,
             self._keys_LHPFV,
             self._values_LHPRV,
-            np.zeros(self._sums_KN.size + 4, np.int64),  # found_I
-            _zeros(self._sums_KN.size + 4),  # root_I
-            _zeros(2, width // 2),  # turn_2F
-            _zeros(5, M, D + PANEL),  # work_5MD
-            _zeros(1, 2 * D),  # kv_12D
-            _zeros(M, _up(c.widen * c.dim)),  # wide_MG
-            _zeros(M, R),  # scores_MR
-            self.raw_O,
+            np.zeros(inputs, np.int64),  # found_I
+            _zeros(inputs),  # root_I
+            _zeros(T, 2, width // 2),  # turn_T2F
+            _zeros(5, T, D + PANEL),  # work_5TD
+            _zeros(T, 2 * D),  # kv_T2D
+            _zeros(T, _up(c.widen * c.dim)),  # wide_TG
+            _zeros(1, R),  # scores_1R
+            self._raw_TO,
         )
         self.reset()
-        self.step(self._counts_N, False)  # compiles
+        self.step(self._counts_TN[0], False)  # compiles
         self.reset()
 
     def reset(self, first_bin: int = 0) -> None:
@@ -227,23 +209,31 @@ class FusedStep:
         self._values_LHPRV[:, :, :, 1 + sink] = self._sink_LHPV
 
     def step(self, counts_N: F4, observed: bool) -> F4:
-        """Decode the next bin.
+        """Decode the next bin; see :meth:`steps`."""
+        return self.steps((counts_N,), (observed,))[0]
+
+    def steps(self, counts_TN: Sequence[F4], observed_T: Sequence[bool]) -> F4:
+        """Decode the next bins, at most ``CHUNK``, with the values they would have one by one.
 
         Parameters
         ----------
-        counts_N : ndarray of float32, shape (units,)
-            Spikes of each unit in the bin: whole numbers; ignored if the bin is not observed.
-        observed : bool
+        counts_TN : sequence of ndarray of float32, shape (units,)
+            Spikes of each unit in each bin: whole numbers; ignored if the bin is not observed.
+        observed_T : sequence of bool
             Whether the counts are what happened, rather than a hole in the recording.
 
         Returns
         -------
-        ndarray of float32
-            ``raw_O``, valid until the next step.
+        ndarray of float32, shape (bins, numbers of all wanted outputs)
+            The ``outputs`` numbers of each behaviour, one after the other; valid until the next
+            call.
         """
-        if len(counts_N) != len(self._counts_N):
-            raise ValueError(f"{len(counts_N)} counts for {len(self._counts_N)} units")
-        self._counts_N[:] = counts_N  # whatever came, the kernel meets one type of array
-        fused_step(self._counts_N, bool(observed), self._bin, *self._arguments)
-        self._bin += 1
-        return self.raw_O
+        bins = len(counts_TN)
+        for t in range(bins):  # whatever came, the kernel meets one type of array
+            if len(counts_TN[t]) != self._counts_TN.shape[1]:
+                raise ValueError(f"{len(counts_TN[t])} counts for {self._counts_TN.shape[1]} units")
+            self._counts_TN[t] = counts_TN[t]
+            self._observed_T[t] = observed_T[t]
+        fused_step(bins, self._bin, *self._arguments)
+        self._bin += bins
+        return self._raw_TO[:bins]

@@ -1,4 +1,4 @@
-"""The compiled part of the fused step: one call per bin, for one CPU core, float32 throughout.
+"""The compiled part of the fused step: one call for one bin or a few, one CPU core, float32.
 
 What lies in which array is :mod:`rt_neds.stream.fused`'s business; this file only computes. All of
 it must stay in one file: numba's cache does not notice that a function changed in another.
@@ -7,12 +7,14 @@ it must stay in one file: numba's cache does not notice that a function changed 
   a weight while it is in a register.
 * Keys lie such that scores are one more linear map, whose bias says who is seen, and values such
   that mixing them is another; the sink is a row of both that never changes.
+* Every number is summed in an order that does not depend on how many bins or tokens are worked on
+  together: the same stream gives the same bits however it was cut into calls.
 
-Shape suffixes: N units, K boxcar widths, C bins of the longest boxcar, M tokens (0 is spikes, then
-each wanted behaviour), D model width, E outputs and I inputs of a linear map, G width of the
-feed-forward layer, L layers, H heads, F width of a head (of rotary angles: half of it), R rows of
-the ring and the sink, P panels, V outputs of a panel, O numbers read out. D, G and R are padded to
-whole panels; what is beyond ``dim`` is zero or never read.
+Shape suffixes: T bins of this call, N units, K boxcar widths, C bins of the longest boxcar, D model
+width, E outputs and I inputs of a linear map, G width of the feed-forward layer, L layers, H heads,
+F width of a head (of rotary angles: half of it), R rows of the ring and the sink, P panels, V
+outputs of a panel, O numbers read out. D, G and R are padded to whole panels; what is beyond
+``dim`` is zero or never read.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ from numba.extending import intrinsic
 LANES = 16 if llvm.get_host_cpu_features().get("avx512f", False) else 8
 PANEL = 2 * LANES
 """Outputs of a linear map that are computed together: two vectors for each token."""
-TILE = 6
-"""Most tokens computed together: their sums, two weights and an input are 15 vectors, of 16."""
+CHAINS = 2
+"""Sums that each output is split into: one has to wait for itself, two keep a few tokens busy."""
+TILE = 6 if LANES == 16 else 3
+"""Most tokens computed together: sums, two weights and an input are 27 vectors of 32, 15 of 16."""
 
 # "contract" lets a product and a sum be one instruction, which rounds once less. Sums over a token
 # may also be taken in any order, or they could not be taken many lanes at a time.
@@ -52,8 +56,6 @@ class _TileWriter:
         self.builder, self.tokens, self.w, self.x, self.x_stride = builder, tokens, w, x, x_stride
         self.vector = ir.VectorType(ir.FloatType(), LANES)
         self.size = x_stride.type
-        # A sum waits for the one before it: a few tokens need more sums at once to keep busy.
-        self.chains = {1: 4, 2: 2, 3: 2}.get(tokens, 1)
 
     def at(self, pointer: Any, *terms: Any) -> Any:
         """Pointer to the vector that begins so many numbers further."""
@@ -80,15 +82,14 @@ class _TileWriter:
         b, zero = self.builder, self.vector([0.0] * LANES)
         places = [(m, half) for m in range(self.tokens) for half in (0, 1)]
         chains = [
-            {place: cgutils.alloca_once(b, self.vector) for place in places}
-            for _ in range(self.chains)
+            {place: cgutils.alloca_once(b, self.vector) for place in places} for _ in range(CHAINS)
         ]
         for m, half in places:
             b.store(b.load(self.at(self.w, half * LANES), align=4), chains[0][m, half])
             for sums in chains[1:]:
                 b.store(zero, sums[m, half])
-        whole = b.sub(inputs, b.urem(inputs, self.size(self.chains)))
-        with cgutils.for_range_slice(b, self.size(0), whole, self.size(self.chains)) as (i, _):
+        whole = b.sub(inputs, b.urem(inputs, self.size(CHAINS)))
+        with cgutils.for_range_slice(b, self.size(0), whole, self.size(CHAINS)) as (i, _):
             for chain, sums in enumerate(chains):
                 self.multiply(b.add(i, self.size(chain)), sums)
         with cgutils.for_range_slice(b, whole, inputs, self.size(1)) as (i, _):
@@ -225,12 +226,13 @@ def _softmax(x_MR, first, last):  # type: ignore[no-untyped-def]
 
 
 @_plain
-def _rotate(x_MD, first, last, heads, turn_2F):  # type: ignore[no-untyped-def]
-    """Turn the two halves of each head."""
-    half = turn_2F.shape[1]
-    for m in range(first, last):
+def _rotate(x_TD, bins, heads, turn_T2F):  # type: ignore[no-untyped-def]
+    """Turn the two halves of each head by the angle of the token's bin."""
+    half = turn_T2F.shape[2]
+    for t in range(bins):
+        turn_2F = turn_T2F[t]
         for at in range(0, 2 * half * heads, 2 * half):
-            a_F, b_F = x_MD[m, at : at + half], x_MD[m, at + half : at + 2 * half]
+            a_F, b_F = x_TD[t, at : at + half], x_TD[t, at + half : at + 2 * half]
             for f in range(half):
                 a, b = a_F[f], b_F[f]
                 a_F[f] = a * turn_2F[0, f] - b * turn_2F[1, f]
@@ -267,102 +269,99 @@ def _read_in(weights, sums_KN, found_I, root_I, token_D):  # type: ignore[no-unt
             token_D[d] += (r0 * w0_D[d] + r1 * w1_D[d]) + (r2 * w2_D[d] + r3 * w3_D[d])
     for d in range(D):
         token_D[d] /= np.float32(1) + abs(token_D[d])
-    return found
 
 
 @_plain
-def _remember(kv_12D, row, observed, keys_HPFV, values_HPRV):  # type: ignore[no-untyped-def]
-    """Put key and value of the spike token into a layer's ring, or make its row unseen."""
-    width, half = keys_HPFV.shape[2] - 1, kv_12D.shape[1] // 2
-    panel, lane = row // PANEL, row % PANEL
-    for head in range(len(keys_HPFV)):
-        keys_HPFV[head, panel, 0, lane] = np.float32(0) if observed else np.float32(-np.inf)
-        if observed:
-            for f in range(width):
-                value = kv_12D[0, half + head * width + f]
-                keys_HPFV[head, panel, 1 + f, lane] = kv_12D[0, head * width + f]
-                values_HPRV[head, f // PANEL, 1 + row, f % PANEL] = value
+def _remember(kv_T2D, bins, bin_, observed_T, keys_HPFV, values_HPRV):  # type: ignore[no-untyped-def]
+    """Put keys and values of the spike tokens into a layer's ring; nobody sees them yet."""
+    width, half, rows = keys_HPFV.shape[2] - 1, kv_T2D.shape[1] // 2, values_HPRV.shape[2] - 2
+    for t in range(bins):
+        row = (bin_ + t) % rows
+        panel, lane = row // PANEL, row % PANEL
+        for head in range(len(keys_HPFV)):
+            keys_HPFV[head, panel, 0, lane] = np.float32(-np.inf)
+            if observed_T[t]:
+                for f in range(width):
+                    value = kv_T2D[t, half + head * width + f]
+                    keys_HPFV[head, panel, 1 + f, lane] = kv_T2D[t, head * width + f]
+                    values_HPRV[head, f // PANEL, 1 + row, f % PANEL] = value
 
 
 @_plain
-def _attend(keys_HPFV, values_HPRV, q_MD, scores_MR, mixed_MD, first, last):  # type: ignore[no-untyped-def]
+def _attend(  # type: ignore[no-untyped-def]
+    keys_HPFV, values_HPRV, q_TD, scores_1R, mixed_TD, bins, bin_, observed_T, context
+):
     """Mix the values of a layer's ring for each query."""
-    width, rows, R = keys_HPFV.shape[2] - 1, values_HPRV.shape[2] - 1, scores_MR.shape[1]
+    width, rows, R = keys_HPFV.shape[2] - 1, values_HPRV.shape[2] - 1, scores_1R.shape[1]
     keys, values = keys_HPFV.reshape(keys_HPFV.size), values_HPRV.reshape(values_HPRV.size)
-    at_key = at_value = 0
-    for at in range(0, len(keys_HPFV) * width, width):
-        at_key = _linear(keys, at_key, R, width, q_MD, at, scores_MR, 0, first, last)
-        _softmax(scores_MR, first, last)
-        # A head narrower than its panels spills zeros over the next one, which comes later.
-        at_value = _linear(values, at_value, width, rows, scores_MR, 0, mixed_MD, at, first, last)
+    key_size, value_size = keys.size // len(keys_HPFV), values.size // len(values_HPRV)
+    for head in range(len(keys_HPFV)):
+        for t in range(bins):
+            # One row comes into sight, if it was observed, and one goes out of it.
+            new, old = (bin_ + t) % (rows - 1), (bin_ + t - context) % (rows - 1)
+            keys_HPFV[head, old // PANEL, 0, old % PANEL] = np.float32(-np.inf)
+            if observed_T[t]:
+                keys_HPFV[head, new // PANEL, 0, new % PANEL] = np.float32(0)
+            at, at_key, at_value = head * width, head * key_size, head * value_size
+            _linear(keys, at_key, R, width, q_TD[t : t + 1], at, scores_1R, 0, 0, 1)
+            _softmax(scores_1R, 0, 1)
+            # A head narrower than its panels spills zeros over the next one, which comes later.
+            _linear(values, at_value, width, rows, scores_1R, 0, mixed_TD[t : t + 1], at, 0, 1)
 
 
 @_summing
-def _read_out(normed_MD, heads_OI, token_of_O, dim, raw_O):  # type: ignore[no-untyped-def]
-    """Each number read out: a row of weights, its bias last, times its token."""
-    for o in range(raw_O.size):
-        total, head_I, normed_D = np.float32(0), heads_OI[o], normed_MD[token_of_O[o]]
-        for d in range(dim):
-            total += head_I[d] * normed_D[d]
-        raw_O[o] = total + head_I[dim]
-
-
-@_summing
-def _take_shortcut(shortcut_IO, found_I, root_I, found, raw_O):  # type: ignore[no-untyped-def]
-    """Add what behaviours hear of the spikes directly."""
-    for o in range(raw_O.size):
-        raw_O[o] += shortcut_IO[0, o]
-    for i in range(found):
-        root, row_O = root_I[i], shortcut_IO[found_I[i]]
-        for o in range(raw_O.size):
-            raw_O[o] += root * row_O[o]
+def _read_out(normed_TD, heads_OI, dim, raw_TO, bins):  # type: ignore[no-untyped-def]
+    """Each number read out: a row of weights, its bias last, times the token of its bin."""
+    for o in range(raw_TO.shape[1]):
+        for t in range(bins):
+            total, head_I, normed_D = np.float32(0), heads_OI[o], normed_TD[t]
+            for d in range(dim):
+                total += head_I[d] * normed_D[d]
+            raw_TO[t, o] = total + head_I[dim]
 
 
 @numba.njit(error_model="numpy", cache=True, nogil=True)
 def fused_step(  # type: ignore[no-untyped-def]
-    counts_N, observed, bin_,
-    weights, constant_2MD, shortcut_IO, heads_OI, token_of_O,
-    frequency_F, history_K, epsilon, dim, widened,
+    bins, bin_, counts_TN, observed_T,
+    weights, dark_D, heads_OI,
+    frequency_F, history_K, context, epsilon, dim, widened,
     counts_CN, sums_KN, keys_LHPFV, values_LHPRV,
-    found_I, root_I, turn_2F, work_5MD, kv_12D, wide_MG, scores_MR, raw_O,
+    found_I, root_I, turn_T2F, work_5TD, kv_T2D, wide_TG, scores_1R, raw_TO,
 ):  # fmt: skip
-    """One bin; :class:`FusedStep` owns all arrays."""
-    x_MD, normed_MD, more_MD = work_5MD[0], work_5MD[1], work_5MD[2]
-    q_MD, mixed_MD = work_5MD[3], work_5MD[4]
-    x_MD[:], q_MD[:] = constant_2MD[0], constant_2MD[1]
-    more_MD[:] = 0
+    """The first ``bins`` bins of the counts; :class:`FusedStep` owns all arrays."""
     L, H = keys_LHPFV.shape[:2]
-    M, D, G = len(x_MD), kv_12D.shape[1] // 2, wide_MG.shape[1]
-    row = bin_ % (values_LHPRV.shape[3] - 2)
-    shown = 1 if observed else 0
-    first = 1 - shown  # of the tokens worked on; that of an unseen bin matters to nobody
-    for f in range(frequency_F.size):
-        turn_2F[0, f] = math.cos(bin_ * frequency_F[f])
-        turn_2F[1, f] = math.sin(bin_ * frequency_F[f])
-    _sum_counts(counts_N, observed, bin_, history_K, counts_CN, sums_KN)
-    found = 0
-    if observed:
-        found = _read_in(weights, sums_KN, found_I, root_I, normed_MD[0, :D])
+    D, G = kv_T2D.shape[1] // 2, wide_TG.shape[1]
+    x_TD, normed_TD, more_TD = work_5TD[0], work_5TD[1], work_5TD[2]
+    q_TD, mixed_TD = work_5TD[3], work_5TD[4]
+    more_TD[:] = 0
+    for t in range(bins):
+        for f in range(frequency_F.size):
+            turn_T2F[t, 0, f] = math.cos((bin_ + t) * frequency_F[f])
+            turn_T2F[t, 1, f] = math.sin((bin_ + t) * frequency_F[f])
+        _sum_counts(counts_TN[t], observed_T[t], bin_ + t, history_K, counts_CN, sums_KN)
+        normed_TD[t, :D] = 0
+        if observed_T[t]:
+            _read_in(weights, sums_KN, found_I, root_I, normed_TD[t, :D])
     at = D * (1 + sums_KN.size)
-    at = _linear(weights, at, D, dim, normed_MD, 0, x_MD, 0, 0, shown)
+    at = _linear(weights, at, D, dim, normed_TD, 0, x_TD, 0, 0, bins)
+    for t in range(bins):
+        if not observed_T[t]:
+            x_TD[t, :D] = dark_D
     for layer in range(L):
         keys_HPFV, values_HPRV = keys_LHPFV[layer], values_LHPRV[layer]
-        _add_and_norm(x_MD, more_MD, normed_MD, first, M, dim, epsilon)
-        at = _linear(weights, at, 2 * D, dim, normed_MD, 0, kv_12D, 0, 0, shown)
-        _rotate(kv_12D, 0, shown, H, turn_2F)
-        _remember(kv_12D, row, observed, keys_HPFV, values_HPRV)
-        if layer == L - 1:
-            first = 1
-        asking = M if layer else shown  # the first queries of behaviours are known
-        at = _linear(weights, at, D, dim, normed_MD, 0, q_MD, 0, first, asking)
-        _rotate(q_MD, first, M, H, turn_2F)
-        _attend(keys_HPFV, values_HPRV, q_MD, scores_MR, mixed_MD, first, M)
-        at = _linear(weights, at, D, dim, mixed_MD, 0, more_MD, 0, first, M)
-        _add_and_norm(x_MD, more_MD, normed_MD, first, M, dim, epsilon)
-        at = _linear(weights, at, G, dim, normed_MD, 0, wide_MG, 0, first, M)
-        _gelu(wide_MG, first, M, widened)
-        at = _linear(weights, at, D, widened, wide_MG, 0, more_MD, 0, first, M)
-    _add_and_norm(x_MD, more_MD, normed_MD, 1, M, dim, epsilon)
-    _read_out(normed_MD, heads_OI, token_of_O, dim, raw_O)
-    if observed:
-        _take_shortcut(shortcut_IO, found_I, root_I, found, raw_O)
+        _add_and_norm(x_TD, more_TD, normed_TD, 0, bins, dim, epsilon)
+        at = _linear(weights, at, 2 * D, dim, normed_TD, 0, kv_T2D, 0, 0, bins)
+        _rotate(kv_T2D, bins, H, turn_T2F)
+        _remember(kv_T2D, bins, bin_, observed_T, keys_HPFV, values_HPRV)
+        at = _linear(weights, at, D, dim, normed_TD, 0, q_TD, 0, 0, bins)
+        _rotate(q_TD, bins, H, turn_T2F)
+        _attend(
+            keys_HPFV, values_HPRV, q_TD, scores_1R, mixed_TD, bins, bin_, observed_T, context
+        )  # fmt: skip
+        at = _linear(weights, at, D, dim, mixed_TD, 0, more_TD, 0, 0, bins)
+        _add_and_norm(x_TD, more_TD, normed_TD, 0, bins, dim, epsilon)
+        at = _linear(weights, at, G, dim, normed_TD, 0, wide_TG, 0, 0, bins)
+        _gelu(wide_TG, 0, bins, widened)
+        at = _linear(weights, at, D, widened, wide_TG, 0, more_TD, 0, 0, bins)
+    _add_and_norm(x_TD, more_TD, normed_TD, 0, bins, dim, epsilon)
+    _read_out(normed_TD, heads_OI, dim, raw_TO, bins)

@@ -1,20 +1,30 @@
-"""The loop: read, bin, decode, write. One thread; it waits only in ``source.read``."""
+"""The loop: read, bin, decode, write. One thread; it waits only in ``source.read``.
+
+A bin is decoded when it closes. Bins that one batch closes are decoded together, and so are those
+that piled up while the loop was behind the clock: they wait for each other, up to ``CHUNK``, as
+long as more is there to be read. All of them are published.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rt_neds.clock import monotonic_ns
 from rt_neds.frames import BinnedFrame, DecodedFrame, SpikeBatch
-from rt_neds.stream.binner import Binner
+from rt_neds.stream.binner import CHUNK, Binner
 from rt_neds.stream.decoder import Decoder
 from rt_neds.stream.receiver import Announcement
 from rt_neds.stream.validity import Validity
 
 NOTE_NS = 1_000_000_000
 WAIT_MS = 100
+TOGETHER_MS = 5
+"""Longest wait of several loops together: a silent source, too, may have bins to close."""
 
 
 class Source(Protocol):
@@ -69,6 +79,9 @@ class Loop:
         self._validity, self._sink, self._schema = validity, sink, schema
         self._probe, self._model = probe, model
         self._assumed = assumed
+        self._heard: Announcement | None = None
+        self._closed: list[tuple[BinnedFrame, int]] = []  # with their flags; not yet decoded
+        self._behind = False
         self._published = 0
         self._started_ns = monotonic_ns()
         self._next_note_ns = 0
@@ -81,27 +94,55 @@ class Loop:
         for ends the run: whoever called decides whether the bundle fits it.
         """
         while not stop():
-            batch = self._source.read(WAIT_MS)
-            announced = self._source.announced
-            if announced is not None and announced != self._assumed:
+            if not self.turn(WAIT_MS):
                 return "source changed"
-            if batch is not None:
-                self._take(batch)
-            self._note_if_due()
+        self._decode()
         return "stopped"
+
+    @property
+    def pending(self) -> bool:
+        """Whether closed bins wait to be decoded."""
+        return bool(self._closed)
+
+    def turn(self, timeout_ms: int) -> bool:
+        """Wait for one batch, and do all there is to do; False once the source changed."""
+        batch = self._source.read(0 if self._closed else timeout_ms)
+        announced = self._source.announced
+        if announced is not self._heard:  # to compare hundreds of units takes long
+            self._heard = announced
+            if announced is not None and announced != self._assumed:
+                self._decode()
+                return False
+        if batch is not None:
+            self._take(batch)
+        if batch is None or not self._behind:
+            self._decode()
+        self._note_if_due()
+        return True
 
     def _take(self, batch: SpikeBatch) -> None:
         self._last_batch_ns = batch.received_ns
         self._validity.take(batch)
         for binned in self._binner.frames(batch):
-            self._decode(binned)
+            if binned.first_of_run or len(self._closed) == CHUNK:
+                self._decode()
+            self._closed.append((binned, self._validity.flags(binned)))
 
-    def _decode(self, binned: BinnedFrame) -> None:
-        flags = self._validity.flags(binned)
-        values_V = self._decoder.decode(binned)
+    def _decode(self) -> None:
+        if not self._closed:
+            return
+        values_TV = self._decoder.decode_chunk([binned for binned, _ in self._closed])
         decoded_ns = monotonic_ns()
+        for (binned, flags), values_V in zip(self._closed, values_TV, strict=True):
+            self._publish(binned, flags, values_V, decoded_ns)
+        self._closed.clear()
+
+    def _publish(
+        self, binned: BinnedFrame, flags: int, values_V: NDArray[np.float32], decoded_ns: int
+    ) -> None:
         published_ns = monotonic_ns()
-        flags |= self._validity.lateness(binned.end, published_ns)
+        late = self._validity.lateness(binned.end, published_ns)
+        self._behind = bool(late)
         self._sink.write(
             DecodedFrame(
                 probe=self._probe,
@@ -109,7 +150,7 @@ class Loop:
                 bin=binned.bin,
                 end=binned.end,
                 values_V=values_V,
-                flags=flags,
+                flags=flags | late,
                 spikes=binned.spikes,
                 late=binned.late,
                 unknown=binned.unknown,
@@ -153,3 +194,32 @@ class Loop:
             "bin_counters": self._binner.counters,
             "frame_counters": self._validity.counters,
         }
+
+
+def run_together(
+    loops: Sequence[Loop], wait: Callable[[int], None], stop: Callable[[], bool]
+) -> int | None:
+    """Run the loops of several probes, taking turns, in this one thread.
+
+    Each decodes by itself: to batch their steps on a GPU would be a step further.
+
+    Parameters
+    ----------
+    loops : sequence of Loop
+    wait : callable
+        Waits until any of their sources has something, at most so many milliseconds.
+    stop : callable
+
+    Returns
+    -------
+    int or None
+        Which loop's source changed; None if told to stop.
+    """
+    if len(loops) == 1:
+        return 0 if loops[0].run(stop) == "source changed" else None
+    while not stop():
+        wait(0 if any(loop.pending for loop in loops) else TOGETHER_MS)
+        for which, loop in enumerate(loops):
+            if not loop.turn(0):
+                return which
+    return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,8 @@ from rt_neds.stream.sender import bind
 from rt_neds.wire import MAX_HEADER_BYTES, pack_decoded, pack_map, unpack_decoded, unpack_map
 
 LINGER_MS = 1000
+RECONNECT_MS = 10
+"""A serve whose worker was replaced is back at once: no need to wait the usual 100 ms."""
 
 
 class Publisher:
@@ -40,9 +44,32 @@ class Publisher:
         """Publish a map under ``schema``, ``status`` or ``trigger``."""
         self._socket.send_multipart(pack_map(kind, self._probe, fields))
 
+    def pass_on(self, parts: Sequence[bytes]) -> None:
+        """Publish a message that another process has packed."""
+        self._socket.send_multipart(parts)
+
+    def beside(self, probe: str) -> Publisher:
+        """The same socket, for the notes of another probe."""
+        other = copy.copy(self)
+        other._probe = probe
+        return other
+
     def close(self) -> None:
         """Close the socket once what was written has gone out."""
         self._socket.close()
+
+
+def check_free(endpoint: str) -> None:
+    """StreamError if an address cannot be bound: now, and not after all that takes long."""
+    with zmq.Context() as context:  # its own, so that not even its threads are left
+        socket: zmq.Socket = context.socket(zmq.PUB)
+        bind(socket, endpoint)
+        socket.close(linger=0)
+
+
+def flush_sockets() -> None:
+    """Wait until all that closed sockets hold has gone out, before a forked process ends."""
+    zmq.Context.instance().term()
 
 
 @dataclass(frozen=True)
@@ -80,6 +107,7 @@ class DecodedListener:
         self._socket: zmq.Socket = zmq.Context.instance().socket(zmq.SUB)
         self._socket.set(zmq.LINGER, 0)
         self._socket.set(zmq.RCVHWM, 100_000)
+        self._socket.set(zmq.RECONNECT_IVL, RECONNECT_MS)
         self._socket.set(zmq.MAXMSGSIZE, 64 * MAX_HEADER_BYTES)
         for kind in kinds:
             self._socket.subscribe(f"{kind}/{probe}".encode())

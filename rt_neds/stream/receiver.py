@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import zmq
 
@@ -40,6 +42,8 @@ class Receiver:
     counters : dict of str to int
         ``messages``, ``malformed`` (bad bytes, skipped), ``repeated`` (a sequence number seen
         before, skipped), ``lost`` (sequence numbers that never came), ``epochs``.
+    socket : zmq.Socket
+        For whoever waits for several at once.
 
     Raises
     ------
@@ -55,16 +59,16 @@ class Receiver:
         self._epoch: int | None = None
         self._next_seq = 0
         self._held: SpikeBatch | None = None
-        self._socket: zmq.Socket = zmq.Context.instance().socket(zmq.SUB)
-        self._socket.set(zmq.RCVHWM, QUEUE)
-        self._socket.set(zmq.LINGER, 0)
-        self._socket.set(zmq.MAXMSGSIZE, MAX_SPIKES * SPIKE_DTYPE.itemsize)
-        self._socket.subscribe(self._spikes)
-        self._socket.subscribe(self._source)
+        self.socket: zmq.Socket = zmq.Context.instance().socket(zmq.SUB)
+        self.socket.set(zmq.RCVHWM, QUEUE)
+        self.socket.set(zmq.LINGER, 0)
+        self.socket.set(zmq.MAXMSGSIZE, MAX_SPIKES * SPIKE_DTYPE.itemsize)
+        self.socket.subscribe(self._spikes)
+        self.socket.subscribe(self._source)
         try:
-            self._socket.connect(endpoint)
+            self.socket.connect(endpoint)
         except zmq.ZMQError as error:
-            self._socket.close()
+            self.socket.close()
             raise StreamError(
                 f"cannot connect to {endpoint} ({error}); expected something like "
                 "rtneds://127.0.0.1:5570"
@@ -75,9 +79,9 @@ class Receiver:
         if self._held is not None:
             batch, self._held = self._held, None
             return batch
-        if not self._socket.poll(timeout_ms):
+        if not self.socket.poll(timeout_ms):
             return None
-        frames = self._socket.recv_multipart()
+        frames = self.socket.recv_multipart()
         received_ns = monotonic_ns()
         try:
             return self._parse(frames, received_ns)
@@ -93,7 +97,7 @@ class Receiver:
 
     def close(self) -> None:
         """Close the socket."""
-        self._socket.close()
+        self.socket.close()
 
     def _parse(self, frames: list[bytes], received_ns: int) -> SpikeBatch | None:
         if frames[0] == self._source and len(frames) == 2:
@@ -115,3 +119,15 @@ class Receiver:
             self.counters["lost"] += batch.lost
         self._next_seq = batch.seq + 1
         return batch
+
+
+def waiting_for(sources: Sequence[Any]) -> Callable[[int], None]:
+    """A function that waits until any of several sources has something, at most so many ms."""
+
+    def wait(timeout_ms: int) -> None:
+        poller = zmq.Poller()
+        for source in sources:  # anew, because a source that connects again has another socket
+            poller.register(source.socket, zmq.POLLIN)
+        poller.poll(timeout_ms)
+
+    return wait

@@ -35,7 +35,8 @@ class Sender:
     def __init__(self, endpoint: str, probe: str, *, lossless: bool = False) -> None:
         self._probe = probe
         # XPUB is PUB that also hears who subscribes: how we know that somebody is listening.
-        self._socket: zmq.Socket = zmq.Context.instance().socket(zmq.XPUB)
+        self._context = zmq.Context()
+        self._socket: zmq.Socket = self._context.socket(zmq.XPUB)
         self._socket.set(zmq.LINGER, LINGER_MS)
         self._socket.set(zmq.SNDHWM, 20_000)
         if lossless:
@@ -64,8 +65,12 @@ class Sender:
         self._socket.send_multipart(pack_spikes(self._probe, batch), copy=False)
 
     def close(self) -> None:
-        """Close the socket once what was sent has gone out."""
+        """Close the socket, and return once what was sent has gone out.
+
+        A process that ends does not wait for the socket's linger; ending the context does.
+        """
         self._socket.close()
+        self._context.term()
 
 
 def bind(socket: zmq.Socket, endpoint: str) -> None:

@@ -64,8 +64,8 @@ def ridge(
     ndarray, shape (bins asked,)
         In physical units.
     """
-    m, widths = _column(binned, name), _widths(binned, history_s)
-    train, _ = _fitting_bins(binned, m)
+    m, widths = column(binned, name), history_widths(binned, history_s)
+    train, _ = fitting_bins(binned, binned.scored_TM[:, m])
     scaler = Scaler.fit(binned, train, widths)
     weights_F, offset = fit_ridge(binned, m, widths, scaler, alphas)
     return _predict(binned, bins, widths, scaler, weights_F[:, None])[:, 0] + offset
@@ -96,13 +96,13 @@ def fit_ridge(
     ndarray, shape (widths x units,)
     float
     """
-    train, val = _fitting_bins(binned, m)
+    train, val = fitting_bins(binned, binned.scored_TM[:, m])
     target_T = binned.values_TM[train, m].astype(np.float64)
     offset = float(target_T.mean())
 
     gram_FF = np.zeros((len(scaler.mean_F),) * 2)
     cross_F = np.zeros(len(scaler.mean_F))
-    for part, x_TF in _blocks(binned, train, widths):
+    for part, x_TF in blocks(binned, train, widths):
         z_TF = scaler(x_TF)
         gram_FF += z_TF.T @ z_TF
         cross_F += z_TF.T.astype(np.float64) @ (target_T[part] - offset)
@@ -142,8 +142,8 @@ def logistic(
     ndarray, shape (bins asked, classes)
         Probabilities; zero for a class that training never saw, one if it saw no other.
     """
-    m, widths = _column(binned, name), _widths(binned, history_s)
-    train, val = _fitting_bins(binned, m)
+    m, widths = column(binned, name), history_widths(binned, history_s)
+    train, val = fitting_bins(binned, binned.scored_TM[:, m])
     if classes is None:
         classes = int(binned.values_TM[binned.scored_TM[:, m], m].max()) + 1
     features = len(widths) * len(binned.session.unit_ids)
@@ -153,26 +153,26 @@ def logistic(
         return np.tile(np.eye(classes)[label_T[0]], (len(bins), 1))
 
     scaler = Scaler.fit(binned, train, widths)
-    z_TF = np.concatenate([scaler(x_TF) for _, x_TF in _blocks(binned, train, widths)])
+    z_TF = np.concatenate([scaler(x_TF) for _, x_TF in blocks(binned, train, widths)])
     val_label_T, best_score, best = binned.values_TM[val, m].astype(np.int64), -1.0, None
     for c in INVERSE_PENALTIES:
         model = LogisticRegression(C=c * 1000 / len(train), max_iter=300, tol=1e-3)
         model.fit(z_TF, label_T)
         logits_TC = _predict(binned, val, widths, scaler, model.coef_.T) + model.intercept_
-        score = _balanced(val_label_T, model.classes_[_softmax(logits_TC).argmax(axis=1)])
+        score = _balanced(val_label_T, model.classes_[softmax(logits_TC).argmax(axis=1)])
         if score > best_score:  # of equals, the strongest penalty
             best_score, best = score, model
     assert best is not None
     probability_TC = np.zeros((len(bins), classes))
     logits_TC = _predict(binned, bins, widths, scaler, best.coef_.T) + best.intercept_
-    probability_TC[:, best.classes_] = _softmax(logits_TC)
+    probability_TC[:, best.classes_] = softmax(logits_TC)
     return probability_TC
 
 
 # -- which bins, which column --------------------------------------------------------------------
 
 
-def _column(binned: BinnedSession, name: str) -> int:
+def column(binned: BinnedSession, name: str) -> int:
     """Column of a behaviour; columns follow the configuration, all of which must be present."""
     if name not in binned.present or len(binned.present) + 1 != binned.values_TM.shape[1]:
         raise ConfigError(
@@ -182,14 +182,16 @@ def _column(binned: BinnedSession, name: str) -> int:
     return 1 + binned.present.index(name)
 
 
-def _fitting_bins(binned: BinnedSession, m: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Scored bins of training and of validation; without the latter, training's last fifth."""
-    train = np.flatnonzero(binned.of_split("train") & binned.scored_TM[:, m])
-    val = np.flatnonzero(binned.of_split("val") & binned.scored_TM[:, m])
+def fitting_bins(
+    binned: BinnedSession, wanted_T: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Wanted bins of training and of validation; without the latter, training's last fifth."""
+    train = np.flatnonzero(binned.of_split("train") & wanted_T)
+    val = np.flatnonzero(binned.of_split("val") & wanted_T)
     if len(train) < 2:
         raise ConfigError(
-            f"{binned.session.id}: {len(train)} training bins of a behaviour; a baseline needs two "
-            "or more: choose another data.split"
+            f"{binned.session.id}: {len(train)} training bins that can be fitted; a baseline needs "
+            "two or more: choose another data.split"
         )
     if len(val) == 0:
         train, val = np.split(train, [len(train) - max(1, len(train) // 5)])
@@ -199,13 +201,13 @@ def _fitting_bins(binned: BinnedSession, m: int) -> tuple[NDArray[np.int64], NDA
 # -- features ------------------------------------------------------------------------------------
 
 
-def _widths(binned: BinnedSession, history_s: float) -> tuple[int, ...]:
+def history_widths(binned: BinnedSession, history_s: float) -> tuple[int, ...]:
     """Boxcar widths: 1, 2, 5, 10, 25 and 50 bins for a second of 20 ms bins."""
     longest = history_s * binned.session.rate / binned.width
     return tuple(sorted({max(1, round(longest * f)) for f in (0.02, 0.04, 0.1, 0.2, 0.5, 1.0)}))
 
 
-def _blocks(
+def blocks(
     binned: BinnedSession, bins: NDArray[np.int64], widths: tuple[int, ...]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """Features of ascending bins, a few at a time: their positions in ``bins`` and their rows.
@@ -238,7 +240,7 @@ class Scaler:
     def fit(cls, binned: BinnedSession, bins: NDArray[np.int64], widths: tuple[int, ...]) -> Scaler:
         features = len(widths) * len(binned.session.unit_ids)
         total_F, squares_F = np.zeros(features), np.zeros(features)
-        for _, x_TF in _blocks(binned, bins, widths):
+        for _, x_TF in blocks(binned, bins, widths):
             total_F += x_TF.sum(axis=0, dtype=np.float64)
             squares_F += np.square(x_TF, dtype=np.float64).sum(axis=0)
         mean_F = total_F / len(bins)
@@ -269,12 +271,12 @@ def _predict(
     out_TA = np.zeros((len(bins), weights_FA.shape[1]))
     order = np.argsort(bins, kind="stable")
     weights_FA = weights_FA.astype(np.float32)
-    for part, x_TF in _blocks(binned, np.asarray(bins)[order], widths):
+    for part, x_TF in blocks(binned, np.asarray(bins)[order], widths):
         out_TA[order[part]] = scaler(x_TF) @ weights_FA
     return out_TA
 
 
-def _softmax(logits_TC: NDArray) -> NDArray[np.float64]:
+def softmax(logits_TC: NDArray) -> NDArray[np.float64]:
     """Probabilities; one column of logits, as sklearn gives for two classes, is the second's."""
     if logits_TC.shape[1] == 1:
         logits_TC = np.concatenate([np.zeros_like(logits_TC), logits_TC], axis=1)

@@ -2,54 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from offline import baselines
-from offline.baselines import logistic, ridge
+from offline.baselines import linear
+from offline.baselines.linear import logistic, ridge
 from offline.metrics import r2
-from offline.windows import BinnedSession
 from rt_neds.errors import ConfigError
-from rt_neds.frames import SPIKE_DTYPE
-from rt_neds.session import Session
+from tests.baselines.making import binned_session
 
-WIDTH = 600
 LAG = 5
-
-
-def binned_session(
-    counts_TN: NDArray[np.int64], value_T: NDArray[np.float64], name: str = "speed"
-) -> BinnedSession:
-    """A session with these counts and one behaviour, split 60/20/20 in time, all of it recorded."""
-    bins, units = counts_TN.shape
-    at, unit = np.nonzero(counts_TN)
-    repeats = counts_TN[at, unit]
-    records = np.zeros(repeats.sum(), SPIKE_DTYPE)
-    records["sample"] = np.repeat(at, repeats) * WIDTH + WIDTH // 2
-    records["unit"] = np.repeat(unit, repeats)
-    session = Session(
-        path=Path("made-up.h5"),
-        id="made-up",
-        rate=30_000.0,
-        unit_ids=[f"u{n}" for n in range(units)],
-        records_S=records,
-        domain_K2=np.array([[0, bins * WIDTH]]),
-        _data=None,
-    )
-    split_T = np.repeat([0, 1, 2], [bins * 6 // 10, bins * 2 // 10, bins * 2 // 10])
-    return BinnedSession(
-        session=session,
-        width=WIDTH,
-        values_TM=np.stack([np.zeros(bins), value_T], axis=1).astype(np.float32),
-        shown_TM=np.ones((bins, 2), bool),
-        scored_TM=np.ones((bins, 2), bool),
-        split_T=split_T.astype(np.int8),
-        trial_T=np.full(bins, -1, np.int32),
-        present=(name,),
-    )
 
 
 @pytest.fixture
@@ -106,7 +69,7 @@ def test_block_size_and_order_of_bins_change_nothing(
     binned = binned_session(counts_TN, speed_T)
     bins = np.random.default_rng(2).permutation(2000)[:100]
     whole_T = ridge(binned, "speed", np.arange(2000))
-    monkeypatch.setattr(baselines, "BLOCK", 70)
+    monkeypatch.setattr(linear, "BLOCK", 70)
     np.testing.assert_allclose(ridge(binned, "speed", bins), whole_T[bins], atol=0.05)
 
 

@@ -1,0 +1,117 @@
+"""What other animals are worth: scores of a new one against minutes of its calibration.
+
+Simulated animals, each with its own units and tuning and one shared task; an exact ideal observer
+says how much could be known. A network is pretrained on 1, 5 and 20 of them and fine-tuned on the
+last minutes of a new animal's training split; beside it the same network from scratch.
+
+    python benchmarks/scaling.py --out runs/scaling
+
+writes ``results/scaling.json``: pretrained on -> minutes -> {scores, seconds}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offline.batches import prepare
+from offline.config import TrainConfig
+from offline.evaluate import ideal_values, score
+from offline.metrics import r2
+from offline.train import train
+from offline.validation import validate
+from offline.windows import behaviours_of
+from rt_neds.bundle import build_model, load_spec
+from rt_neds.config import config_path, load_config
+from rt_neds.result import machine
+from rt_neds.simulate import simulate_file
+
+RESULTS = Path(__file__).resolve().parent / "results"
+UNITS, PAST_MINUTES, NEW_MINUTES, NEW_SEED = 80, 8.0, 40.0, 1000
+PRETRAINED_ON = (0, 1, 5, 20)
+MINUTES = (1.0, 2.0, 5.0, 10.0, 0.0)
+"""Calibration; 0 is all of the training split."""
+
+SCHEMES = "masking.schemes={decoding=1.0, encoding=0.5, ahead=0.5}"
+
+
+def config_of(*changes: str) -> TrainConfig:
+    """The demo's network, with the masking of a pretrained one."""
+    return load_config(config_path("demo.toml"), TrainConfig, [SCHEMES, *changes])
+
+
+def tested(bundle: Path, session: Path, config: TrainConfig) -> dict[str, float]:
+    """Scores of the test split."""
+    subject = prepare(session, config)
+    model = build_model(bundle, load_spec(bundle))
+    scores = validate(model, [subject], config, "test", torch.device("cpu"))
+    return {name: round(value, 4) for name, value in scores[subject.id].items()}
+
+
+def of_ideal_observer(session: Path, config: TrainConfig) -> dict[str, float]:
+    """Scores of the ideal observer on the same bins."""
+    binned, found = prepare(session, config).binned, {}
+    for m, b in enumerate(behaviours_of(config.behaviour), start=1):
+        bins = (binned.of_split("test") & binned.scored_TM[:, m]).nonzero()[0]
+        values = ideal_values(binned, b, config, bins)
+        if values is None:
+            continue
+        if b.kind == "continuous":
+            found[b.name] = round(r2(binned.values_TM[bins, m], values[:, 0]), 4)
+        else:
+            found[b.name] = round(score(binned, b, m, bins, values)["balanced_accuracy_bins"], 4)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/scaling"))
+    parser.add_argument("--steps", type=int, default=900, help="of pretraining")
+    parser.add_argument("--tuning-steps", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    past = [args.out / f"past{n:02d}.h5" for n in range(max(PRETRAINED_ON))]
+    new = args.out / "new.h5"
+    for n, path in enumerate(past):
+        if not path.is_file():
+            simulate_file(path, units=UNITS, minutes=PAST_MINUTES, seed=n)
+    if not new.is_file():
+        simulate_file(new, units=UNITS, minutes=NEW_MINUTES, seed=NEW_SEED)
+    seed = f"training.seed={args.seed}"
+    path = RESULTS / "scaling.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    results |= {"machine": machine(), "ideal": of_ideal_observer(new, config_of())}
+    for sessions in PRETRAINED_ON:
+        init = None
+        if sessions:
+            run = args.out / f"pretrained{sessions}-{args.seed}"
+            # Few sessions are soon known by heart: what is kept is the best on their validation.
+            config = config_of(f"training.steps={args.steps}", "training.validate_every=300", seed)
+            init = Path(train(config, [str(p) for p in past[:sessions]], run)["bundle"])
+        for minutes in MINUTES:
+            changes = [f"training.steps={args.tuning_steps}", "training.validate_every=50", seed]
+            changes.append(f"data.train_minutes={minutes}")
+            if init is not None:
+                changes += ["training.frozen_steps=60", "training.trunk_rate=0.3"]
+            config = config_of(*changes)
+            run = args.out / f"tuned{sessions}-{minutes:g}-{args.seed}"
+            summary = train(config, [str(new)], run, init=init)
+            entry = {
+                "scores": tested(run / "bundle", new, config),
+                "seconds": summary["seconds"],
+            }
+            label = f"{minutes:g}" if minutes else "all"
+            by_seed = results.setdefault(f"pretrained_on_{sessions}", {}).setdefault(label, {})
+            by_seed[f"seed_{args.seed}"] = entry
+            print(sessions, label, entry, flush=True)
+            path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

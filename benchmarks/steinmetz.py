@@ -1,0 +1,402 @@
+"""Left or right? Choice from the first 400 ms of twelve Neuropixels sessions (Steinmetz 2019).
+
+Go trials only; spikes in bins of 20 ms after the stimulus, contrasts are no input of the methods
+that read spikes. Three protocols, each with spikes up to 100, 200, 300 and 400 ms:
+
+    folds           each session by itself, contiguous fifths in trial order, scores pooled
+    equal_contrast  the same scores on trials in which both contrasts were equal, sessions pooled
+    transfer        sessions 10 to 12, contiguous 60/10/30 % of trials, after sessions 1 to 9; with
+                    the last 8, 16, 32 or all trials of the 60 %
+
+    python benchmarks/steinmetz.py --data ../recordings/steinmetz
+
+writes ``results/steinmetz.json``: protocol -> method -> [mean, sd over sessions], and under
+``intervals`` 95 % intervals (test trials drawn again) of each method less the logistic regression.
+A further method is a function from a task to scores and one line in METHODS.
+
+Shape suffixes: K trials, T bins of a trial, N units, F features, B bootstrap draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import steinmetz_network as network
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+
+from offline.baselines.rrr import Standardised, rrr, rrr_of_basis
+from rt_neds.result import machine, write_json
+from rt_neds.session import load_session
+
+RESULTS = Path(__file__).resolve().parent / "results" / "steinmetz.json"
+BIN_S, BINS = 0.02, 20
+UNTIL_MS = (100, 200, 300, 400)
+LABELLED = (8, 16, 32, None)
+"""Labelled trials of a new session; None for all of the 60 %."""
+
+OUTER_FOLDS, INNER_FOLDS, PAST_SESSIONS, DRAWS = 5, 4, 9, 2000
+REFERENCE = "logistic"
+
+
+@dataclass(frozen=True, eq=False)
+class Trials:
+    """Some go trials of one session, in order.
+
+    Attributes
+    ----------
+    path : Path
+        The session's file.
+    index_K : ndarray of int
+        Their rows in its ``trials``.
+    counts_KTN : ndarray of float32
+    side_K : ndarray of float64
+        -1 left, +1 right.
+    contrast_K2 : ndarray of float64
+        Left and right.
+    """
+
+    path: Path
+    index_K: NDArray[np.int64]
+    counts_KTN: NDArray[np.float32]
+    side_K: NDArray[np.float64]
+    contrast_K2: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.side_K)
+
+    def __getitem__(self, which: Any) -> Trials:
+        return Trials(
+            self.path,
+            self.index_K[which],
+            self.counts_KTN[which],
+            self.side_K[which],
+            self.contrast_K2[which],
+        )
+
+    def until(self, ms: int) -> Trials:
+        """The same trials, with spikes up to so long after the stimulus."""
+        return replace(self, counts_KTN=self.counts_KTN[:, : round(ms / 1000 / BIN_S)])
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What a method may read.
+
+    ``validation`` chooses settings; where it is None, folds of ``train`` do. The sides of ``test``
+    are not to be read. ``past`` are whole sessions of other animals, to pretrain on.
+    """
+
+    train: Trials
+    validation: Trials | None
+    test: Trials
+    past: tuple[Trials, ...] = ()
+
+
+Scorer = Callable[[Trials], NDArray[np.float64]]
+"""Trials to scores: about -1 for surely left, +1 for surely right, the decision at 0."""
+
+
+def load_trials(path: Path) -> Trials:
+    """The go trials of a session, their spikes counted from the stimulus on."""
+    session = load_session(path)
+    movement_K = session.column("trials.movement")
+    index_K = np.flatnonzero(np.abs(movement_K) == 1)
+    start_K = session.samples(session.column("trials.stim_on_time"))[index_K]
+    width, N = round(BIN_S * session.rate), len(session.unit_ids)
+    sample_S, unit_S = session.records_S["sample"], session.records_S["unit"].astype(np.int64)
+    counts_KTN = np.zeros((len(index_K), BINS, N), np.float32)
+    for k, start in enumerate(start_K):
+        low, high = np.searchsorted(sample_S, [start, start + BINS * width])
+        bin_S = (sample_S[low:high] - start) // width
+        flat = np.bincount(bin_S * N + unit_S[low:high], minlength=BINS * N)
+        counts_KTN[k] = flat.reshape(BINS, N)
+    contrast_K2 = np.stack(
+        [session.column(f"trials.contrast_{side}")[index_K] for side in ("left", "right")], axis=1
+    )
+    return Trials(path, index_K, counts_KTN, movement_K[index_K].astype(float), contrast_K2)
+
+
+# -- methods -------------------------------------------------------------------------------------
+
+
+def majority(task: Task) -> NDArray[np.float64]:
+    """Always the commoner side."""
+    return np.full(len(task.test), 1.0 if task.train.side_K.mean() > 0 else -1.0)
+
+
+def contrasts(task: Task) -> NDArray[np.float64]:
+    """Logistic regression on what was on the screen, without a spike."""
+
+    def fit(train: Trials, inverse_penalty: float) -> Scorer:
+        return logistic_scorer(train, lambda trials: trials.contrast_K2, inverse_penalty)
+
+    return chosen(task, fit, [(c,) for c in (0.1, 1.0, 10.0)])
+
+
+def logistic(task: Task) -> NDArray[np.float64]:
+    """Logistic regression on square roots of counts in parts of the time that may be read."""
+
+    def fit(train: Trials, bins: int, inverse_penalty: float) -> Scorer:
+        def features_of(trials: Trials) -> NDArray[np.float64]:
+            edges = np.arange(0, trials.counts_KTN.shape[1], bins)
+            summed_KTN = np.add.reduceat(trials.counts_KTN, edges, axis=1)
+            return np.sqrt(summed_KTN, dtype=np.float64).reshape(len(trials), -1)
+
+        return logistic_scorer(train, features_of, inverse_penalty)
+
+    penalties = np.logspace(-5, 0, 6)
+    return chosen(task, fit, [(bins, c) for bins in (BINS, 5) for c in penalties])
+
+
+def rrr_alone(task: Task) -> NDArray[np.float64]:
+    """Reduced-rank regression of the session by itself."""
+
+    def fit(train: Trials, rank: int, alpha: float) -> Scorer:
+        standardised = Standardised.fit(train.counts_KTN)
+        fitted = rrr([standardised.x_KTN], [train.side_K], rank=rank, alpha=alpha)[0]
+        return lambda trials: fitted(standardised(trials.counts_KTN))
+
+    return chosen(task, fit, RRR_SETTINGS)
+
+
+def rrr_pretrained(task: Task) -> NDArray[np.float64]:
+    """Reduced-rank regression whose time courses were learned from past sessions."""
+
+    def fit(train: Trials, rank: int, alpha: float) -> Scorer:
+        standardised = Standardised.fit(train.counts_KTN)
+        time_TR = past_basis(task.past, rank)
+        fitted = rrr_of_basis(standardised.x_KTN, train.side_K, time_TR, alpha=alpha)
+        return lambda trials: fitted(standardised(trials.counts_KTN))
+
+    return chosen(task, fit, RRR_SETTINGS)
+
+
+RRR_SETTINGS = [(rank, float(alpha)) for rank in (1, 2) for alpha in np.logspace(0.5, -1.5, 5)]
+"""Ranks and penalties tried."""
+
+PAST_ALPHA = 0.1
+"""Penalty with which the time courses of past sessions are fitted."""
+
+
+@lru_cache(maxsize=8)
+def past_basis(past: tuple[Trials, ...], rank: int) -> NDArray[np.float64]:
+    """Time courses common to past sessions."""
+    x_of = [Standardised.fit(trials.counts_KTN).x_KTN for trials in past]
+    return rrr(x_of, [trials.side_K for trials in past], rank=rank, alpha=PAST_ALPHA)[0].time_TR
+
+
+@lru_cache(maxsize=16)
+def whole_trials(path: Path) -> Trials:
+    """All go trials of a session, all 400 ms of them."""
+    return load_trials(path)
+
+
+def neds(task: Task) -> NDArray[np.float64]:
+    """Our network from scratch, by what it says in the last bin that may be read."""
+    scores_KT = network.scores_KT(task, whole_trials, after_past=False)
+    return scores_KT[:, task.test.counts_KTN.shape[1] - 1]
+
+
+def neds_pretrained(task: Task) -> NDArray[np.float64]:
+    """Our network, pretrained on past sessions and fine-tuned."""
+    scores_KT = network.scores_KT(task, whole_trials, after_past=True)
+    return scores_KT[:, task.test.counts_KTN.shape[1] - 1]
+
+
+METHODS: dict[str, Callable[[Task], NDArray[np.float64]]] = {
+    "majority": majority,
+    "contrasts": contrasts,
+    "logistic": logistic,
+    "rrr": rrr_alone,
+    "rrr_pretrained": rrr_pretrained,
+    "neds": neds,
+    "neds_pretrained": neds_pretrained,
+}
+PRETRAINED = ("rrr_pretrained", "neds_pretrained")
+"""Methods that need past sessions."""
+
+
+# -- what the methods share ----------------------------------------------------------------------
+
+
+def logistic_scorer(
+    train: Trials, features_of: Callable[[Trials], NDArray], inverse_penalty: float
+) -> Scorer:
+    """Ridge logistic regression, classes weighed alike, on standardised features.
+
+    It is fitted in the span of the training trials, where its solution lies.
+    """
+    x_KF = features_of(train)
+    mean_F, sd_F = x_KF.mean(axis=0), np.maximum(x_KF.std(axis=0), 0.2)
+    x_KF = (x_KF - mean_F) / sd_F
+    power_K, axes_KK = np.linalg.eigh(x_KF @ x_KF.T)
+    kept = power_K > 1e-9 * power_K[-1]
+    span_FK = x_KF.T @ (axes_KK[:, kept] / np.sqrt(power_K[kept]))
+
+    def within(trials: Trials) -> NDArray[np.float64]:
+        return ((features_of(trials) - mean_F) / sd_F) @ span_FK
+
+    model = LogisticRegression(C=inverse_penalty, class_weight="balanced", max_iter=300)
+    model.fit(within(train), train.side_K)
+    return lambda trials: 2.0 * model.predict_proba(within(trials))[:, 1] - 1.0
+
+
+def chosen(
+    task: Task, fit: Callable[..., Scorer], settings: Iterable[tuple[Any, ...]]
+) -> NDArray[np.float64]:
+    """Scores of the test trials under the settings with the least squared error on validation.
+
+    Classes count alike; of equals the first. Where a class is absent there is nothing to fit, and
+    every score is 0.
+    """
+    if len(np.unique(task.train.side_K)) < 2:
+        return np.zeros(len(task.test))
+    if task.validation is not None:
+        pairs = [(task.train, task.validation)]
+    else:
+        pairs = [(task.train[a], task.train[b]) for a, b in folds(len(task.train), INNER_FOLDS)]
+    pairs = [pair for pair in pairs if len(np.unique(pair[0].side_K)) == 2]
+    side_K = np.concatenate([held.side_K for _, held in pairs])
+    least, best = np.inf, None
+    for setting in settings:
+        score_K = np.concatenate([fit(train, *setting)(held) for train, held in pairs])
+        error_K = (score_K - side_K) ** 2
+        error = float(np.mean([error_K[side_K == side].mean() for side in np.unique(side_K)]))
+        if error < least:
+            least, best = error, setting
+    assert best is not None
+    return fit(task.train, *best)(task.test)
+
+
+def folds(trials: int, count: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Training and held-out trials of contiguous folds."""
+    parts = np.array_split(np.arange(trials), count)
+    return [(np.setdiff1d(np.arange(trials), part), part) for part in parts]
+
+
+# -- protocols -----------------------------------------------------------------------------------
+
+Scored = tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]
+"""Sides of a session's test trials, and each method's scores of them."""
+
+
+def by_folds(trials: Trials, names: Iterable[str]) -> Scored:
+    """Each session by itself: every trial scored by the folds without it."""
+    scores = {name: np.zeros(len(trials)) for name in names if name not in PRETRAINED}
+    for kept, held in folds(len(trials), OUTER_FOLDS):
+        task = Task(trials[kept], None, trials[held])
+        for name, score_K in scores.items():
+            score_K[held] = METHODS[name](task)
+    return trials.side_K, scores
+
+
+def by_transfer(
+    trials: Trials, past: tuple[Trials, ...], labelled: int | None, names: Iterable[str]
+) -> Scored:
+    """A new session after past ones, with the last few labels before its validation trials."""
+    cuts = [round(len(trials) * share) for share in (0.6, 0.7)]
+    first = 0 if labelled is None else max(0, cuts[0] - labelled)
+    train, validation = trials[first : cuts[0]], trials[cuts[0] : cuts[1]]
+    task = Task(train, validation, trials[cuts[1] :], past)
+    return task.test.side_K, {name: METHODS[name](task) for name in names}
+
+
+def run(sessions: list[Trials], ms: int, names: list[str]) -> dict[str, list[Scored]]:
+    """Scores of every protocol with spikes up to so long after the stimulus, by session."""
+    cut = [trials.until(ms) for trials in sessions]
+    found = {f"folds/{ms}ms": [by_folds(trials, names) for trials in cut]}
+    found[f"equal_contrast/{ms}ms"] = [equal_contrasts(cut, found[f"folds/{ms}ms"])]
+    past, new = tuple(cut[:PAST_SESSIONS]), cut[PAST_SESSIONS:]
+    for k in LABELLED:
+        protocol = f"transfer/{ms}ms/k={k or 'all'}"
+        found[protocol] = [by_transfer(trials, past, k, names) for trials in new]
+    return found
+
+
+def equal_contrasts(sessions: list[Trials], scored: list[Scored]) -> Scored:
+    """The trials in which the screen said nothing, of all sessions together."""
+    equal = [trials.contrast_K2[:, 0] == trials.contrast_K2[:, 1] for trials in sessions]
+    side_K = np.concatenate([side[use] for use, (side, _) in zip(equal, scored, strict=True)])
+    return side_K, {
+        name: np.concatenate([of[name][use] for use, (_, of) in zip(equal, scored, strict=True)])
+        for name in scored[0][1]
+    }
+
+
+# -- scores --------------------------------------------------------------------------------------
+
+
+def balanced_accuracy(side_K: NDArray, score_K: NDArray, weight_BK: NDArray) -> NDArray[np.float64]:
+    """Mean recall of both sides; ``weight_BK`` counts the trials; a score of 0 is half right."""
+    right_K = 0.5 * (1.0 + np.sign(score_K) * side_K)
+    with np.errstate(invalid="ignore"):
+        recall = [
+            (weight_BK[:, side_K == side] @ right_K[side_K == side])
+            / weight_BK[:, side_K == side].sum(axis=1)
+            for side in (-1.0, 1.0)
+        ]
+    return np.mean(recall, axis=0)
+
+
+def auc(side_K: NDArray, score_K: NDArray, weight_BK: NDArray) -> NDArray[np.float64]:
+    """Chance that a right trial scores above a left one, ties by half; weights as above."""
+    left, right = side_K < 0, side_K > 0
+    above = 0.5 * (1.0 + np.sign(score_K[right][:, None] - score_K[left][None, :]))
+    pairs_B = np.einsum(
+        "br,rl,bl->b", weight_BK[:, right], above, weight_BK[:, left], optimize=True
+    )
+    with np.errstate(invalid="ignore"):
+        return pairs_B / (weight_BK[:, right].sum(axis=1) * weight_BK[:, left].sum(axis=1))
+
+
+METRICS = {"balanced_accuracy": balanced_accuracy, "auc": auc}
+
+
+def summarise(found: dict[str, list[Scored]]) -> dict[str, Any]:
+    """Means and sds over sessions, and intervals of differences, by protocol and metric."""
+    scores: dict[str, Any] = {}
+    intervals: dict[str, Any] = {}
+    rng = np.random.default_rng(0)
+    for protocol, scored in found.items():
+        draws = [rng.multinomial(len(s), np.full(len(s), 1 / len(s)), DRAWS) for s, _ in scored]
+        for label, metric in METRICS.items():
+            drawn_B: dict[str, NDArray] = {}
+            for name in scored[0][1]:
+                point_of = [metric(s, of[name], np.ones((1, len(s))))[0] for s, of in scored]
+                drawn = [metric(s, of[name], w) for (s, of), w in zip(scored, draws, strict=True)]
+                drawn_B[name] = np.nanmean(drawn, axis=0)
+                # Pooled trials have no sessions to spread over: their sd is the bootstrap's.
+                sd = np.std(point_of) if len(point_of) > 1 else np.nanstd(drawn_B[name])
+                entry = [round(float(np.mean(point_of)), 4), round(float(sd), 4)]
+                scores.setdefault(f"{protocol}/{label}", {})[name] = entry
+            for name in drawn_B.keys() - {REFERENCE} if REFERENCE in drawn_B else ():
+                low, high = np.nanpercentile(drawn_B[name] - drawn_B[REFERENCE], [2.5, 97.5])
+                between = [round(float(low), 4), round(float(high), 4)]
+                intervals.setdefault(f"{protocol}/{label}", {})[f"{name} - {REFERENCE}"] = between
+    return {**scores, "intervals": intervals}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of session01..12.h5")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    args = parser.parse_args()
+    sessions = [load_trials(args.data / f"session{n:02d}.h5") for n in range(1, 13)]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    found: dict[str, list[Scored]] = {}
+    for ms in UNTIL_MS:  # written at each, so that a long run cut short leaves what it had
+        found |= run(sessions, ms, args.methods)
+        write_json(str(args.out), {**summarise(found), "machine": machine()})
+        print(f"spikes up to {ms} ms: written to {args.out}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""What a network is worth while it trains: one score for each thing it can be asked.
+
+Shape suffixes: S scored bins, B windows, T bins, M modalities (0 is spikes), N units.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from offline.batches import Subject
+from offline.config import TrainConfig
+from offline.masking import UNIT_SCHEMES, draw_masks
+from offline.metrics import categorical_scores, poisson_d2, r2
+from offline.predict import decode_spans, normalise
+from offline.windows import Split
+from rt_neds.model.neds import AHEAD, NEDS, SCHEMES, SPIKES
+from rt_neds.model.readout import LOG_RATE_RANGE, to_values_TV
+
+SPIKE_SCHEMES = ("encoding", "within_spikes", *UNIT_SCHEMES, "forward", "ahead")
+"""Schemes that ask for spikes alone."""
+
+MOST_WINDOWS = 64
+"""Windows of a session that the spikes are scored on."""
+
+
+def validate(
+    model: NEDS, subjects: list[Subject], config: TrainConfig, split: Split, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Scores of each session on a split.
+
+    Returns
+    -------
+    dict of dict of float
+        By session id and what was asked: R2, balanced accuracy or Poisson D2 of each behaviour, and
+        bits per spike of each scheme of the configuration that asks for spikes alone.
+    """
+    return {
+        subject.id: _behaviours(model, subject, config, split, device)
+        | _spikes(model, subject, config, split, device)
+        for subject in subjects
+    }
+
+
+def mean_score(val: dict[str, dict[str, float]]) -> float:
+    """Mean over sessions and what was asked; what the kept weights are chosen by."""
+    scores = [score for of_session in val.values() for score in of_session.values()]
+    return float(np.mean(scores)) if scores else 0.0
+
+
+def _behaviours(
+    model: NEDS, subject: Subject, config: TrainConfig, split: Split, device: torch.device
+) -> dict[str, float]:
+    """Each behaviour decoded from the spikes."""
+    binned, scores = subject.binned, {}
+    spans = binned.spans(split)
+    if not spans or not binned.present or not config.masking.schemes.get("decoding"):
+        return {}
+    kept = np.concatenate([np.arange(a, b) for a, b in spans])
+    raws = decode_spans(
+        model, binned, spans, wanted=binned.present, window=config.data.window_bins, device=device
+    )
+    for m, behaviour in enumerate(model.behaviours, start=1):
+        if behaviour.name not in binned.present:
+            continue
+        scored = binned.scored_TM[kept, m]
+        true_S = binned.values_TM[kept, m][scored]
+        if len(true_S) < 2:
+            continue
+        raw_SC = torch.from_numpy(raws[behaviour.name][scored])
+        value_SV = to_values_TV(raw_SC, behaviour, subject.scales[m - 1]).numpy()
+        if behaviour.kind == "continuous":
+            scores[behaviour.name] = r2(true_S, value_SV[:, 0])
+        elif behaviour.kind == "poisson":
+            scores[behaviour.name] = poisson_d2(true_S, value_SV[:, 0])
+        else:
+            by_trial = categorical_scores(
+                true_S.astype(np.int64), value_SV, binned.trial_T[kept][scored].astype(np.int64)
+            )
+            scores[behaviour.name] = by_trial["balanced_accuracy_bins"]
+    return scores
+
+
+@torch.no_grad()
+def _spikes(
+    model: NEDS, subject: Subject, config: TrainConfig, split: Split, device: torch.device
+) -> dict[str, float]:
+    """Bits per spike of each scheme, all units pooled, under masks that are always the same."""
+    binned, T, scores = subject.binned, config.data.window_bins, {}
+    windows = [f for a, b in binned.spans(split) for f in range(a, b, T)][:MOST_WINDOWS]
+    for scheme, weight in config.masking.schemes.items():
+        if scheme not in SPIKE_SCHEMES or not weight or not windows:
+            continue
+        of_one_scheme = msgspec.structs.replace(
+            config.masking, schemes={scheme: 1.0}, unit_dropout=0.0
+        )
+        rng = np.random.default_rng(0)
+        gain = spikes = 0.0
+        for first in windows:
+            counts_TN = binned.counts_TN(first, first + T)
+            shown_TM, inside_T, values_TM = (
+                binned.cut(a, first, first + T)
+                for a in (binned.shown_TM, binned.of_split(split), binned.values_TM)
+            )
+            masks = draw_masks(
+                of_one_scheme,
+                shown_TM[None],
+                (binned.cut(binned.scored_TM, first, first + T) & inside_T[:, None])[None],
+                subject.region_N,
+                rng,
+            )
+            wanted = AHEAD if scheme == AHEAD else SPIKES
+            inputs_TM = normalise(values_TM, subject.scales).astype(np.float32)
+            log_rate_BTN = model(
+                subject.id,
+                *(torch.from_numpy(a)[None].to(device) for a in (counts_TN, inputs_TM)),
+                torch.from_numpy(masks.observed_BTM).to(device),
+                torch.tensor([SCHEMES.index(scheme)], device=device),
+                missing_BTN=torch.from_numpy(masks.missing_BN)[:, None].to(device),
+                wanted=[wanted],
+            )[wanted]
+            asked_TN = masks.asked_BTM[0, :, :1] & masks.asked_BN[0]
+            log_rate_TN = log_rate_BTN[0].clamp(*LOG_RATE_RANGE).cpu().numpy().astype(np.float64)
+            gain += _gain(counts_TN, log_rate_TN, subject.rate_N, asked_TN)
+            spikes += float(counts_TN[asked_TN].sum())
+        scores[scheme] = gain / max(spikes, 1.0) / float(np.log(2))
+    return scores
+
+
+def _gain(
+    counts_TN: NDArray[np.float32],
+    log_rate_TN: NDArray[np.float64],
+    rate_N: NDArray[np.float64],
+    asked_TN: NDArray[np.bool_],
+) -> float:
+    """Log-likelihood over that of each unit's mean rate in training."""
+    null_N = np.maximum(rate_N, 1e-9)
+    gain_TN = counts_TN * (log_rate_TN - np.log(null_N)) - (np.exp(log_rate_TN) - null_N)
+    return float(gain_TN[asked_TN].sum())

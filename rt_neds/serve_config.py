@@ -1,0 +1,132 @@
+"""What ``rt-neds serve`` can be told."""
+
+from __future__ import annotations
+
+import msgspec
+
+from rt_neds.errors import ConfigError
+from rt_neds.openephys_wire import is_openephys, parse_url
+from rt_neds.wire import DEFAULT_DECODED, DEFAULT_SPIKES
+
+LEAST_HANG_MS = 300
+"""A worker gives a sign of life every 100 ms."""
+
+
+class ProbeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One of several probes; what is empty is as for all of them.
+
+    Attributes
+    ----------
+    bundle, session, source : str
+        As in :class:`ServeConfig`.
+    """
+
+    bundle: str = ""
+    session: str = ""
+    source: str = ""
+
+
+class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``serve`` can be told; bin width, units and outputs are the bundle's.
+
+    Attributes
+    ----------
+    probe : str
+        Name of the probe; several names, with spaces between them, are served by one process.
+    probes : dict of str to ProbeConfig
+        What differs between several probes, by name; all of them, if ``probe`` names none.
+    bundle : str
+        Folder of the bundle.
+    session : str
+        Session of the bundle whose units will come; empty for the only one, or the one announced.
+    source : str
+        ``rtneds://host:port``, ``openephys://host:5556`` or ``openephys-events://host:5557``.
+    publish : str
+        Address of the decoded stream.
+    device : {"cpu", "cuda"}
+        Without a GPU that works, "cuda" says so and decodes on the CPU.
+    lateness_ms : float
+        How long bins are held open for spikes that come late.
+    stale_ms : float
+        A source silent for longer is stale.
+    slip_ms : float
+        A lasting jump of the sample clock against the host clock by more is a slip.
+    realtime : bool
+        Ask the system for real-time priority; going without it is no error.
+    control : bool
+        Publish zeros without decoding, to learn the latency of machine and transport alone.
+    hang_ms : float
+        A worker that gives no sign of life for longer is replaced.
+    standby : bool
+        A second worker decodes the same, and takes over at the next bin that is missed. Costs a
+        second core, and every frame a hop between processes.
+    """
+
+    probe: str = ""
+    probes: dict[str, ProbeConfig] = {}
+    bundle: str = ""
+    session: str = ""
+    source: str = DEFAULT_SPIKES.replace("tcp://", "rtneds://")
+    publish: str = DEFAULT_DECODED
+    device: str = "cpu"
+    lateness_ms: float = 0.0
+    stale_ms: float = 250.0
+    slip_ms: float = 5.0
+    realtime: bool = True
+    control: bool = False
+    hang_ms: float = 1000.0
+    standby: bool = False
+
+    def __post_init__(self) -> None:
+        if self.lateness_ms < 0 or self.stale_ms <= 0 or self.slip_ms <= 0:
+            raise ValueError("lateness_ms >= 0, stale_ms > 0 and slip_ms > 0 are needed")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device {self.device!r}; expected 'cpu' or 'cuda'")
+        if self.hang_ms < LEAST_HANG_MS:
+            raise ValueError(f"hang_ms {self.hang_ms:g}; at least {LEAST_HANG_MS} is needed")
+
+
+def source_endpoint(url: str) -> str:
+    """ZeroMQ endpoint of a source URL; that of Open Ephys finds its endpoints itself.
+
+    Raises
+    ------
+    ConfigError
+        If the scheme is not one that is served.
+    """
+    if is_openephys(url):
+        parse_url(url)
+        return url
+    scheme, found, rest = url.partition("://")
+    if not found or scheme != "rtneds" or not rest:
+        raise ConfigError(
+            f"source {url}; expected rtneds://HOST:PORT, openephys://HOST:5556 or "
+            "openephys-events://HOST:5557"
+        )
+    return f"tcp://{rest}"
+
+
+def each_probe(config: ServeConfig) -> list[ServeConfig]:
+    """One configuration for each probe.
+
+    Raises
+    ------
+    ConfigError
+        If none is named, one twice, or one has no bundle.
+    """
+    names = config.probe.split() or list(config.probes)
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(
+            f"probes {', '.join(names) or '(none)'}; serve needs --probe NAME and --bundle FOLDER, "
+            "each name once, or a --config with them"
+        )
+    configs = []
+    for name in names:
+        own = msgspec.structs.asdict(config.probes.get(name, ProbeConfig()))
+        given = {key: value for key, value in own.items() if value}
+        configs.append(msgspec.structs.replace(config, probe=name, probes={}, **given))
+        if not configs[-1].bundle:
+            raise ConfigError(
+                f"probe {name} has no bundle; serve needs --bundle FOLDER, or a --config with it"
+            )
+    return configs

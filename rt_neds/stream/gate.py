@@ -1,0 +1,255 @@
+"""Two workers decode the same stream; the gate publishes each bin once.
+
+It holds the publish address, so that no listener has to connect again when a worker is lost. Frames
+of the active worker go out as they come. Those of the other wait half a bin: whichever bin the
+active one has not delivered by then is taken from the other, which is active from then on.
+
+Workers hand over whole datagrams: one that is killed while it writes leaves no half message.
+"""
+
+from __future__ import annotations
+
+import copy
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import zmq
+
+from rt_neds.clock import monotonic_ns
+from rt_neds.frames import DecodedFrame
+from rt_neds.stream.board import Board
+from rt_neds.stream.publisher import Publisher
+from rt_neds.wire import MAX_HEADER_BYTES, pack_decoded, pack_map
+
+_HEAD = struct.Struct("<qqqqq")  # probe, writer, epoch, bin (-1: not a frame), length of the topic
+_MAX_BYTES = 2 * MAX_HEADER_BYTES
+_WAIT_MS = 100
+_EPOCHS_KEPT = 16
+_HELD = 1024
+
+
+class GateSink:
+    """Sink of a worker behind the gate.
+
+    Parameters
+    ----------
+    out : socket
+        Datagrams to the gate.
+    probes : sequence of str
+        All that are served; the gate knows them by their place here.
+    board : Board
+    writer : int
+        Who we are.
+    probe : str
+    """
+
+    def __init__(
+        self, out: socket.socket, probes: Sequence[str], board: Board, writer: int, probe: str
+    ) -> None:
+        self._out, self._probes, self._board = out, list(probes), board
+        self._writer, self._probe = writer, probe
+
+    def write(self, frame: DecodedFrame) -> None:
+        """Hand over one decoded bin."""
+        self._send(pack_decoded(frame), frame.epoch, frame.bin)
+
+    def note(self, kind: str, fields: dict[str, Any]) -> None:
+        """Hand over a map."""
+        if kind == "status":
+            fields = {**fields, "supervision": self._board.status(self._probe)}
+        self._send(pack_map(kind, self._probe, fields), 0, -1)
+
+    def beside(self, probe: str) -> GateSink:
+        """The same for another probe."""
+        other = copy.copy(self)
+        other._probe = probe
+        return other
+
+    def close(self) -> None:
+        """Nothing to do: the socket outlives us, for whoever takes our place."""
+
+    def _send(self, parts: list[bytes], epoch: int, bin_: int) -> None:
+        which = self._probes.index(self._probe)
+        head = _HEAD.pack(which, self._writer, epoch, bin_, len(parts[0]))
+        self._out.send(b"".join((head, *parts)))
+
+
+class Frame(NamedTuple):
+    """A decoded bin as it is handed over."""
+
+    epoch: int
+    bin: int
+    writer: int
+    parts: tuple[bytes, bytes]
+
+
+class Turns:
+    """Whose frames of one probe go out, of two workers: each bin once, in order.
+
+    Parameters
+    ----------
+    hold_ns : int
+        How long a frame waits for the active worker to deliver the same bin.
+    last : (int, int), optional
+        Epoch and bin that went out last: a gate may be a replacement itself.
+
+    Attributes
+    ----------
+    active : int or None
+        Place of the worker whose frames go out as they come.
+    """
+
+    def __init__(self, hold_ns: int, last: tuple[int, int] | None = None) -> None:
+        self.active: int | None = None
+        self._hold_ns = hold_ns
+        self._epoch: int | None = last[0] if last else None
+        self._bin = last[1] if last else -1
+        self._writers: dict[int, int] = {}  # by place
+        self._over: deque[int] = deque(maxlen=_EPOCHS_KEPT)
+        # When due, and what; only ever of the place that is not active.
+        self._held: deque[tuple[int, Frame]] = deque(maxlen=_HELD)
+
+    @property
+    def due_ns(self) -> int | None:
+        """When the oldest frame that waits must go out."""
+        return self._held[0][0] if self._held else None
+
+    def take(self, place: int, frame: Frame, now_ns: int) -> list[Frame]:
+        """Take a frame from a worker; the frames to publish now."""
+        out = []
+        if self._writers.get(place) != frame.writer:
+            self._writers[place] = frame.writer
+            out = self._meet(place)
+        if not self._is_new(frame):
+            return out
+        if place != self.active:
+            self._held.append((now_ns + self._hold_ns, frame))
+            return out
+        # What the active one has left out will not come from it any more.
+        skipped = [
+            held
+            for _, held in self._held
+            if held.epoch == self._epoch and (held.epoch != frame.epoch or held.bin < frame.bin)
+        ]
+        return out + self._go([*skipped, frame])
+
+    def overdue(self, now_ns: int) -> list[Frame]:
+        """The frames to publish because the active worker has not; the other is active then."""
+        if not self._held or self._held[0][0] > now_ns:
+            return []
+        return self._hand_over()
+
+    def _meet(self, place: int) -> list[Frame]:
+        """A replacement begins with an empty context: it waits behind whoever has been there."""
+        others = [other for other in self._writers if other != place]
+        if self.active is None:
+            self.active = others[0] if others else place
+        elif place == self.active and others:
+            return self._hand_over()
+        return []
+
+    def _hand_over(self) -> list[Frame]:
+        """The other place is active now, and all that was held is its."""
+        self.active = next(other for other in self._writers if other != self.active)
+        return self._go([frame for _, frame in self._held])
+
+    def _go(self, frames: list[Frame]) -> list[Frame]:
+        out = []
+        for frame in frames:
+            if not self._is_new(frame):
+                continue
+            if self._epoch is not None and frame.epoch != self._epoch:
+                self._over.append(self._epoch)
+            self._epoch, self._bin = frame.epoch, frame.bin
+            out.append(frame)
+        self._held = deque((held for held in self._held if self._is_new(held[1])), maxlen=_HELD)
+        return out
+
+    def _is_new(self, frame: Frame) -> bool:
+        if frame.epoch == self._epoch:
+            return frame.bin > self._bin
+        return frame.epoch not in self._over
+
+
+class Gate:
+    """Publishes what workers hand over.
+
+    Parameters
+    ----------
+    endpoint : str
+        Address to bind.
+    hold_ns : mapping of str to int
+        For each probe, see :class:`Turns`.
+    workers : sequence of socket
+        One for each worker.
+    board : Board
+
+    Raises
+    ------
+    StreamError
+        If the address is in use or cannot be bound.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        hold_ns: Mapping[str, int],
+        workers: Sequence[socket.socket],
+        board: Board,
+    ) -> None:
+        self._probes, self._board, self._workers = list(hold_ns), board, list(workers)
+        self._publisher = Publisher(endpoint, self._probes[0])
+        self._turns = [Turns(hold, board.last(probe)) for probe, hold in hold_ns.items()]
+        self._poller = zmq.Poller()
+        for worker in self._workers:
+            self._poller.register(worker.fileno(), zmq.POLLIN)
+
+    def run(self, stop: Callable[[], bool]) -> None:
+        """Publish until told to stop, and what has been handed over by then."""
+        while not stop():
+            dues = [due for turns in self._turns if (due := turns.due_ns) is not None]
+            # Rounded up, not to spin through the last millisecond.
+            wait_ms = (min(dues) - monotonic_ns()) // 1_000_000 + 1 if dues else _WAIT_MS
+            self._poller.poll(max(0, min(wait_ms, _WAIT_MS)))
+            self._turn()
+        self._turn()
+        self._publisher.close()
+
+    def _turn(self) -> None:
+        for place, worker in enumerate(self._workers):
+            while (datagram := _receive(worker)) is not None:
+                self._take(place, datagram)
+        for which, turns in enumerate(self._turns):
+            self._publish(which, turns.overdue(monotonic_ns()))
+
+    def _take(self, place: int, datagram: bytes) -> None:
+        which, writer, epoch, bin_, length = _HEAD.unpack_from(datagram)
+        middle = _HEAD.size + length
+        parts = datagram[_HEAD.size : middle], datagram[middle:]
+        turns = self._turns[which]
+        if bin_ >= 0:
+            frame = Frame(epoch, bin_, writer, parts)
+            self._publish(which, turns.take(place, frame, monotonic_ns()))
+        elif turns.active in (None, place):
+            turns.active = place
+            self._publisher.pass_on(parts)
+
+    def _publish(self, which: int, frames: list[Frame]) -> None:
+        for frame in frames:
+            self._publisher.pass_on(frame.parts)
+            self._board.note_published(self._probes[which], frame.writer, frame.epoch, frame.bin)
+
+
+def datagrams(count: int) -> list[tuple[socket.socket, socket.socket]]:
+    """Pairs of sockets (for the gate, for a worker), to be made before either is forked."""
+    return [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(count)]
+
+
+def _receive(worker: socket.socket) -> bytes | None:
+    try:
+        return worker.recv(_MAX_BYTES, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return None

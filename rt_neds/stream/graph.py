@@ -1,0 +1,241 @@
+"""One step of the network on a GPU: every shape and address fixed, so that it is captured once.
+
+What a step costs on a GPU is launching its hundred small kernels; replaying one captured graph
+launches them all. For that nothing may be allocated, moved or decided on the host in between:
+counts, whether they were observed, and the rotary angles of the bin go up in one copy from a pinned
+buffer, the number of the bin is counted on the device, and the outputs come down in one copy.
+
+The same function runs uncaptured on tensors of any device.
+
+Shape suffixes: T bins, N units, K boxcar widths, C bins of the longest boxcar, D model width, H
+heads, F width of a head, R rows of the ring and the sink, O numbers read out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as nnf
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rt_neds.errors import BundleError
+from rt_neds.model.attention import NEVER, ROTARY_BASE, rotate
+from rt_neds.model.neds import NEDS, SCHEMES
+
+F4 = NDArray[np.float32]
+WARM_UPS = 3
+
+
+class GraphStep:
+    """The network, one bin at a time, for one stream that shows only spikes.
+
+    Parameters
+    ----------
+    model : NEDS
+        Copied; later changes to it are not seen.
+    session : str
+        Session id.
+    wanted : sequence of str
+        Behaviours to decode, at least one, in the order of their outputs.
+    missing_N : ndarray of bool, shape (units,), optional
+        Units to replace by their learned stand-in.
+    device : torch.device or str
+    captured : bool
+        Replay a CUDA graph, rather than launch kernel by kernel.
+
+    Raises
+    ------
+    BundleError
+        If a tensor does not have the shape that the others imply; it is named.
+    RuntimeError
+        If the device is not there, has no memory left, or does not let itself be captured.
+    """
+
+    def __init__(
+        self,
+        model: NEDS,
+        session: str,
+        wanted: Sequence[str],
+        missing_N: NDArray[np.bool_] | None = None,
+        device: torch.device | str = "cuda",
+        *,
+        captured: bool = True,
+    ) -> None:
+        model.start(session)  # refuses a model that cannot be streamed
+        if not wanted or not set(wanted) <= set(model.modalities[1:]):
+            raise ValueError(f"asked for {list(wanted)}; expected one or more behaviours")
+        units, c = model.parts(session).units, model.config
+        if missing_N is not None:
+            _check("missing_N", missing_N.shape, (units,))
+        model = copy.deepcopy(model).eval().requires_grad_(False).to(device)
+        self._device, self._stack = torch.device(device), model.stack()
+        self._context, self._heads, self._norm = c.context, c.heads, model.norm
+        self._shared, self._spikes_D = model.spikes_shared, model.modality_MD[0]
+        session_D = model.session_XD[model.session_ids.index(session)]
+        self._dark_D = model.hidden_D + session_D + model.scheme_XD[SCHEMES.index("decoding")]
+        self._set_read_in(model.parts(session), missing_N)
+        parts: Any = model.parts(session)
+        heads = [parts.behaviour_out[name].linear for name in wanted]
+        self._head_OD = torch.cat([head.weight for head in heads])
+        self._bias_O = torch.cat([head.bias for head in heads])
+        self._set_state(c, units)
+        self._set_transfers(units, c.dim // c.heads, captured)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if captured:
+            self._capture()
+        self.reset()
+
+    def _set_read_in(self, parts: Any, missing_N: NDArray[np.bool_] | None) -> None:
+        read_in = parts.spikes_in
+        missing = torch.from_numpy(np.zeros(parts.units, bool) if missing_N is None else missing_N)
+        self._history_K1 = torch.tensor(read_in.history, device=self._device)[:, None]
+        self._mean_KN, self._sd_KN = read_in.mean_KN, read_in.sd_KN
+        self._missing_N, self._stand_in_KN = missing.to(self._device), read_in.missing_KN
+        self._read_in = read_in.linear
+
+    def _set_state(self, config: Any, units: int) -> None:
+        """Everything known of the past: counts for the boxcars, keys, values, whose they are."""
+        W, H, F = config.context, config.heads, config.dim // config.heads
+        new: dict[str, Any] = {"device": self._device}
+        self._bin_1 = torch.zeros(1, dtype=torch.int64, **new)
+        self._counts_CN = torch.zeros(max(config.history), units, **new)
+        self._age_C = torch.arange(max(config.history), **new)
+        self._bin_of_row_R = torch.full((W,), NEVER, dtype=torch.int64, **new)
+        self._keys_LHRF = torch.zeros(config.layers, H, W + 1, F, **new)
+        self._values_LHRF = torch.zeros(config.layers, H, W + 1, F, **new)
+        for layer, values_HRF in zip(self._stack, self._values_LHRF, strict=True):
+            values_HRF[:, W] = layer.attention.sink_value_HF
+
+    def _set_transfers(self, units: int, width: int, captured: bool) -> None:
+        """What goes up: counts, whether observed, cosines, sines. What comes down: outputs."""
+        half = width // 2
+        self._up_host = torch.zeros(units + 1 + 2 * half, pin_memory=captured)
+        self._up = torch.zeros(units + 1 + 2 * half, device=self._device)
+        self._raw_host_O = torch.zeros(len(self._bias_O), pin_memory=captured)
+        up = self._up_host.numpy()  # a view
+        self._host_counts_N, self._host_observed_1 = up[:units], up[units : units + 1]
+        self._host_cos_F, self._host_sin_F = up[units + 1 : units + 1 + half], up[-half:]
+        self._frequency_F = ROTARY_BASE ** -(np.arange(0, width, 2, dtype=np.float64) / width)
+        self._raw_O = self._raw_host_O.numpy()
+        self._units, self._half = units, half
+
+    def _capture(self) -> None:
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):  # libraries make their handles and workspaces now
+                self._step()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        torch.cuda.synchronize(self._device)
+        self._done = torch.cuda.Event()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        self._graph = graph
+
+    def reset(self, first_bin: int = 0) -> None:
+        """Forget the past; the next bin has this number."""
+        self._bin = int(first_bin)
+        self._bin_1.fill_(self._bin)
+        self._counts_CN.zero_()
+        self._bin_of_row_R.fill_(NEVER)
+
+    def steps(self, counts_TN: Sequence[F4], observed_T: Sequence[bool]) -> F4:
+        """Decode the next bins, one replay after the other.
+
+        Parameters
+        ----------
+        counts_TN : sequence of ndarray of float32, shape (units,)
+            Spikes of each unit in each bin; ignored if the bin is not observed.
+        observed_T : sequence of bool
+
+        Returns
+        -------
+        ndarray of float32, shape (bins, numbers of all wanted outputs)
+        """
+        raw_TO = np.empty((len(counts_TN), len(self._raw_O)), np.float32)
+        for t in range(len(counts_TN)):
+            raw_TO[t] = self.step(counts_TN[t], observed_T[t])
+        return raw_TO
+
+    def step(self, counts_N: F4, observed: bool) -> F4:
+        """Decode the next bin; the array is overwritten by the one after it."""
+        _check("counts_N", np.shape(counts_N), (self._units,))
+        self._host_counts_N[:] = counts_N if observed else 0
+        self._host_observed_1[:] = observed
+        angle_F = self._bin * self._frequency_F  # in float64, or it is off after some hours
+        self._host_cos_F[:], self._host_sin_F[:] = np.cos(angle_F), np.sin(angle_F)
+        if self._graph is not None:
+            self._graph.replay()
+            self._done.record()
+            self._done.synchronize()
+        else:
+            self._step()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+        self._bin += 1
+        return self._raw_O
+
+    # -- what is captured ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """One bin, from the host's buffer to the host's buffer, without a decision on the way."""
+        self._up.copy_(self._up_host, non_blocking=True)
+        observed_1 = self._up[self._units : self._units + 1]
+        table_21F = self._up[self._units + 1 :].view(2, 1, self._half)
+        row_1 = self._bin_1 % self._context
+        bin_or_never_1 = torch.where(observed_1 > 0, self._bin_1, NEVER)
+        self._bin_of_row_R.index_copy_(0, row_1, bin_or_never_1)
+        hidden_R = self._bin_1 - self._bin_of_row_R >= self._context
+        # The sink is the last row, and always seen.
+        mask_R = nnf.pad(torch.where(hidden_R, -torch.inf, 0.0), (0, 1))
+        token_D = self._shared(nnf.softsign(self._read_in(self._features()))) + self._spikes_D
+        x_D = self._dark_D + token_D * observed_1
+        for layer, keys_HRF, values_HRF in zip(
+            self._stack, self._keys_LHRF, self._values_LHRF, strict=True
+        ):
+            normed_D = layer.norm1(x_D)
+            attended_D = self._attend(
+                layer, normed_D, table_21F, row_1, mask_R, keys_HRF, values_HRF
+            )
+            x_D = layer.add(x_D, attended_D)
+        raw_O = nnf.linear(self._norm(x_D), self._head_OD, self._bias_O)
+        self._raw_host_O.copy_(raw_O, non_blocking=True)
+        self._bin_1 += 1
+
+    def _features(self) -> Tensor:
+        """Standardised roots of the boxcar sums, which are of integers and so exact."""
+        bins = len(self._counts_CN)
+        self._counts_CN.index_copy_(0, self._bin_1 % bins, self._up[None, : self._units])
+        age_C = (self._bin_1 - self._age_C) % bins
+        sums_KN = (age_C < self._history_K1).float() @ self._counts_CN
+        z_KN = (sums_KN.sqrt() - self._mean_KN) / self._sd_KN
+        return torch.where(self._missing_N, self._stand_in_KN, z_KN).flatten()
+
+    def _attend(
+        self, layer: Any, x_D: Tensor, table_21F: Tensor, row_1: Tensor, mask_R: Tensor,
+        keys_HRF: Tensor, values_HRF: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Put the bin's key and value into the ring, and let its query look at all of it."""
+        qkv_3H1F = layer.attention.qkv(x_D).view(3, self._heads, 1, -1)
+        q_H1F, k_H1F = rotate(qkv_3H1F[:2, :, None], table_21F)[:, :, 0]
+        keys_HRF.index_copy_(1, row_1, k_H1F)
+        values_HRF.index_copy_(1, row_1, qkv_3H1F[2])
+        mixed_H1F = nnf.scaled_dot_product_attention(
+            q_H1F[None], keys_HRF[None], values_HRF[None], attn_mask=mask_R[None, None]
+        )[0]
+        return layer.attention.out(mixed_H1F.flatten())
+
+
+def _check(name: str, came: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if tuple(came) != expected:
+        raise BundleError(
+            f"{name} is {tuple(came)} and {expected} was captured; "
+            "serve the bundle of the session whose units come"
+        )

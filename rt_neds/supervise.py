@@ -1,0 +1,268 @@
+"""Keeps processes alive: forks them, watches their signs of life, replaces the dead and the hung.
+
+The parent loads all that takes long (torch, bundles, compiled kernels) and then only forks: a
+replacement begins with everything loaded. It must have no threads and no sockets of its own, since
+a fork has neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from typing import Any
+
+from rt_neds.clock import monotonic_ns
+from rt_neds.errors import RtNedsError
+from rt_neds.stream.board import Board
+
+CAN_FORK = sys.platform == "linux"
+"""macOS can fork as well, but its own libraries do not survive it."""
+POLL_S = 0.05
+START_S = 120.0
+END_S = 3.0
+SETTLED_S = 2.0
+GIVE_UP = 5
+MAX_WORD_BYTES = 1 << 17
+
+
+class WorkerError(RtNedsError):
+    """A process that cannot be kept alive, or its own error."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Lifeline:
+    """What ties a forked process to its parent.
+
+    Parameters
+    ----------
+    board : Board
+    place : int
+        Which of the beats is ours.
+    writer : int
+        Our number among all processes ever forked.
+    heard : dict of str to list
+        What our predecessors wished to be remembered, by key.
+    words : socket
+        To the parent.
+
+    Attributes
+    ----------
+    restarts : int
+        How many processes were replaced before us; 0 if we are not a replacement.
+    """
+
+    def __init__(
+        self,
+        board: Board,
+        place: int,
+        writer: int,
+        restarts: int,
+        heard: dict[str, list],
+        words: socket.socket,
+    ) -> None:
+        self.board, self.writer, self.restarts, self.heard = board, writer, restarts, heard
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        self._place, self._words, self._parent = place, words, parent.pid
+        self._asked_to_stop = False
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, too, and tells us
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    def stop(self) -> bool:
+        """Whether to end; asking is the sign of life. Who has lost the parent ends."""
+        self.board.beats[self._place] = monotonic_ns()
+        return self._asked_to_stop or os.getppid() != self._parent
+
+    def starting(self) -> None:
+        """What comes now may take long."""
+        self.board.beats[self._place] = 0
+
+    def remember(self, key: str, value: list) -> None:
+        """Have our successors know this; too much of it is not kept."""
+        self._tell(["heard", key, value])
+
+    def fail(self, error: RtNedsError) -> None:
+        """Have the parent end with this error."""
+        self._tell(["failed", str(error), error.exit_code])
+
+    def _tell(self, word: list) -> None:
+        with contextlib.suppress(OSError):
+            self._words.send(json.dumps(word).encode())
+
+    def _on_signal(self, *_: object) -> None:
+        self._asked_to_stop = True
+
+
+@dataclass
+class _Post:
+    """A process that is to be alive, and how it has been doing."""
+
+    name: str
+    work: Callable[[Lifeline], None]
+    place: int
+    process: Any = None
+    words: Any = None
+    started: float = 0.0
+    not_before: float = 0.0
+    deaths: int = 0  # running, each soon after the start
+    beat: int = 0
+    silent_s: float = 0.0
+    failed: WorkerError | None = None
+    hung: bool = False
+
+
+class Supervisor:
+    """Keeps some processes alive.
+
+    Parameters
+    ----------
+    roles : sequence of (str, callable)
+        Name of each process, and what it does until its :class:`Lifeline` says stop. They are
+        started in this order and ended in the reverse.
+    board : Board
+    hang_ms : float
+        One that gives no sign of life for longer is replaced.
+    say : callable
+        Takes a line for a person.
+    """
+
+    def __init__(
+        self,
+        roles: Sequence[tuple[str, Callable[[Lifeline], None]]],
+        board: Board,
+        hang_ms: float,
+        say: Callable[[str], None],
+    ) -> None:
+        self._board, self._hang_s, self._say = board, hang_ms / 1000, say
+        self._posts = [_Post(name, work, place) for place, (name, work) in enumerate(roles)]
+        self._heard: dict[str, list] = {}
+        self._writers = 0
+        self._looked = 0.0
+
+    def run(self, stop: Callable[[], bool]) -> None:
+        """Keep them alive until told to stop.
+
+        Raises
+        ------
+        WorkerError
+            The error of one of them that a person must mend, or that one keeps dying at once.
+        """
+        # What is loaded now is shared with every fork, as long as nobody writes to it.
+        gc.collect()
+        gc.freeze()
+        try:
+            self._looked = time.monotonic()
+            while not stop():
+                for post in self._posts:
+                    if post.process is None and time.monotonic() >= post.not_before:
+                        self._start(post)
+                alive = [post for post in self._posts if post.process is not None]
+                wait([post.process.sentinel for post in alive], POLL_S)
+                now = time.monotonic()
+                # A parent that slept itself has not seen the others silent.
+                elapsed, self._looked = min(now - self._looked, 2 * POLL_S), now
+                for post in alive:
+                    self._look_at(post, elapsed)
+        finally:
+            self._end()
+
+    def _start(self, post: _Post) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        restarts = self._board.restarts if post.started else 0
+        self._board.beats[post.place] = 0
+        post.words, post.started, post.silent_s, post.hung = ours, time.monotonic(), 0.0, False
+        post.process = multiprocessing.get_context("fork").Process(
+            target=_work,
+            args=(post.work, self._board, post.place, self._writers, restarts, self._heard, theirs),
+            name=post.name,
+        )
+        self._writers += 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        post.process.start()
+        theirs.close()
+
+    def _look_at(self, post: _Post, elapsed: float) -> None:
+        self._listen(post)
+        beat = int(self._board.beats[post.place])
+        post.silent_s = post.silent_s + elapsed if beat == post.beat else 0.0
+        post.beat = beat
+        if post.silent_s > (self._hang_s if beat else START_S):
+            post.hung = True
+            post.process.kill()
+        if post.hung or not post.process.is_alive():
+            post.process.join()
+            self._listen(post)
+            self._bury(post)
+
+    def _listen(self, post: _Post) -> None:
+        while True:
+            try:
+                word = post.words.recv(MAX_WORD_BYTES, socket.MSG_DONTWAIT)
+            except OSError:
+                return
+            if not word:
+                return
+            kind, *rest = json.loads(word)
+            if kind == "heard":
+                self._heard[rest[0]] = rest[1]
+            else:
+                post.failed = WorkerError(rest[0], rest[1])
+
+    def _bury(self, post: _Post) -> None:
+        code, process = post.process.exitcode, post.process
+        post.words.close()
+        post.process = None
+        if post.failed is not None:
+            raise post.failed
+        soon = time.monotonic() - post.started < SETTLED_S
+        post.deaths = post.deaths + 1 if soon else 1
+        how = "gave no sign of life" if post.hung else f"ended ({_how(code)})"
+        if post.deaths >= GIVE_UP:
+            raise WorkerError(
+                f"the {post.name} {how}, for the {GIVE_UP}th time within {SETTLED_S:g} s of its "
+                "start; it was expected to live: see the lines above, and try rt-neds doctor"
+            )
+        delay_s = 0.0 if post.deaths == 1 else 0.05 * 2**post.deaths
+        post.not_before = time.monotonic() + delay_s
+        self._board.note_restart()
+        self._say(f"the {post.name} (process {process.pid}) {how}; another takes its place")
+
+    def _end(self) -> None:
+        for post in reversed(self._posts):
+            if post.process is None:
+                continue
+            post.process.terminate()
+            post.process.join(END_S)
+            if post.process.is_alive():
+                post.process.kill()
+                post.process.join()
+
+
+def _work(work: Callable[[Lifeline], None], *tied: Any) -> None:
+    lifeline = Lifeline(*tied)
+    try:
+        work(lifeline)
+    except RtNedsError as error:
+        lifeline.fail(error)
+
+
+def _how(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"exit code {exit_code}"
+    with contextlib.suppress(ValueError):
+        return signal.Signals(-exit_code).name
+    return f"signal {-exit_code}"

@@ -1,0 +1,141 @@
+"""Poisson regression: the right optimum, rates that behaviour or the past explain, no future."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from sklearn.linear_model import PoissonRegressor
+
+from offline.baselines.glm import encoding, fit_poisson, forward_1
+from offline.metrics import bits_per_spike
+from rt_neds.errors import ConfigError
+from tests.baselines.making import binned_session
+
+T = 3000
+
+
+@pytest.fixture(scope="module")
+def walk_TD() -> NDArray[np.float64]:
+    """A smooth path through a square."""
+    rng = np.random.default_rng(0)
+    noise_TD = rng.normal(size=(T + 40, 2))
+    smooth = [np.convolve(noise, np.hanning(40) / 4, mode="valid")[:T] for noise in noise_TD.T]
+    return np.stack(smooth, axis=1) * 40 + 300
+
+
+@pytest.fixture(scope="module")
+def counts_TN(walk_TD: NDArray) -> NDArray[np.int64]:
+    """Four place cells, one that excites the next bin's unit, and that unit."""
+    rng = np.random.default_rng(1)
+    z_TD = (walk_TD - walk_TD.mean(axis=0)) / walk_TD.std(axis=0)
+    places = [(-0.7, -0.7), (0.7, -0.7), (-0.7, 0.7), (0.7, 0.7)]
+    rate_TN = [1.5 * np.exp(-np.square(z_TD - place).sum(axis=1) / 0.6) for place in places]
+    leader_T = rng.poisson(0.5, T)
+    follower_T = rng.poisson(0.1 + 1.0 * np.concatenate([[0], leader_T[:-1]]))
+    return np.stack([*rng.poisson(rate_TN), leader_T, follower_T], axis=1)
+
+
+def test_equals_scikit_learn_in_every_unit() -> None:
+    rng = np.random.default_rng(2)
+    z_TF = rng.normal(size=(400, 7)) @ rng.normal(size=(7, 7))
+    count_TN = rng.poisson(np.exp(0.1 * z_TF @ rng.normal(size=(7, 3)) - 0.5))
+    ours = fit_poisson(z_TF, count_TN, z_TF, count_TN, alphas=(0.3,))
+    for n in range(3):
+        alpha = 0.3 * count_TN[:, n].mean()
+        theirs = PoissonRegressor(alpha=alpha, tol=1e-9, max_iter=1000).fit(z_TF, count_TN[:, n])
+        np.testing.assert_allclose(ours.weight_FN[:, n], theirs.coef_, atol=2e-3)
+        assert ours.offset_N[n] == pytest.approx(theirs.intercept_, abs=2e-3)
+
+
+def test_the_slope_at_the_optimum_is_nothing() -> None:
+    """In single precision, with features that repeat each other and one that is constant."""
+    rng = np.random.default_rng(3)
+    z_TF = rng.normal(size=(1000, 5))
+    z_TF = np.concatenate([z_TF, z_TF, np.zeros((1000, 1))], axis=1).astype(np.float32)
+    count_TN = rng.poisson(np.exp(0.4 * z_TF[:, :4] - 1.0)).astype(np.float32)
+    fitted = fit_poisson(z_TF, count_TN, z_TF, count_TN, alphas=(0.01,))
+    rate_TN = np.exp(z_TF @ fitted.weight_FN + fitted.offset_N)
+    slope_FN = z_TF.T @ (rate_TN - count_TN) / 1000
+    slope_FN += 0.01 * count_TN.mean(axis=0) * fitted.weight_FN
+    assert np.abs(slope_FN).max() < 2e-3
+    assert np.abs((rate_TN - count_TN).mean(axis=0)).max() < 2e-3
+
+
+def test_each_unit_gets_its_own_penalty() -> None:
+    rng = np.random.default_rng(4)
+    z_TF = rng.normal(size=(600, 40))
+    rate_TN = np.stack([np.exp(0.8 * z_TF[:, 0]), np.ones(600)], axis=1)
+    count_TN = rng.poisson(rate_TN)
+    fitted = fit_poisson(z_TF[:300], count_TN[:300], z_TF[300:], count_TN[300:])
+    assert fitted.weight_FN[0, 0] > 0.5
+    assert np.abs(fitted.weight_FN[:, 1]).max() < 0.1
+
+
+def test_encoding_finds_place_cells(walk_TD: NDArray, counts_TN: NDArray) -> None:
+    binned = binned_session(counts_TN, walk_TD[:, 0], "x", y=walk_TD[:, 1])
+    test = np.flatnonzero(binned.of_split("test"))
+    rate_SN = encoding(binned, test)
+    assert rate_SN.shape == (len(test), 6)
+    assert bits_per_spike(counts_TN[test, :4], rate_SN[:, :4])["mean50"] > 0.4
+    assert bits_per_spike(counts_TN[test, 4:], rate_SN[:, 4:])["mean50"] < 0.1
+
+
+def test_encoding_finds_classes_where_they_are_shown(counts_TN: NDArray) -> None:
+    rng = np.random.default_rng(5)
+    side_T = np.repeat(rng.integers(0, 2, T // 50), 50)
+    counts_TN = rng.poisson(np.where(side_T == 1, 1.5, 0.3))[:, None]
+    binned = binned_session(counts_TN, side_T.astype(float), "choice")
+    test = np.flatnonzero(binned.of_split("test"))
+    shown = bits_per_spike(counts_TN[test], encoding(binned, test, classes={"choice": 2}))["mean50"]
+    binned.shown_TM[test, 1] = False
+    hidden = bits_per_spike(counts_TN[test], encoding(binned, test, classes={"choice": 2}))
+    assert shown > 0.15
+    assert hidden["mean50"] < 0.05
+
+
+def test_forward_finds_who_follows_whom(walk_TD: NDArray, counts_TN: NDArray) -> None:
+    binned = binned_session(counts_TN, walk_TD[:, 0], "x")
+    test = np.flatnonzero(binned.of_split("test"))
+    rate_SN = forward_1(binned, test)
+    assert bits_per_spike(counts_TN[test, 5:], rate_SN[:, 5:])["mean50"] > 0.3
+    assert bits_per_spike(counts_TN[test, 4:5], rate_SN[:, 4:5])["mean50"] < 0.05
+
+
+def test_no_future_and_no_count_of_the_bin_itself(walk_TD: NDArray, counts_TN: NDArray) -> None:
+    now, asked = 2700, np.arange(2600, 2701)
+    poked_TN, poked_TD = counts_TN.copy(), walk_TD.copy()
+    poked_TN[now:] += 3
+    poked_TD[now + 1 :] = 500.0
+    before = binned_session(counts_TN, walk_TD[:, 0], "x", y=walk_TD[:, 1])
+    after = binned_session(poked_TN, poked_TD[:, 0], "x", y=poked_TD[:, 1])
+    np.testing.assert_array_equal(forward_1(before, asked), forward_1(after, asked))
+    np.testing.assert_array_equal(encoding(before, asked), encoding(after, asked))
+    poked_TN[now - 1] += 3
+    assert not np.array_equal(
+        forward_1(before, asked), forward_1(binned_session(poked_TN, walk_TD[:, 0], "x"), asked)
+    )
+
+
+def test_order_of_bins_changes_nothing(walk_TD: NDArray, counts_TN: NDArray) -> None:
+    binned = binned_session(counts_TN, walk_TD[:, 0], "x", y=walk_TD[:, 1])
+    bins = np.random.default_rng(6).permutation(T)[:50]
+    for method in (encoding, forward_1):
+        np.testing.assert_allclose(method(binned, bins), method(binned, np.arange(T))[bins], 1e-4)
+
+
+def test_where_nothing_is_shown_in_validation_the_end_of_training_chooses(
+    counts_TN: NDArray, walk_TD: NDArray
+) -> None:
+    binned = binned_session(counts_TN, walk_TD[:, 0], "x", y=walk_TD[:, 1])
+    binned.shown_TM[binned.of_split("val"), 1:] = False
+    test = np.flatnonzero(binned.of_split("test"))
+    rate_SN = encoding(binned, test)
+    assert bits_per_spike(counts_TN[test, :4], rate_SN[:, :4])["mean50"] > 0.3
+
+
+def test_nothing_shown_is_said(counts_TN: NDArray, walk_TD: NDArray) -> None:
+    binned = binned_session(counts_TN, walk_TD[:, 0], "x")
+    binned.shown_TM[:, 1] = False
+    with pytest.raises(ConfigError, match="0 training bins"):
+        encoding(binned, np.arange(10))

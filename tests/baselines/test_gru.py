@@ -1,0 +1,97 @@
+"""The GRU: it finds a lagged code and a class, carries its state, and sees no future."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from offline.baselines import gru as module
+from offline.baselines.gru import gru
+from offline.metrics import r2
+from rt_neds.errors import ConfigError
+from tests.baselines.making import binned_session
+
+T = 2000
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_STEPS", 60)
+    monkeypatch.setattr(module, "VALIDATE_EVERY", 20)
+    monkeypatch.setattr(module, "BATCH", 8)
+    monkeypatch.setattr(module, "WINDOW", 80)
+    monkeypatch.setattr(module, "LEAD", 30)
+    monkeypatch.setattr(module, "LEARNING_RATE", 1e-2)
+
+
+@pytest.fixture(scope="module")
+def counts_TN() -> NDArray[np.int64]:
+    return np.random.default_rng(0).poisson(1.0, size=(T, 6))
+
+
+@pytest.fixture(scope="module")
+def speed_T(counts_TN: NDArray) -> NDArray[np.float64]:
+    """What unit 0 did less what unit 1 did, in the last five bins, in units far from 1."""
+    recent_TN = np.stack([np.convolve(c, np.ones(5))[:T] for c in counts_TN.T], axis=1)
+    return 500.0 + 20.0 * (recent_TN[:, 0] - recent_TN[:, 1])
+
+
+def test_finds_a_speed_and_a_side_together(counts_TN: NDArray, speed_T: NDArray) -> None:
+    side_T = (speed_T > 500).astype(float)
+    binned = binned_session(counts_TN, speed_T, side=side_T)
+    test = np.flatnonzero(binned.of_split("test"))
+    predicted = gru(binned, ["speed", "side"], test, classes={"side": 2})
+    assert r2(speed_T[test], predicted["speed"]) > 0.7
+    assert predicted["side"].shape == (len(test), 2)
+    np.testing.assert_allclose(predicted["side"].sum(axis=1), 1.0, atol=1e-6)
+    assert np.mean(predicted["side"].argmax(axis=1) == side_T[test]) > 0.8
+
+
+def test_no_future_spike_and_no_test_label_is_used(counts_TN: NDArray, speed_T: NDArray) -> None:
+    now, asked = 1700, np.arange(1650, 1701)
+    later_TN, later_T = counts_TN.copy(), speed_T.copy()
+    later_TN[now + 1 :] = 7
+    later_T[1600:] = -1e6
+    expected = gru(binned_session(counts_TN, speed_T), ["speed"], asked)["speed"]
+    poked = gru(binned_session(later_TN, later_T), ["speed"], asked)["speed"]
+    np.testing.assert_array_equal(poked, expected)
+    later_TN[now] += 5
+    poked = gru(binned_session(later_TN, later_T), ["speed"], asked)["speed"]
+    np.testing.assert_array_equal(poked[:-1], expected[:-1])
+    assert poked[-1] != expected[-1]
+
+
+def test_state_is_carried_from_the_first_bin(
+    counts_TN: NDArray, speed_T: NDArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the session is cut and whatever is asked, the values are those of one pass."""
+    binned = binned_session(counts_TN, speed_T)
+    whole = gru(binned, ["speed"], np.arange(T))["speed"]
+    monkeypatch.setattr(module, "BLOCK", 130)
+    bins = np.random.default_rng(1).permutation(T)[:40]
+    np.testing.assert_allclose(gru(binned, ["speed"], bins)["speed"], whole[bins], atol=1e-2)
+    assert gru(binned, ["speed"], np.arange(0))["speed"].shape == (0,)
+
+
+def test_unrecorded_bins_enter_as_silence(counts_TN: NDArray, speed_T: NDArray) -> None:
+    hole = slice(1650, 1700)
+    silent_TN = counts_TN.copy()
+    silent_TN[hole] = 0
+    binned, silent = binned_session(counts_TN, speed_T), binned_session(silent_TN, speed_T)
+    binned.shown_TM[hole, 0] = False
+    asked = np.arange(1640, 1720)
+    ours, expected = (gru(one, ["speed"], asked)["speed"] for one in (binned, silent))
+    np.testing.assert_array_equal(ours, expected)
+
+
+def test_a_seed_is_a_result_and_others_differ(counts_TN: NDArray, speed_T: NDArray) -> None:
+    binned, asked = binned_session(counts_TN, speed_T), np.arange(1600, 1650)
+    once, again, other = (gru(binned, ["speed"], asked, seed=s)["speed"] for s in (0, 0, 1))
+    np.testing.assert_array_equal(once, again)
+    assert not np.array_equal(once, other)
+
+
+def test_nothing_to_decode_is_said(counts_TN: NDArray, speed_T: NDArray) -> None:
+    with pytest.raises(ConfigError, match="name one"):
+        gru(binned_session(counts_TN, speed_T), [], np.arange(3))

@@ -1,0 +1,60 @@
+"""What bench concludes from what it measured."""
+
+import pytest
+
+from rt_neds.bench import bench_step, paced, percentiles, random_bundle, term_lines, terms
+from rt_neds.bundle import load_spec
+
+
+def report(p50, p99_9, missed, control_p50=0.3, control_p99_9=2.0):
+    ours = {"p50": p50, "p99": 1.0, "p99_9": p99_9, "max": 9.0}
+    control = {"p50": control_p50, "p99": 1.0, "p99_9": control_p99_9, "max": 9.0}
+    return {"missed": missed, "stages_ms": {"bin_end_to_publish": ours, "control": control}}
+
+
+def test_terms_allow_the_control_and_so_many_steps():
+    met = terms(report(0.3 + 0.119, 2.0 + 0.299, 4), control_missed=4, step_ms=0.1)
+    assert [met[name]["met"] for name in ("p50_ms", "p99_9_ms", "missed")] == [True] * 3
+    assert met["p50_ms"] == {"came": pytest.approx(0.419), "may": 0.42, "met": True}
+    assert met["p99_9_ms"]["may"] == 2.3
+    failed = terms(report(0.3 + 0.121, 2.0 + 0.301, 5), control_missed=4, step_ms=0.1)
+    assert [failed[name]["met"] for name in ("p50_ms", "p99_9_ms", "missed")] == [False] * 3
+    assert failed["missed"] == {"came": 5, "may": 4, "met": False}
+    lines = term_lines(failed)
+    assert len(lines) == 3
+    assert all(line.startswith("NOT met: ") for line in lines)
+    assert lines[2].endswith("5, may be 4")
+
+
+def test_terms_of_a_run_without_bins_are_not_met():
+    nothing = terms(report(float("nan"), float("nan"), 10), control_missed=0, step_ms=0.1)
+    assert not any(nothing[name]["met"] for name in ("p50_ms", "p99_9_ms", "missed"))
+
+
+def test_paced_steps_take_turns_and_are_all_timed():
+    import numpy as np
+
+    calls = []
+
+    class Noted:
+        def __init__(self, name):
+            self.name = name
+
+        def steps(self, counts_TN, observed_T):
+            calls.append((self.name, int(counts_TN[0][0]), observed_T))
+
+    counts_TN = np.arange(3, dtype=np.float32)[:, None]
+    took = paced({"a": Noted("a"), "b": Noted("b")}, counts_TN, 4, 0.001)
+    assert {name: len(us) for name, us in took.items()} == {"a": 4, "b": 4}
+    assert calls[:4] == [("a", 0, (True,)), ("b", 0, (True,)), ("a", 1, (True,)), ("b", 1, (True,))]
+    assert calls[-1] == ("b", 0, (True,))
+    assert percentiles([1.0, 2.0, 3.0])["p50"] == 2.0
+
+
+def test_a_random_bundle_is_a_bundle_and_its_step_is_measured(tmp_path):
+    path = random_bundle(tmp_path / "b", "small", 7, 5.0, 2)
+    assert load_spec(path).bin_ms == 5.0
+    result = bench_step(bundle=str(path), size="small", units=7, behaviours=2, seconds=0.2)
+    assert result["max_abs_error"] < 1e-4
+    assert result["window_over_step"] > 1
+    assert set(result) >= {"step_us", "eager_us", "window_us", "eager_over_step"}

@@ -1,0 +1,114 @@
+"""The cache: the same session, read from disk; made anew when the file or the question changes."""
+
+import os
+
+import numpy as np
+import pytest
+
+from offline import cache
+from offline.batches import draw_step, prepare
+from offline.cache import kept
+from offline.train import train
+from rt_neds.errors import ConfigError, SessionError
+from tests.making import tiny_config, write_session
+
+ARRAYS = ("values_TM", "shown_TM", "scored_TM", "split_T", "trial_T")
+
+
+def folders(path):
+    return sorted(folder.name for folder in path.iterdir())
+
+
+def test_what_comes_back_is_what_was_kept(tmp_path):
+    config = tiny_config()
+    path = write_session(tmp_path / "s.h5")
+    fresh, back = prepare(path, config), kept(path, config, tmp_path / "cache")
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(back.binned, name), getattr(fresh.binned, name))
+    np.testing.assert_array_equal(back.reach()[1], fresh.reach()[1])
+    np.testing.assert_array_equal(back.binned.session.records_S, fresh.binned.session.records_S)
+    for name in ("id", "units", "rate", "present", "scales", "length"):
+        assert getattr(back, name) == getattr(fresh, name)
+    np.testing.assert_array_equal(back.rate_N, fresh.rate_N)
+    np.testing.assert_array_equal(
+        back.binned.counts_TN(90, 250, 77), fresh.binned.counts_TN(90, 250, 77)
+    )
+    assert back.binned.session.column("trials.choice").shape == (29,)  # read when asked for
+    drawn = [
+        next(draw_step([s], config, np.random.default_rng(3), "cpu").batches) for s in (fresh, back)
+    ]
+    assert drawn[0].counts_BTN.equal(drawn[1].counts_BTN)
+    assert drawn[0].targets_BTM.equal(drawn[1].targets_BTM)
+
+
+def test_nothing_of_the_arrays_is_in_memory(tmp_path):
+    subject = kept(write_session(tmp_path / "s.h5"), tiny_config(), tmp_path / "cache")
+    binned, anchors = subject.reach()
+    arrays = [getattr(binned, name) for name in ARRAYS]
+    for array in (*arrays, anchors, binned.session.records_S, binned._samples_S):
+        base = array
+        while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
+            base = base.base
+        assert isinstance(base, np.memmap)
+
+
+def test_it_is_made_anew_when_it_must_be_and_only_then(tmp_path):
+    path, where = write_session(tmp_path / "s.h5"), tmp_path / "cache"
+    kept(path, tiny_config(), where)
+    (first,) = folders(where)
+    written = (where / first / "records.npy").stat().st_mtime_ns
+    kept(path, tiny_config(data={"window_bins": 50}, training={"batch": 2}), where)
+    assert folders(where) == [first]
+    assert (where / first / "records.npy").stat().st_mtime_ns == written
+    kept(path, tiny_config(data={"bin_ms": 10.0}), where)
+    kept(path, tiny_config(data={"train_minutes": 0.1}), where)
+    assert len(folders(where)) == 3
+    os.utime(path, ns=(1, 1))
+    kept(path, tiny_config(), where)
+    assert len(folders(where)) == 4
+
+
+def test_more_sessions_than_are_mapped_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_open", cache.lru_cache(maxsize=2)(cache._open.__wrapped__))
+    subjects = [
+        kept(
+            write_session(tmp_path / f"{n}.h5", session_id=f"s{n}", seed=n, seconds=20),
+            tiny_config(),
+            tmp_path / "cache",
+        )
+        for n in range(5)
+    ]
+    rng = np.random.default_rng(0)
+    seen = {s for _ in range(40) for s in draw_step(subjects, tiny_config(), rng, "cpu").sessions}
+    assert seen == {f"s{n}" for n in range(5)}
+    assert cache._open.cache_info().currsize == 2
+
+
+def test_sessions_may_lack_behaviours_but_not_all_the_same(tmp_path):
+    paths = [
+        str(write_session(tmp_path / "a.h5", session_id="a", leave_out=("wheel",))),
+        str(write_session(tmp_path / "b.h5", session_id="b", units=4, leave_out=("trials",))),
+        str(write_session(tmp_path / "c.h5", session_id="c", leave_out=("trials", "wheel"))),
+    ]
+    summary = train(tiny_config(), paths[:2], tmp_path / "run")
+    assert {s: set(of) - {"encoding"} for s, of in summary["val"].items()} == {
+        "a": {"choice"},
+        "b": {"speed"},
+    }
+    with pytest.raises(SessionError, match=r"no wheel\.wheel_speed"):
+        train(tiny_config(), paths[:1], tmp_path / "run2")
+    # A session of spikes alone helps where spikes are learned from spikes, and only there.
+    schemes = {"schemes": {"decoding": 1.0, "ahead": 1.0}}
+    assert "ahead" in train(tiny_config(masking=schemes), paths, tmp_path / "run3")["val"]["c"]
+    with pytest.raises(SessionError, match="has none of speed, choice"):
+        train(tiny_config(masking={"schemes": {"decoding": 1.0}}), paths, tmp_path / "run4")
+
+
+def test_two_probes_of_one_session_id_are_told_what_to_do(tmp_path):
+    a, b = (write_session(tmp_path / f"{n}.h5") for n in "ab")
+    import h5py
+
+    with h5py.File(b, "a") as file:
+        file["units/id"][...] = np.array([f"other/{n}".encode() for n in range(6)])
+    with pytest.raises(ConfigError, match="its units differ: merge"):
+        train(tiny_config(), [str(a), str(b)], tmp_path / "run")

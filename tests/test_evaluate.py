@@ -1,0 +1,146 @@
+"""Evaluation whole: the contract, several sessions, regions, and the report."""
+
+import base64
+import json
+import re
+
+import numpy as np
+import pytest
+
+from offline.encoding import SCHEME_OF
+from offline.evaluate import evaluate, tenth_of_trial
+from offline.train import train
+from offline.windows import bin_session
+from rt_neds import cli
+from rt_neds.errors import ConfigError, SessionError
+from rt_neds.result import clean
+from rt_neds.session import load_session
+from tests.making import tiny_config, write_session
+
+ODD = "<b>mouse & co</b>"
+SCHEMES = dict.fromkeys(["decoding", *SCHEME_OF.values()], 1.0)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Two sessions, one with an awkward name, and a bundle trained a little on both."""
+    folder = tmp_path_factory.mktemp("two")
+    paths = [
+        write_session(folder / "a.h5", seconds=40, units=24),
+        write_session(folder / "b.h5", seconds=40, units=22, seed=1, session_id=ODD),
+    ]
+    config = tiny_config(masking={"schemes": SCHEMES, "region": "region"}, training={"steps": 4})
+    train(config, [str(path) for path in paths], folder / "run")
+    return paths, folder / "run" / "bundle"
+
+
+@pytest.fixture(scope="module")
+def both(two, tmp_path_factory):
+    paths, bundle = two
+    out = tmp_path_factory.mktemp("report")
+    return evaluate(bundle, paths, report=out), (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_several_sessions_give_one_object_each_and_regions_of_all(two, both):
+    (_, second), bundle = two
+    result, _ = both
+    assert set(result) == {"sessions", "regions"}
+    assert [one["session"] for one in result["sessions"]] == ["tiny", ODD]
+    assert result["regions"]["units"] == 46
+    assert result["regions"]["regions"] == {"CA1": 23, "VISp": 23}
+    alone = evaluate(bundle, second)
+    assert alone["regions"]["units"] == 22
+    shared = {key: value for key, value in alone.items() if key != "regions"}
+    assert clean(shared) == clean(result["sessions"][1])
+    assert alone["stream_vs_offline_max_abs"] < 1e-4
+
+
+def test_every_metric_that_was_trained_has_a_number(both):
+    result, _ = both
+    for one in result["sessions"]:
+        assert set(one["encoding"]) == set(SCHEME_OF)
+        for metric, scores in one["encoding"].items():
+            assert np.isfinite([scores["mean50"], scores["pooled"]]).all(), metric
+        assert {"coverage_50", "coverage_95", "nll", "nll_profile"} <= set(one["decoding"]["speed"])
+        assert {"ece", "reliability", "chance"} <= set(one["decoding"]["choice"])
+        assert len(one["decoding"]["speed"]["error_by_time"]) == 10
+    json.dumps(clean(result), allow_nan=False)
+
+
+def test_a_session_given_twice_is_refused(two):
+    (first, _), bundle = two
+    with pytest.raises(ConfigError, match="twice"):
+        evaluate(bundle, [first, first], baselines="none")
+
+
+def test_no_baselines_and_a_region_field_that_is_not_there(two):
+    (first, _), bundle = two
+    assert evaluate(bundle, first, baselines="none")["baselines"] == {}
+    with pytest.raises(SessionError, match=r"units\.regoin.*did you mean region"):
+        evaluate(bundle, first, baselines="none", region="regoin")
+
+
+def test_all_baselines_decode_and_predict_the_same(two, monkeypatch):
+    (first, _), bundle = two
+    monkeypatch.setattr("offline.baselines.gru.MOST_STEPS", 3)
+    result = evaluate(bundle, first, baselines="all")
+    baselines = result["baselines"]
+    assert set(baselines) == {"ridge", "logistic", "gru", "glm"}
+    assert set(baselines["gru"]) == {"speed", "choice"}
+    assert set(baselines["glm"]) == {"bits_per_spike", "forward_1"}
+    for metric, scores in baselines["glm"].items():
+        assert scores["bins"] == result["encoding"][metric]["bins"]
+        assert scores["units"] == result["encoding"][metric]["units"]
+
+
+def test_tenths_of_trials(two):
+    (first, _), _ = two
+    config = tiny_config()
+    binned = bin_session(load_session(first), config.data, config.behaviour)
+    tenth_T = tenth_of_trial(binned)
+    assert tenth_T[:50].tolist() == [-1] * 50  # the first trial begins at a second and lasts 1.5 s
+    assert tenth_T[50:125].tolist() == [k * 10 // 75 for k in range(75)]
+    assert tenth_T[125:150].tolist() == [-1] * 25
+
+
+def test_the_report_needs_nothing_but_itself_and_escapes_every_name(both):
+    _, page = both
+    assert page.startswith("<!doctype html>")
+    assert "<b>" not in page
+    assert "&lt;b&gt;mouse &amp; co&lt;/b&gt;" in page
+    assert "<script" not in page
+    assert "default-src 'none'" in page
+    assert re.findall(r'(?:src|href)="(?!data:image/svg\+xml;base64,)', page) == []
+    assert re.findall(r"url\(|@import|https?://", page) == []
+
+
+def test_the_report_has_the_pictures_and_the_numbers(both):
+    result, page = both
+    pictures = re.findall(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)", page)
+    assert len(pictures) == 2 * 4 + 1  # traces, time, reliability, bits of each; and the regions
+    for picture in pictures:
+        assert b"<svg" in base64.b64decode(picture)[:1000]
+    for one in result["sessions"]:
+        assert f"{one['decoding']['choice']['balanced_accuracy']:.3f}" in page
+        assert f"{one['decoding']['speed']['r2']:.3f}".replace("-", "−") in page
+        forward = one["encoding"]["forward_1"]["pooled"]
+        assert f"{forward:.3f}".replace("-", "−") in page
+
+
+def test_a_report_where_nothing_can_be_written(two, tmp_path):
+    (first, _), bundle = two
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write"):
+        evaluate(bundle, first, baselines="none", report=tmp_path / "file")
+
+
+def test_by_command(two, tmp_path, capsys):
+    paths, bundle = two
+    arguments = ["evaluate", "--bundle", str(bundle), "--session", *map(str, paths)]
+    arguments += ["--baselines", "none", "--report", str(tmp_path), "--json", "-"]
+    assert cli.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["sessions"]) == 2
+    assert "co-smoothing" in err
+    assert str(tmp_path / "report.html") in err
+    assert (tmp_path / "report.html").is_file()

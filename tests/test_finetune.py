@@ -1,0 +1,152 @@
+"""Fine-tuning: the trunk is carried over, frozen while it is said to be, and refused if another."""
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from offline.batches import prepare
+from offline.beginning import build
+from offline.finetune import begin_at_bundle, trunk
+from offline.train import make_optimiser, set_rates, train
+from rt_neds.bundle import build_model, load_spec
+from rt_neds.errors import BundleError
+from tests.making import TINY, tiny_config, write_session
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained")
+    sessions = [
+        str(write_session(folder / f"{name}.h5", session_id=name, units=units, seed=seed))
+        for seed, (name, units) in enumerate({"a": 5, "b": 7}.items())
+    ]
+    train(tiny_config(), sessions, folder / "run")
+    return folder / "run" / "bundle", sessions
+
+
+def test_the_trunk_is_the_bundles_and_a_new_session_is_fresh(pretrained, tmp_path):
+    bundle, _ = pretrained
+    config = tiny_config()
+    subject = prepare(write_session(tmp_path / "c.h5", session_id="c", units=6), config)
+    fresh, model = build(config, [subject]), build(config, [subject])
+    begin_at_bundle(model, bundle, config)
+    known = build_model(bundle, load_spec(bundle))
+    theirs = dict(known.named_parameters())
+    for name, parameter in trunk(model).items():
+        assert torch.equal(parameter, theirs[name]), name
+    assert torch.equal(model.modality_MD, known.modality_MD)
+    assert torch.allclose(model.session_XD[0], known.session_XD.mean(dim=0))
+    assert model.parts("c").units == 6
+    for buffer in ("mean_KN", "sd_KN"):  # of this session's own units
+        own, built = (getattr(m.parts("c").spikes_in, buffer) for m in (model, fresh))
+        assert torch.equal(own, built)
+
+
+def test_a_session_the_bundle_knows_goes_on_where_it_was(pretrained):
+    bundle, sessions = pretrained
+    config = tiny_config()
+    model = build(config, [prepare(sessions[1], config)])
+    begin_at_bundle(model, bundle, config)
+    known = build_model(bundle, load_spec(bundle)).parts("b").state_dict()
+    for name, tensor in model.parts("b").state_dict().items():
+        assert torch.equal(tensor, known[name]), name
+
+
+def test_a_behaviour_may_be_left_out(pretrained, tmp_path):
+    bundle, _ = pretrained
+    only = next(iter(TINY["behaviour"]))
+    config = msgspec.structs.replace(tiny_config(), behaviour={only: tiny_config().behaviour[only]})
+    subject = prepare(write_session(tmp_path / "c.h5", session_id="c"), config)
+    model = build(config, [subject])
+    begin_at_bundle(model, bundle, config)
+    known = build_model(bundle, load_spec(bundle))
+    assert torch.equal(model.modality_MD[1], known.modality_MD[known.modalities.index(only)])
+
+
+def test_the_trunk_rests_while_it_is_frozen(pretrained, tmp_path):
+    bundle, _ = pretrained
+    config = tiny_config(training={"frozen_steps": 4, "steps": 4, "validate_every": 4})
+    session = str(write_session(tmp_path / "c.h5", session_id="c", units=6))
+    train(config, [session], tmp_path / "run", init=bundle)
+    after, before = (build_model(f, load_spec(f)) for f in (tmp_path / "run/bundle", bundle))
+    theirs = trunk(before)
+    for name, parameter in trunk(after).items():
+        # The kept weights are an average of equal ones.
+        assert torch.allclose(parameter, theirs[name], atol=1e-6), name
+
+
+def test_rates_of_trunk_and_sessions(pretrained, tmp_path):
+    config = tiny_config(training={"frozen_steps": 3, "trunk_rate": 0.1, "steps": 10})
+    model = build(config, [prepare(write_session(tmp_path / "c.h5"), config)])
+    optimiser = make_optimiser(model, config.training)
+    owned = sum(p.numel() for group in optimiser.param_groups for p in group["params"])
+    assert owned == sum(p.numel() for p in model.parameters())
+    set_rates(optimiser, 2, config.training)
+    assert optimiser.param_groups[0]["lr"] == 0 < optimiser.param_groups[1]["lr"]
+    set_rates(optimiser, 3, config.training)
+    rates = [group["lr"] for group in optimiser.param_groups]
+    assert rates[0] == pytest.approx(0.1 * rates[1])
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [("model", "layers", 1), ("model", "history", [1, 9]), ("data", "bin_ms", 10.0)],
+)
+def test_another_kind_of_network_is_refused_by_name(pretrained, tmp_path, section, field, value):
+    bundle, sessions = pretrained
+    config = tiny_config(**{section: {field: value}})
+    with pytest.raises(BundleError, match=field):
+        train(config, sessions[:1], tmp_path / "run", init=bundle)
+
+
+def test_training_minutes_are_the_last_ones(tmp_path):
+    session = write_session(tmp_path / "s.h5")
+    whole = prepare(session, tiny_config()).binned.of_split("train")
+    short = prepare(session, tiny_config(data={"train_minutes": 0.1})).binned
+    kept = np.flatnonzero(short.of_split("train"))
+    assert len(kept) == 300  # six seconds of 20 ms bins
+    assert kept.tolist() == np.flatnonzero(whole)[-300:].tolist()
+    assert (short.of_split("val") == prepare(session, tiny_config()).binned.of_split("val")).all()
+
+
+def test_a_behaviour_of_another_kind_is_refused_by_name(pretrained, tmp_path):
+    bundle, sessions = pretrained
+    choice = msgspec.structs.replace(
+        tiny_config().behaviour["choice"], classes={"right": 0, "left": 1}
+    )
+    behaviour = {**tiny_config().behaviour, "choice": choice}
+    config = msgspec.structs.replace(tiny_config(), behaviour=behaviour)
+    with pytest.raises(BundleError, match=r"behaviour\.choice as categorical left right"):
+        train(config, sessions[:1], tmp_path / "run", init=bundle)
+
+
+def test_a_known_session_with_other_units_is_refused(pretrained, tmp_path):
+    bundle, _ = pretrained
+    other = str(write_session(tmp_path / "b.h5", session_id="b", units=6))
+    with pytest.raises(BundleError, match="knows session b with 7 units and it came with 6"):
+        train(tiny_config(), [other], tmp_path / "run", init=bundle)
+
+
+def test_fine_tuning_goes_on_as_if_it_had_never_stopped(pretrained, tmp_path, monkeypatch):
+    bundle, _ = pretrained
+    session = [str(write_session(tmp_path / "c.h5", session_id="c"))]
+    config = tiny_config(training={"frozen_steps": 8, "trunk_rate": 0.3})
+    train(config, session, tmp_path / "whole", init=bundle)
+    import offline.train as module
+
+    real, steps = module.train_step, []
+
+    def stops_at_eight(*args):
+        if len(steps) == 8:
+            raise KeyboardInterrupt
+        steps.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(module, "train_step", stops_at_eight)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, session, tmp_path / "stopped", init=bundle)
+    monkeypatch.setattr(module, "train_step", real)
+    train(config, session, tmp_path / "stopped", init=bundle, resume=True)
+    whole, stopped = (load_spec(tmp_path / run / "bundle") for run in ("whole", "stopped"))
+    assert whole.sha256 == stopped.sha256

@@ -1,0 +1,159 @@
+"""The step that a GPU replays: equal to the network, on any device, captured or not."""
+
+import numpy as np
+import pytest
+import torch
+
+from rt_neds.errors import BundleError
+from rt_neds.model.neds import SPIKES
+from rt_neds.stream.binner import CHUNK
+from rt_neds.stream.decoder import make_step
+from rt_neds.stream.fused import FusedStep
+from rt_neds.stream.graph import GraphStep
+from tests.test_fused import (
+    ATOL,
+    NAMES,
+    SIZES,
+    offline,
+    random_model,
+    random_stream,
+    streamed,
+)
+
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+ON = [("cpu", False), *(pytest.param(("cuda", yes), marks=gpu) for yes in (False, True))]
+
+
+@pytest.fixture(params=ON, ids=lambda on: f"{on[0]}{' captured' if on[1] else ''}")
+def make(request):
+    device, captured = request.param
+
+    def make(model, wanted=NAMES, missing_N=None):
+        return GraphStep(model, "a", wanted, missing_N, device, captured=captured)
+
+    return make
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("wanted", [NAMES, ["licks"], ["position", "speed"]], ids=len)
+@pytest.mark.parametrize("some_missing", [False, True])
+def test_equals_forward_over_many_turns_of_the_ring(make, size, wanted, some_missing):
+    model = random_model(size, seed=len(wanted))
+    counts_TN, observed_T, missing_N = random_stream(model, 250)
+    missing_N = missing_N if some_missing else None
+    expected_TO = offline(model, counts_TN, observed_T, wanted, missing_N)
+    got_TO = streamed(make(model, wanted, missing_N), counts_TN, observed_T)
+    np.testing.assert_allclose(got_TO, expected_TO, atol=ATOL)
+
+
+def test_equals_the_cpu_step_far_from_bin_zero_and_after_resets(make):
+    model = random_model()
+    counts_TN, observed_T, _ = random_stream(model, 40)
+    graph, fused = make(model), FusedStep(model, "a", NAMES)
+    for first_bin in (0, 7, 123_456_789, 2**40 + 3):
+        graph.reset(first_bin)
+        fused.reset(first_bin)
+        np.testing.assert_allclose(
+            streamed(graph, counts_TN, observed_T),
+            streamed(fused, counts_TN, observed_T),
+            atol=ATOL,
+        )
+
+
+def test_a_reset_forgets_everything(make):
+    model = random_model()
+    counts_TN, observed_T, _ = random_stream(model, 50)
+    step = make(model)
+    first_TO = streamed(step, counts_TN, observed_T)
+    step.reset()
+    np.testing.assert_array_equal(streamed(step, counts_TN, observed_T), first_TO)
+
+
+def test_a_queue_of_bins_gives_the_same(make):
+    model = random_model()
+    counts_TN, observed_T, _ = random_stream(model, CHUNK)
+    step = make(model)
+    one_by_one_TO = streamed(step, counts_TN, observed_T)
+    step.reset()
+    np.testing.assert_array_equal(step.steps(counts_TN, observed_T), one_by_one_TO)
+
+
+def test_what_is_not_observed_is_not_read(make):
+    model = random_model()
+    counts_TN, observed_T, _ = random_stream(model, 40)
+    poked_TN = np.where(observed_T[:, None], counts_TN, np.float32(np.nan))
+    step = make(model)
+    expected_TO = streamed(step, counts_TN, observed_T)
+    step.reset()
+    np.testing.assert_array_equal(streamed(step, poked_TN, observed_T), expected_TO)
+
+
+def test_the_model_it_was_made_from_stays_where_it_is_and_can_change(make):
+    model = random_model()
+    counts_TN, observed_T, _ = random_stream(model, 20)
+    step = make(model)
+    expected_TO = streamed(step, counts_TN, observed_T)
+    assert model.hidden_D.device.type == "cpu"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    step.reset()
+    np.testing.assert_array_equal(streamed(step, counts_TN, observed_T), expected_TO)
+
+
+def test_other_shapes_are_refused_by_name(make):
+    model = random_model()
+    with pytest.raises(BundleError, match=r"counts_N is \(5,\) and \(12,\)"):
+        make(model).step(np.zeros(5, np.float32), True)
+    with pytest.raises(BundleError, match=r"missing_N is \(4,\) and \(12,\)"):
+        make(model, missing_N=np.zeros(4, bool))
+    for wanted in ([], [SPIKES]):
+        with pytest.raises(ValueError, match="behaviour"):
+            make(model, wanted)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_the_cpu_decodes_and_one_line_says_so(tiny):
+    from rt_neds.bundle import build_model, load_spec
+
+    spec = load_spec(tiny[1] / "bundle")
+    model, lines = build_model(tiny[1] / "bundle", spec), []
+    step = make_step(model, spec, spec.session(), np.zeros(6, bool), "cuda", lines.append)
+    assert isinstance(step, FusedStep)
+    assert len(lines) == 1
+    assert "decoding on the CPU" in lines[0]
+
+
+def test_a_gpu_that_does_not_let_itself_be_captured_is_told_of(tiny, monkeypatch):
+    from rt_neds.bundle import build_model, load_spec
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore words")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("rt_neds.stream.decoder.GraphStep", fails)
+    spec = load_spec(tiny[1] / "bundle")
+    model, lines = build_model(tiny[1] / "bundle", spec), []
+    step = make_step(model, spec, spec.session(), np.zeros(6, bool), "cuda", lines.append)
+    assert isinstance(step, FusedStep)
+    assert len(lines) == 1
+    assert "not permitted when stream is capturing; decoding on the CPU" in lines[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_captured_equals_uncaptured_and_memory_stays_flat():
+    model = random_model(SIZES[-1])
+    counts_TN, observed_T, _ = random_stream(model, 300)
+    graph = GraphStep(model, "a", NAMES, None, "cuda")
+    eager = GraphStep(model, "a", NAMES, None, "cuda", captured=False)
+    np.testing.assert_allclose(
+        streamed(graph, counts_TN, observed_T), streamed(eager, counts_TN, observed_T), atol=1e-6
+    )
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    for t in range(10_000):
+        graph.step(counts_TN[t % 300], True)
+    assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before

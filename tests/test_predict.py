@@ -1,0 +1,197 @@
+"""Spikes predicted from other spikes: exactly what the definition hides, and nothing else."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from offline import predict
+from offline.predict import ahead_spans, forecast_spans, spans_without_units
+from offline.windows import BinnedSession
+from rt_neds.frames import SPIKE_DTYPE
+from rt_neds.model.neds import AHEAD, NEDS, SCHEMES, SPIKES, ModelConfig
+from rt_neds.model.readout import Behaviour
+from rt_neds.session import Session
+
+WIDTH, BINS, UNITS = 600, 260, 7
+SPANS = [(130, 171), (200, 233)]
+
+
+def recorded(counts_TN: np.ndarray, hole: slice = slice(0, 0)) -> BinnedSession:
+    """A session with these counts and one behaviour; nothing was recorded in the hole."""
+    at, unit = np.nonzero(counts_TN)
+    repeats = counts_TN[at, unit]
+    records = np.zeros(repeats.sum(), SPIKE_DTYPE)
+    records["sample"] = np.repeat(at, repeats) * WIDTH + WIDTH // 2
+    records["unit"] = np.repeat(unit, repeats)
+    bins, units = counts_TN.shape
+    session = Session(
+        path=Path("made-up.h5"),
+        id="made-up",
+        rate=30_000.0,
+        unit_ids=[f"u{n}" for n in range(units)],
+        records_S=records,
+        domain_K2=np.array([[0, bins * WIDTH]]),
+        _data=None,
+    )
+    shown = np.ones((bins, 2), bool)
+    shown[hole, 0] = False
+    return BinnedSession(
+        session=session,
+        width=WIDTH,
+        values_TM=np.zeros((bins, 2), np.float32),
+        shown_TM=shown,
+        scored_TM=shown.copy(),
+        split_T=np.zeros(bins, np.int8),
+        trial_T=np.full(bins, -1, np.int32),
+        present=("speed",),
+    )
+
+
+def random_model(units: int = UNITS, **options) -> NEDS:
+    """A small network with every parameter drawn."""
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "layers": 2, "heads": 2, "context": 8, "history": (1, 3)}
+    behaviours = [Behaviour(name="speed", kind="continuous")]
+    model = NEDS(ModelConfig(**{**sizes, **options}), behaviours, {"made-up": units}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def random_counts(seed: int = 0, units: int = UNITS) -> np.ndarray:
+    return np.random.default_rng(seed).poisson(0.8, size=(BINS, units))
+
+
+@torch.no_grad()
+def rates(model, counts_TN, shown_T, scheme, missing_N=None, wanted=SPIKES):
+    """Predicted counts of one window, straight from the network."""
+    shown = torch.zeros(1, len(counts_TN), 2, dtype=torch.bool)
+    shown[0, :, 0] = torch.from_numpy(shown_T)
+    missing = None if missing_N is None else torch.from_numpy(missing_N)[None, None]
+    raw = model(
+        "made-up",
+        torch.from_numpy(counts_TN.astype(np.float32))[None],
+        torch.zeros(1, len(counts_TN), 2),
+        shown,
+        torch.tensor([SCHEMES.index(scheme)]),
+        missing_BTN=missing,
+        wanted=[wanted],
+    )
+    return raw[wanted][0].exp().numpy()
+
+
+def kept(values_TN: np.ndarray) -> np.ndarray:
+    return np.concatenate([values_TN[a:b] for a, b in SPANS])
+
+
+def one_by_one(units: int = UNITS) -> np.ndarray:
+    return np.eye(units, dtype=bool)
+
+
+@pytest.mark.parametrize("attention", ["causal", "full"])
+def test_a_unit_at_a_time_equals_one_pass_for_each(attention, monkeypatch):
+    monkeypatch.setattr(predict, "COPIES", 3)  # not a divisor of the units
+    monkeypatch.setattr(predict, "SEGMENT", 17)
+    model, counts = random_model(attention=attention), random_counts()
+    binned, each = recorded(counts), one_by_one()
+    window = BINS if attention == "causal" else 33
+    spans = SPANS if attention == "causal" else [(200, 233)]
+    came = spans_without_units(model, binned, spans, each, each, "neuron", window=window)
+    expected = np.empty((BINS, UNITS), np.float32)
+    for n in range(UNITS):
+        low = 0 if attention == "causal" else 200
+        high = BINS if attention == "causal" else 233
+        shown = np.ones(high - low, bool)
+        rate = rates(model, counts[low:high], shown, "neuron", each[n])
+        expected[low:high, n] = rate[:, n]
+    expected = np.concatenate([expected[a:b] for a, b in spans])
+    np.testing.assert_allclose(came, expected, rtol=2e-4)
+
+
+def test_a_hidden_unit_does_not_tell_of_itself_and_others_do_in_the_same_bin():
+    model, counts, each = random_model(), random_counts(), one_by_one()
+
+    def unit_2(counts):
+        return spans_without_units(model, recorded(counts), SPANS, each, each, "neuron")[:, 2]
+
+    before = unit_2(counts)
+    own, other, later = counts.copy(), counts.copy(), counts.copy()
+    own[:, 2] = random_counts(1)[:, 2]
+    np.testing.assert_array_equal(unit_2(own), before)
+    other[150, 3] += 4
+    assert unit_2(other)[150 - 130] != before[150 - 130]
+    later[151:, 3] += 4
+    np.testing.assert_array_equal(unit_2(later)[: 151 - 130], before[: 151 - 130])
+
+
+def test_units_nobody_asks_for_are_nan_and_a_region_is_one_pass():
+    model, counts = random_model(), random_counts()
+    region = np.arange(UNITS) < 3
+    came = spans_without_units(
+        model, recorded(counts), SPANS, region[None], region[None], "inter_region"
+    )
+    assert np.isnan(came[:, ~region]).all()
+    expected = rates(model, counts, np.ones(BINS, bool), "inter_region", region)
+    np.testing.assert_allclose(came[:, region], kept(expected)[:, region], rtol=2e-4)
+
+
+def test_a_unit_that_is_shown_cannot_be_asked_for():
+    asked = one_by_one()
+    with pytest.raises(AssertionError, match="seen"):
+        spans_without_units(
+            random_model(), recorded(random_counts()), SPANS, ~asked, asked, "neuron"
+        )
+
+
+@pytest.mark.parametrize("attention", ["causal", "full"])
+def test_forecast_is_the_last_ten_of_a_hundred_bins(attention):
+    model, counts = random_model(attention=attention), random_counts()
+    came = forecast_spans(model, recorded(counts), SPANS, "forward")
+    shown = np.arange(100) < 90
+    at = 0
+    for first, stop in SPANS:
+        whole = (stop - first) // 10 * 10
+        for end in range(first + 10, first + whole + 1, 10):
+            expected = rates(model, counts[end - 100 : end], shown, "forward")[90:]
+            row = at + end - 10 - first
+            np.testing.assert_allclose(came[row : row + 10], expected, rtol=2e-4)
+        assert np.isnan(came[at + whole : at + stop - first]).all()
+        at += stop - first
+
+
+def test_forecast_does_not_see_what_it_forecasts():
+    model, counts = random_model(), random_counts()
+    before = forecast_spans(model, recorded(counts), [(150, 160)], "forward")
+    counts[150:160] = random_counts(1)[150:160]
+    np.testing.assert_array_equal(
+        forecast_spans(model, recorded(counts), [(150, 160)], "forward"), before
+    )
+    counts[149] += 3
+    assert (forecast_spans(model, recorded(counts), [(150, 160)], "forward")[0] != before[0]).all()
+
+
+def test_no_forecast_from_a_window_with_a_hole():
+    binned = recorded(random_counts(), hole=slice(100, 103))
+    came = forecast_spans(random_model(), binned, [(130, 250)], "forward")
+    found = np.isfinite(came).all(axis=1)
+    assert found.tolist() == [end >= 203 for end in np.repeat(np.arange(140, 260, 10), 10)]
+
+
+def test_ahead_in_segments_equals_one_pass_over_everything(monkeypatch):
+    monkeypatch.setattr(predict, "SEGMENT", 17)
+    model, counts = random_model(), random_counts()
+    came = ahead_spans(model, recorded(counts), SPANS, "ahead")
+    expected = rates(model, counts, np.ones(BINS, bool), "ahead", wanted=AHEAD)
+    np.testing.assert_allclose(came, kept(expected), rtol=2e-4)
+
+
+def test_ahead_sees_the_bin_before_and_not_its_own():
+    model, counts = random_model(), random_counts()
+    before = ahead_spans(model, recorded(counts), [(140, 180)], "ahead")
+    counts[160] += 5
+    after = ahead_spans(model, recorded(counts), [(140, 180)], "ahead")
+    np.testing.assert_array_equal(after[:21], before[:21])
+    assert (after[21] != before[21]).all()

@@ -1,0 +1,173 @@
+"""Up to which sample Open Ephys is complete: by data, by spikes, across loss and restarts."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rt_neds.stream.watermark import BEYOND, DEFAULT_LATENESS_MS, TAIL, Watermark
+
+RATE, BLOCK = 30_000.0, 1024
+LATENESS = round(DEFAULT_LATENESS_MS * 30)
+
+
+def begun(whole=True, lateness_ms=0.0):
+    watermark = Watermark(RATE, lateness_ms)
+    watermark.begin(whole=whole)
+    return watermark
+
+
+def blocks(watermark, first, count):
+    spans = []
+    for k in range(first, first + count):
+        spans += watermark.see_block(k * BLOCK, (k + 1) * BLOCK)
+    return spans
+
+
+def test_a_block_completes_all_but_its_tail():
+    watermark = begun()
+    assert watermark.see(900) == []
+    assert blocks(watermark, 0, 1) == [(0, BLOCK - TAIL)]
+    assert watermark.see(5000) == []
+    assert watermark.see_block(0, BLOCK) == []  # the next channel of the same block
+    assert blocks(watermark, 1, 1) == [(BLOCK - TAIL, 2 * BLOCK - TAIL)]
+
+
+def test_a_lateness_is_held_beside_the_tail():
+    assert blocks(begun(lateness_ms=10), 0, 1) == [(0, BLOCK - TAIL - 300)]
+
+
+def test_whoever_joins_midway_begins_behind_the_first_block():
+    assert blocks(begun(whole=False), 7, 2) == [
+        (8 * BLOCK - TAIL, 8 * BLOCK - TAIL),
+        (8 * BLOCK - TAIL, 9 * BLOCK - TAIL),
+    ]
+
+
+def test_loss_leaves_a_hole_as_wide_as_what_may_be_missing():
+    watermark = begun()
+    blocks(watermark, 0, 3)
+    watermark.lose()
+    at = 5 * BLOCK - TAIL
+    assert blocks(watermark, 4, 1) == [(at, at)]  # first beyond the last end: a hole
+    assert blocks(watermark, 5, 1) == [(at, at + BLOCK)]
+
+
+def test_blocks_shorter_than_the_tail_do_not_hide_a_loss():
+    watermark = begun()
+    spans = [watermark.see_block(k * 30, (k + 1) * 30) for k in range(10)]
+    assert spans[:4] == [[(0, 0)], [(0, 0)], [(0, 0)], [(0, 20)]]
+    watermark.lose()
+    assert watermark.see_block(300, 330) == [(230, 230)]
+
+
+def test_what_was_not_recorded_is_a_hole_and_the_tail_before_it_is_complete():
+    watermark = begun()
+    blocks(watermark, 0, 2)
+    assert watermark.see_block(9000, 9000 + BLOCK) == [
+        (2 * BLOCK - TAIL, 2 * BLOCK),
+        (9000, 9000 + BLOCK - TAIL),
+    ]
+
+
+def test_by_spikes_it_follows_the_newest_less_the_lateness():
+    watermark = begun()
+    spans = []
+    for sample in range(2000, 2000 + 4 * LATENESS, 50):
+        spans += watermark.see(sample)
+    assert watermark.by_data is False
+    assert spans[0][0] == max(0, 2000 - LATENESS)
+    assert spans[-1][1] == (2000 + 4 * LATENESS - 50 - LATENESS) // 30 * 30
+    assert all(a[1] == b[0] for a, b in pairwise(spans))
+
+
+def test_by_spikes_loss_makes_everything_suspect_that_may_still_have_come():
+    watermark = begun()
+    for sample in range(0, 20_000, 10):
+        watermark.see(sample)
+    complete = watermark.end
+    watermark.lose()
+    spans = []
+    for sample in range(20_000, 30_000, 10):
+        spans += watermark.see(sample)
+    trusted = [span for span in spans if span[0] < span[1]]
+    assert trusted[0][0] == 20_000 + LATENESS
+    assert all(first == end for first, end in spans if end <= 20_000 + LATENESS)
+    assert spans[0][0] > complete
+
+
+def test_deselected_channels_are_noticed():
+    watermark = begun()
+    blocks(watermark, 0, 3)
+    far = 3 * BLOCK + 40_000
+    spans = [watermark.see(far + k) for k in range(BEYOND)]
+    assert not any(spans[:-1])
+    assert spans[-1]
+    assert watermark.by_data is False
+    assert blocks(watermark, 60, 1)  # and selected again
+    assert watermark.by_data is True
+
+
+def test_the_clock_stands_in_only_by_spikes_and_only_so_far():
+    watermark = begun()
+    assert watermark.pass_to(10_000) == []
+    for sample in range(0, 20_000, 10):
+        watermark.see(sample)
+    complete = watermark.end
+    assert watermark.pass_to(25_000) == [(complete, (25_000 - LATENESS) // 30 * 30)]
+    assert watermark.pass_to(1 << 45) == []
+    by_data = begun()
+    blocks(by_data, 0, 3)
+    assert by_data.pass_to(10_000) == []
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("spike"), st.integers(0, 1 << 45)),
+            st.tuples(st.just("near"), st.integers(-3000, 3000)),
+            st.tuples(st.just("block"), st.integers(0, 60)),
+            st.tuples(st.just("lose"), st.just(0)),
+            st.tuples(st.just("pass"), st.integers(0, 5000)),
+        ),
+        max_size=120,
+    ),
+    st.booleans(),
+    st.sampled_from([0.0, 5.0, 60.0]),
+)
+def test_whatever_comes_it_never_goes_back_and_never_leaps(steps, whole, lateness_ms):
+    watermark = begun(whole, lateness_ms)
+    newest, end = 0, None
+    for kind, value in steps:
+        spans = []
+        if kind in ("spike", "near"):
+            sample = value if kind == "spike" else max(0, newest + value)
+            if not watermark.breaks(sample):
+                newest = max(newest, sample)
+                spans = watermark.see(sample)
+        elif kind == "block":
+            first = value * BLOCK
+            if not watermark.block_breaks(first):
+                newest = max(newest, first + BLOCK)
+                spans = watermark.see_block(first, first + BLOCK)
+        elif kind == "pass":
+            spans = watermark.pass_to(newest + value)
+            newest = max(newest, newest + value if spans else newest)
+        else:
+            watermark.lose()
+        for first, to in spans:
+            assert 0 <= first <= to
+            assert end is None or end <= first
+            assert to <= newest + 1 or first == to
+            end = to
+        assert watermark.end == end
+
+
+@pytest.mark.parametrize("first", [0, 2 * BLOCK - 1, 3 * BLOCK + 61 * 30_000])
+def test_blocks_that_go_back_or_leap_belong_to_another_acquisition(first):
+    watermark = begun()
+    blocks(watermark, 0, 3)
+    assert watermark.block_breaks(first)
+    assert not watermark.block_breaks(3 * BLOCK)
+    assert not watermark.block_breaks(2 * BLOCK)
