@@ -87,7 +87,7 @@ def capture(tmp_path):
     write_capture(tmp_path / "c", [])
     began_ns = Capture(tmp_path / "c").about["started_ns"]
     folder = tmp_path / "capture"
-    write_capture(folder, two_runs(began_ns + 1000 * MS))
+    write_capture(folder, two_runs(began_ns - 1000 * MS))
     return folder
 
 
