@@ -4,6 +4,7 @@
     ├── ConfigError     whoever wrote the TOML or the command line
     ├── SessionError    whoever made the session file
     ├── BundleError     whoever trained or copied the bundle
+    ├── DetectorError   whoever made the detector, or gives it samples
     ├── StreamError     whoever set up the sockets and the acquisition
     │   └── WireError   whoever sent these bytes (counted and skipped in the hot path)
     └── DeviceError     whoever owns this machine
@@ -34,6 +35,10 @@ class SessionError(RtNedsError):
 
 class BundleError(RtNedsError):
     """A bundle that is damaged, of another kind, or does not fit the session."""
+
+
+class DetectorError(RtNedsError):
+    """A detector that is damaged, of another kind, or does not fit the probe."""
 
 
 class StreamError(RtNedsError):
