@@ -18,6 +18,7 @@ from rt_neds.frames import DecodedFrame
 from rt_neds.stream.publisher import DecodedListener, Note
 
 START_S = 90.0
+END_S = 30.0
 
 
 class ChildError(RtNedsError):
@@ -49,7 +50,7 @@ def serving(*args: str) -> Iterator[subprocess.Popen]:
             if child.poll() is None:
                 child.terminate()
             try:
-                child.wait(timeout=10)
+                child.wait(timeout=END_S)
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
@@ -78,21 +79,27 @@ def collect(
 ) -> tuple[list[DecodedFrame], dict[str, Note]]:
     """Every frame that comes until the sender has ended and nothing has come for a moment.
 
+    A moment that the machine spent elsewhere does not count: ``serve`` must have said twice since,
+    by its status, that it is at work (or nothing at all for ``END_S``).
+
     Returns
     -------
     list of DecodedFrame
     dict of str to Note
         The last schema and status.
     """
-    frames, notes, last = [], {}, time.monotonic()
+    frames, notes, last, statuses = [], {}, time.monotonic(), 0
     while True:
         message = listener.read(100)
         if isinstance(message, DecodedFrame):
             frames.append(message)
-            last = time.monotonic()
+            last, statuses = time.monotonic(), 0
         elif isinstance(message, Note):
             notes[message.kind] = message
-        if sending.poll() is not None and time.monotonic() - last > quiet_s:
+            statuses += message.kind == "status"
+        if sending.poll() is None:
+            statuses = 0
+        elif time.monotonic() - last > (quiet_s if statuses >= 2 else END_S):
             return frames, notes
 
 

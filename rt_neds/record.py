@@ -21,8 +21,10 @@ from rt_neds.wire import DEFAULT_DECODED, DEFAULT_SPIKES
 FLUSH_S = 1.0
 WAITING_BYTES = 64 * 1024 * 1024
 """What may wait for the disk; beyond it messages wait in the sockets, and then are lost."""
+QUIET_S = 0.25
+"""Told to stop, it goes on until nothing has come for so long: messages may be on their way."""
 LAST_S = 1.0
-"""When told to stop, what has come already is still taken, for at most so long."""
+"""A stream that does not fall silent is no longer taken after so long (and ``QUIET_S``)."""
 STREAMS = (Stream.SPIKES, Stream.DECODED)
 
 
@@ -171,7 +173,8 @@ def _listen(listener: Any, disk: Disk, counts: dict[str, int], stop: Callable[[]
         if deadline is None and stop():
             deadline = time.monotonic() + LAST_S
         heard = False
-        for which, received_ns, frames in listener.read(100 if deadline is None else 0):
+        wait_s = 0.1 if deadline is None else QUIET_S
+        for which, received_ns, frames in listener.read(round(wait_s * 1000)):
             heard = True
             stream = STREAMS[which]
             try:

@@ -17,7 +17,7 @@ from rt_neds.capture import MAX_FRAMES, Capture, CaptureError, Stream
 from rt_neds.children import free_port
 from rt_neds.errors import DeviceError
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 
 @contextlib.contextmanager
@@ -67,7 +67,7 @@ class Recording:
 
     def end(self, how=signal.SIGTERM):
         self.child.send_signal(how)
-        out, err = self.child.communicate(timeout=30)
+        out, err = self.child.communicate(timeout=60)
         return self.child.returncode, out, err
 
     def read(self):
@@ -75,7 +75,7 @@ class Recording:
         return [(m.stream, m.frames) for m in reader], reader
 
     def wait_for(self, messages):
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             with contextlib.suppress(CaptureError):  # it may only just have begun
                 if len(self.read()[0]) >= messages:
@@ -99,6 +99,7 @@ def test_everything_on_both_streams_is_written_whatever_it_is(tmp_path, how):
         one.spikes.send_multipart([b"x"] * (MAX_FRAMES + 1))
         one.decoded.send_multipart([b"decoded/imec0", b"2"])
         one.spikes.send_multipart([b"last"])
+        one.wait_for(6)
         code, out, err = one.end(how)
         messages, reader = one.read()
     assert (code, err) == (0, "")
@@ -113,6 +114,41 @@ def test_everything_on_both_streams_is_written_whatever_it_is(tmp_path, how):
     assert reader.about["probe"] == "imec0"
     assert summary["files"] == len(list((tmp_path / "c").iterdir())) > 1
     assert all(before < m.received_ns < time.monotonic_ns() for m in reader)
+
+
+class Scripted:
+    """Streams on which the next message comes so many milliseconds after the last."""
+
+    def __init__(self, waits_ms):
+        self.waits_ms, self.now_ms = list(waits_ms), 0
+
+    def read(self, timeout_ms):
+        if not self.waits_ms or self.waits_ms[0] > timeout_ms:
+            self.now_ms += timeout_ms
+            if self.waits_ms:
+                self.waits_ms[0] -= timeout_ms
+            return
+        self.now_ms += self.waits_ms.pop(0)
+        yield len(self.waits_ms) % 2, self.now_ms, [b"x"]
+
+
+@pytest.mark.parametrize(
+    ("waits_ms", "taken", "ends_ms"),
+    [
+        ([], 0, 250),
+        ([0, 200, 240], 3, 690),  # on its way when the signal came
+        ([0, 260, 0], 1, 250),  # quiet for long enough
+        ([100] * 50, 11, 1100),  # a stream that nobody stops
+        ([900, 200, 200], 0, 250),
+    ],
+)
+def test_told_to_stop_it_takes_what_is_on_its_way(monkeypatch, waits_ms, taken, ends_ms):
+    streams, counts = Scripted(waits_ms), {"spikes": 0, "decoded": 0, "oversized": 0}
+    monkeypatch.setattr(record.time, "monotonic", lambda: streams.now_ms / 1000)
+    disk = SlowWriter()
+    disk.put, disk.failure = lambda packed: None, None
+    record._listen(streams, disk, counts, lambda: True)
+    assert (sum(counts.values()), streams.now_ms) == (taken, ends_ms)
 
 
 def test_killed_it_loses_at_most_what_had_not_been_flushed(tmp_path):
@@ -155,7 +191,7 @@ def test_at_its_limit_it_ends_in_one_line_and_deletes_nothing(tmp_path):
     with Recording(tmp_path / "c", *limits) as one:
         for n in range(40):
             one.spikes.send_multipart([b"spikes/imec0", b"%d" % n, bytes(1000)])
-        _, err = one.child.communicate(timeout=30)
+        _, err = one.child.communicate(timeout=60)
         messages, reader = one.read()
     assert one.child.returncode == 1
     assert "--max-total-gb" in err

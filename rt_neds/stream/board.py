@@ -27,6 +27,10 @@ _ROW = np.dtype(
             "handovers",
             "bins_missed",
             "recovery_ns",
+            "from_epoch",  # the last frame before the last handover, and the first after
+            "from_bin",
+            "to_epoch",
+            "to_bin",
         )
     ]
 )
@@ -67,6 +71,8 @@ class Board:
         if row["published_ns"] and row["writer"] != writer:
             row["handovers"] += 1
             row["recovery_ns"] = now - row["published_ns"]
+            row["from_epoch"], row["from_bin"] = row["epoch"], row["bin"]
+            row["to_epoch"], row["to_bin"] = epoch, bin_
             if row["epoch"] == epoch:
                 row["bins_missed"] += max(0, bin_ - int(row["bin"]) - 1)
         row["writer"], row["epoch"], row["bin"], row["published_ns"] = writer, epoch, bin_, now
@@ -85,7 +91,8 @@ class Board:
             ``restarts``: processes replaced. ``handovers``: how often another process than before
             wrote the next frame. ``bins_missed``: bins of one epoch that nobody published because
             of it. ``recovery_ms``: from the last frame before the last handover to the first
-            after; None if there was none.
+            after; None if there was none. ``handover``: epoch and bin of either, ``from`` and
+            ``to``, so that whoever counts bins knows why some are missing; None if there was none.
         """
         row = self._rows[probe]
         return {
@@ -93,6 +100,12 @@ class Board:
             "handovers": int(row["handovers"]),
             "bins_missed": int(row["bins_missed"]),
             "recovery_ms": row["recovery_ns"] / 1e6 if row["handovers"] else None,
+            "handover": {
+                end: {"epoch": int(row[f"{end}_epoch"]), "bin": int(row[f"{end}_bin"])}
+                for end in ("from", "to")
+            }
+            if row["handovers"]
+            else None,
         }
 
 

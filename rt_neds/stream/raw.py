@@ -21,6 +21,8 @@ class RawListener:
     ----------
     endpoints : sequence of str
         Addresses to connect to.
+    queue : int
+        Messages held for who does not read.
 
     Raises
     ------
@@ -28,13 +30,13 @@ class RawListener:
         If one is not an address.
     """
 
-    def __init__(self, endpoints: Sequence[str]) -> None:
+    def __init__(self, endpoints: Sequence[str], queue: int = QUEUE) -> None:
         self._poller = zmq.Poller()
         self._sockets: list[zmq.Socket] = []
         for endpoint in endpoints:
             socket: zmq.Socket = zmq.Context.instance().socket(zmq.SUB)
             self._sockets.append(socket)
-            socket.set(zmq.RCVHWM, QUEUE)
+            socket.set(zmq.RCVHWM, queue)
             socket.set(zmq.LINGER, 0)
             # The same limit as that of serve: whoever breaks it is disconnected from both.
             socket.set(zmq.MAXMSGSIZE, MAX_SPIKES * SPIKE_DTYPE.itemsize)

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from rt_neds.capture import Capture, Stream
+from rt_neds.capture import Capture, CaptureError, Stream
 from rt_neds.children import (
     collect,
     command,
@@ -25,7 +25,7 @@ from rt_neds.stream.publisher import DecodedListener
 from rt_neds.stream.raw import RawSender
 from rt_neds.wire import pack_source, pack_spikes, unpack_decoded
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 SECONDS = 8
 
 
@@ -70,6 +70,17 @@ def rigs(bundle, n):
         yield [one for _, one in started]
 
 
+def wait_for_decoded(folder):
+    """Until the recording has heard both ends: the acquisition it has, serve speaks by itself."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with contextlib.suppress(CaptureError):
+            if any(message.stream == Stream.DECODED for message in Capture(folder)):
+                return
+        time.sleep(0.1)
+    raise AssertionError("it heard nothing of serve")
+
+
 def values(frames):
     return [(f.bin, f.end, f.spikes, f.late, f.lost, f.values_V.tobytes()) for f in frames]
 
@@ -85,22 +96,19 @@ def test_replays_of_a_capture_decode_to_the_very_bytes_of_the_experiment(tiny, t
         )  # fmt: skip
         stack.callback(recording.kill)
         sender = RawSender(spikes, "imec0", lossless=True)
-        assert sender.wait_for_subscriber(20)
-        deadline = time.monotonic() + 20
-        while not folder.is_dir():  # it makes it once it listens
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        time.sleep(1.5)  # until both have connected to both
+        for _ in ("serve", "record"):
+            assert sender.wait_for_subscriber(60)
+        wait_for_decoded(folder)
         sent = list(acquisition(path))
         for frames in sent:
             sender.send_frames(frames)
-        live, last = [], time.monotonic()
-        while time.monotonic() - last < 2:
+        live, deadline = [], time.monotonic() + 60
+        while len(live) < SECONDS * 50:
+            assert time.monotonic() < deadline
             if isinstance(message := listener.read(100), DecodedFrame):
                 live.append(message)
-                last = time.monotonic()
         recording.send_signal(signal.SIGTERM)
-        assert recording.wait(20) == 0
+        assert recording.wait(60) == 0
         sender.close()
         again = []
         for n, (spikes, _, listener) in enumerate(others):

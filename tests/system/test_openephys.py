@@ -21,7 +21,7 @@ from rt_neds.session import load_session
 from rt_neds.stream.publisher import DecodedListener
 from tests.test_loop import ListSink, ListSource
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 
 
 def test_serve_decodes_the_same_from_open_ephys_as_from_the_native_stream(tiny, tmp_path):

@@ -16,7 +16,7 @@ from rt_neds.config import config_path, load_config
 from rt_neds.session import load_session
 from tests.system.test_live import Rig
 
-pytestmark = [pytest.mark.data, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.data, pytest.mark.timeout(600)]
 
 
 @pytest.mark.parametrize(
