@@ -335,21 +335,29 @@ def percentiles(times: list[float]) -> dict[str, float]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["latency", "step"])
+    parser.add_argument("what", choices=["latency", "step", "soak"])
     parser.add_argument("--bundle", metavar="DIR", help="a trained one; random weights by default")
     parser.add_argument("--seconds", type=float, default=None, help="60 for latency, 10 for step")
+    parser.add_argument("--minutes", type=float, default=60.0, help="of soak (60)")
     parser.add_argument("--size", choices=list(SIZES), default=None, help="of the random bundle")
     parser.add_argument("--units", type=int, default=400)
     parser.add_argument("--behaviours", type=int, default=4, help="decoded, for step (4)")
-    parser.add_argument("--spikes-per-s", type=float, default=10_000.0, help="in all, for latency")
+    parser.add_argument(
+        "--spikes-per-s",
+        type=float,
+        default=None,
+        help="in all: 10 000 for latency, 4 000 for soak",
+    )
     parser.add_argument("--bin-ms", type=float, default=20.0, help="of the random bundle")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if args.units < 1 or args.behaviours < 1 or args.spikes_per_s < 0:
+    if args.units < 1 or args.behaviours < 1 or (args.spikes_per_s or 0) < 0:
         raise ConfigError("units >= 1, behaviours >= 1 and spikes-per-s >= 0 are needed")
     if args.seconds is not None and args.seconds < 1:
         raise ConfigError(f"seconds {args.seconds:g}; at least 1 was expected")
+    if args.what == "soak":
+        return run_soak(args)
     if args.what == "step":
         result = bench_step(
             bundle=args.bundle,
@@ -364,11 +372,34 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             seconds=args.seconds or 60.0,
             size=args.size or "small",
             units=args.units,
-            spikes_per_s=args.spikes_per_s,
+            spikes_per_s=10_000.0 if args.spikes_per_s is None else args.spikes_per_s,
             bin_ms=args.bin_ms,
         )
     if not args.quiet:
         show(result)
+    return result
+
+
+def run_soak(args: argparse.Namespace) -> dict[str, Any]:
+    """Bench soak: :mod:`rt_neds.soak`."""
+    from rt_neds.soak import soak
+    from rt_neds.soak_screen import Screen
+    from rt_neds.soak_screen import show as show_soak
+
+    if not 1 <= args.minutes < 1e5:
+        raise ConfigError(f"minutes {args.minutes:g}; at least 1 was expected")
+    with Screen(args.minutes, args.quiet) as shown:
+        result = soak(
+            minutes=args.minutes,
+            bundle=args.bundle,
+            size=args.size or "base",
+            units=args.units,
+            spikes_per_s=4000.0 if args.spikes_per_s is None else args.spikes_per_s,
+            bin_ms=args.bin_ms,
+            show=shown,
+        )
+    if not args.quiet:
+        show_soak(result)
     return result
 
 
