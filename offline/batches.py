@@ -15,14 +15,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offline.config import BEHAVIOUR_SCHEMES, TrainConfig
+from offline.config import TrainConfig
 from offline.masking import Masks, draw_masks
 from offline.predict import normalise, scales
 from offline.windows import SPLITS, BinnedSession, bin_session
 from rt_neds.errors import ConfigError
-from rt_neds.model.neds import AHEAD, SCHEMES, SPIKES
+from rt_neds.model.neds import AHEAD, SPIKES
 from rt_neds.model.readout import Scale
 from rt_neds.session import load_session
+
+
+LEAST_RATE = 0.1
+"""Share of the mean rate that is added to each unit's when its loss is divided by it."""
 
 
 @dataclass
@@ -70,7 +74,7 @@ class Batch:
 
     session: str
     scales: list[Scale]
-    rate: float
+    rate_N: Tensor
     counts_BTN: Tensor
     inputs_BTM: Tensor
     targets_BTM: Tensor
@@ -79,6 +83,7 @@ class Batch:
     asked_BN: Tensor
     scheme_B: Tensor
     missing_BN: Tensor
+    ahead_BT: Tensor
     share: dict[str, float]
 
 
@@ -87,13 +92,12 @@ def prepare(path: str | Path, config: TrainConfig) -> Subject:
 
     A session may lack behaviours; if it lacks all, the schemes of spikes alone must be in use.
     """
-    schemes = config.masking.schemes
     binned = bin_session(
         load_session(path),
         config.data,
         config.behaviour,
         require=False,
-        spikes_alone=any(w for name, w in schemes.items() if name not in BEHAVIOUR_SCHEMES),
+        spikes_alone=config.masking.of_spikes,
     )
     session, kinds = binned.session, [c.kind for c in config.behaviour.values()]
     in_train = binned.of_split("train")
@@ -228,7 +232,7 @@ def bin_windows(
     return Batch(
         session=draw.subject.id,
         scales=draw.subject.scales,
-        rate=max(float(draw.subject.rate_N.mean()), 1e-6),
+        rate_N=tensor(_bounded(draw.subject.rate_N)),
         counts_BTN=tensor(counts_BTN),
         inputs_BTM=tensor(normalise(values_BTM, draw.subject.scales).astype(np.float32)),
         targets_BTM=tensor(values_BTM),
@@ -237,6 +241,7 @@ def bin_windows(
         asked_BN=tensor(masks.asked_BN[rows]),
         scheme_B=tensor(masks.scheme_B[rows]),
         missing_BN=tensor(masks.missing_BN[rows]),
+        ahead_BT=tensor(masks.ahead_BT[rows]),
         share={
             name: entries / asked_of_step[name]
             for name, entries in asked_entries(masks, rows, config).items()
@@ -245,11 +250,19 @@ def bin_windows(
     )
 
 
+def _bounded(rate_N: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Rates to divide by: a unit that hardly fires says too little to weigh as much as the rest."""
+    mean = max(float(rate_N.mean()), 1e-6)
+    return (rate_N + LEAST_RATE * mean).astype(np.float32)
+
+
 def asked_entries(masks: Masks, rows: slice, config: TrainConfig) -> dict[str, int]:
     """How many values are asked for of each output."""
-    asked_BTM, ahead_B = masks.asked_BTM[rows], masks.scheme_B[rows] == SCHEMES.index(AHEAD)
-    spikes_B = asked_BTM[:, :, 0].sum(axis=1) * masks.asked_BN[rows].sum(axis=1)
-    entries = {SPIKES: spikes_B[~ahead_B].sum(), AHEAD: spikes_B[ahead_B].sum()}
+    asked_BTM, units_B = masks.asked_BTM[rows], masks.asked_BN[rows].sum(axis=1)
+    entries = {
+        SPIKES: (asked_BTM[:, :, 0].sum(axis=1) * units_B).sum(),
+        AHEAD: (masks.ahead_BT[rows].sum(axis=1) * units_B).sum(),
+    }
     entries |= {name: asked_BTM[:, :, m].sum() for m, name in enumerate(config.behaviour, start=1)}
     return {name: int(count) for name, count in entries.items()}
 

@@ -95,7 +95,7 @@ def _key(path: Path, config: TrainConfig) -> str:
         "file": [str(path.resolve()), stat.st_size, stat.st_mtime_ns],
         "data": said["data"],
         "behaviour": said["behaviour"],
-        "schemes": sorted(name for name, weight in config.masking.schemes.items() if weight),
+        "schemes": sorted(name for name, weight in config.masking.taught.items() if weight),
         "region": config.masking.region,
     }
     digest = hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()

@@ -112,6 +112,8 @@ class MaskingConfig(msgspec.Struct, frozen=True, kw_only=True):
     ----------
     schemes : dict of str to float
         Weight with which each scheme is drawn, per sample.
+    ahead : bool
+        Whether the samples of ``decoding`` are also asked each bin's spikes from the bins before.
     ratio : float
         Share of bins, or of units, hidden by the schemes that hide them at random; share of the
         window that ``forward`` hides.
@@ -122,6 +124,7 @@ class MaskingConfig(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     schemes: dict[str, float] = msgspec.field(default_factory=lambda: {"decoding": 1.0})
+    ahead: bool = False
     ratio: float = 0.3
     region: str = "region_beryl"
     unit_dropout: float = 0.1
@@ -134,6 +137,8 @@ class MaskingConfig(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"schemes: weight {weight} of {name}; it must not be negative")
         if sum(self.schemes.values()) <= 0:
             raise ValueError("schemes: at least one needs a positive weight")
+        if self.ahead and not self.schemes.get("decoding"):
+            raise ValueError('ahead is asked of the samples of "decoding"; give schemes.decoding')
         if not 0 < self.ratio < 1 or not 0 <= self.unit_dropout < 0.5:
             raise ValueError("0 < ratio < 1 and 0 <= unit_dropout < 0.5 are needed")
 
@@ -143,9 +148,23 @@ class MaskingConfig(msgspec.Struct, frozen=True, kw_only=True):
         return any(self.schemes.get(name) for name in ("inter_region", "intra_region"))
 
     @property
+    def taught(self) -> dict[str, float]:
+        """Weights of all that is asked of the network, ``ahead`` among them."""
+        return {**self.schemes, "ahead": float(self.ahead)}
+
+    @property
     def of_behaviour(self) -> bool:
         """Whether any scheme shows or asks for a behaviour."""
-        return any(weight and name in BEHAVIOUR_SCHEMES for name, weight in self.schemes.items())
+        free = ("decoding",) if self.ahead else ()
+        return any(
+            weight and name in BEHAVIOUR_SCHEMES and name not in free
+            for name, weight in self.schemes.items()
+        )
+
+    @property
+    def of_spikes(self) -> bool:
+        """Whether anything is asked that needs no behaviour."""
+        return any(weight and name not in BEHAVIOUR_SCHEMES for name, weight in self.taught.items())
 
 
 class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -234,8 +253,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
                 "the schemes of spikes alone: "
                 + ", ".join(name for name in SCHEMES if name not in BEHAVIOUR_SCHEMES)
             )
-        if self.model.attention != "causal" and self.masking.schemes.get("ahead"):
-            raise ValueError('the scheme "ahead" needs model.attention = "causal"')
+        if self.model.attention != "causal" and self.masking.ahead:
+            raise ValueError('masking.ahead needs model.attention = "causal"')
         for name in self.behaviour:
             if not name.isidentifier() or name == "spikes":
                 raise ValueError(f"behaviour.{name}: use letters, digits and _, and not 'spikes'")

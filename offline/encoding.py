@@ -113,7 +113,7 @@ def predict_spikes(
         elif metric == "forward":
             rate_TN = forecast_spans(model, binned, spans, scheme)
         elif metric == "forward_1":
-            rate_TN = ahead_spans(model, binned, spans, scheme)
+            rate_TN = ahead_spans(model, binned, spans)
         else:
             passes = passes_of(metric, count_TN.shape[1], region_N, one_by_one_N)
             if len(passes[0]) == 0:

@@ -170,7 +170,7 @@ def evaluate_session(
     region_N = regions_of(session, region)
     predicted = predict_spikes(
         model,
-        config.masking.schemes,
+        config.masking.taught,
         binned,
         spans,
         [of_bundle.scales[b.name] for b in model.behaviours],

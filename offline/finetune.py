@@ -13,7 +13,7 @@ from rt_neds.bundle import BundleSpec, build_model, load_spec
 from rt_neds.errors import BundleError
 from rt_neds.model.neds import NEDS, SessionParts
 
-SHARED = ("dim", "layers", "heads", "widen", "context", "attention", "tokens", "history")
+SHARED = ("dim", "layers", "heads", "widen", "context", "attention", "tokens", "memory", "history")
 """Fields of the model that a bundle and its continuation must have in common."""
 
 

@@ -55,17 +55,17 @@ def smeared(value_S: Tensor, scale: Scale) -> Tensor:
 
 
 def spikes_loss(
-    log_rate_BTN: Tensor, counts_BTN: Tensor, asked_BT: Tensor, asked_BN: Tensor, rate: float
+    log_rate_BTN: Tensor, counts_BTN: Tensor, asked_BT: Tensor, asked_BN: Tensor, rate_N: Tensor
 ) -> Tensor:
     """Poisson loss of the spikes, without the factorial, over asked bins of asked units.
 
-    It is divided by ``rate``, the session's spikes per bin and unit, and so in nats per spike, as
-    spikes are scored: per bin and unit it would be a tenth of a behaviour's loss, or less, and not
-    be learned beside it.
+    That of each unit is divided by ``rate_N``, its spikes per bin, and so in nats per spike, as
+    units are scored: summed as it is, one unit of a hundred spikes a second would be all that is
+    learned, and per bin it would be a tenth of a behaviour's loss, or less.
     """
     rows, bins = asked_BT.nonzero(as_tuple=True)
     if len(rows) == 0:
         return log_rate_BTN.sum() * 0.0
     log_rate, counts = log_rate_BTN[rows, bins].clamp(*LOG_RATE_RANGE), counts_BTN[rows, bins]
-    loss_QN, asked_QN = torch.exp(log_rate) - counts * log_rate, asked_BN[rows]
-    return (loss_QN * asked_QN).sum() / (asked_QN.sum() * rate)
+    loss_QN, asked_QN = (torch.exp(log_rate) - counts * log_rate) / rate_N, asked_BN[rows]
+    return (loss_QN * asked_QN).sum() / asked_QN.sum()

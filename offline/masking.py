@@ -15,7 +15,9 @@ within_spikes. A hidden unit enters with its stand-in in every bin, and is asked
     inter_region       all units of one region, drawn at random
     intra_region       all units outside one region, unasked, and random units inside it, asked
     forward            the last bins of the window, for every unit
-    ahead              nothing; each bin's spikes are asked of what was shown in earlier bins
+
+Where ``decoding`` shows all spikes, each bin's may also be asked of the bins before it (``ahead``):
+it hides nothing, and costs nothing.
 
 Shape suffixes: B samples, T bins, M modalities (0 is spikes), N units.
 """
@@ -49,6 +51,8 @@ class Masks:
         Units whose spikes are asked for, where spikes are.
     missing_BN : ndarray of bool
         Units replaced by their stand-in.
+    ahead_BT : ndarray of bool
+        Bins whose spikes are asked of the bins before them.
     """
 
     scheme_B: NDArray[np.int64]
@@ -56,6 +60,7 @@ class Masks:
     asked_BTM: NDArray[np.bool_]
     asked_BN: NDArray[np.bool_]
     missing_BN: NDArray[np.bool_]
+    ahead_BT: NDArray[np.bool_]
 
 
 def draw_masks(
@@ -87,20 +92,23 @@ def draw_masks(
     share = rng.uniform(0.0, 2.0 * config.unit_dropout, size=(len(shown_BTM), 1))
     missing, asked_units = rng.random(units) < share, np.ones(units, bool)
     observed, asked = np.zeros_like(shown_BTM), np.zeros_like(scored_BTM)
+    ahead = np.zeros(shown_BTM.shape[:2], bool)
     for b, index in enumerate(drawn):
         hidden_TM, silenced_M = hide(names[index], shown_BTM.shape[1:], config.ratio, rng)
         observed[b] = shown_BTM[b] & ~hidden_TM & ~silenced_M
         asked[b] = scored_BTM[b] & hidden_TM & ~silenced_M
         if names[index] in UNIT_SCHEMES:
             missing[b], asked_units[b] = hide_units(names[index], region_N, config.ratio, rng)
-        if names[index] in (*UNIT_SCHEMES, "ahead"):
-            asked[b, :, 0] = scored_BTM[b, :, 0]  # asked though shown: of other units, or earlier
+            asked[b, :, 0] = scored_BTM[b, :, 0]  # asked though shown: of other units
+        elif names[index] == "decoding" and config.ahead:
+            ahead[b] = scored_BTM[b, :, 0]
     return Masks(
         scheme_B=np.array([SCHEMES.index(names[index]) for index in drawn], dtype=np.int64),
         observed_BTM=observed,
         asked_BTM=asked,
         asked_BN=asked_units,
         missing_BN=missing,
+        ahead_BT=ahead,
     )
 
 

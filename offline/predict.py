@@ -2,13 +2,13 @@
 
 Each function hides exactly what its name says and returns what the model gives there.
 
-Shape suffixes: B windows or copies, T bins, M modalities (0 is spikes), N units, X passes,
-C numbers of an output.
+Shape suffixes: B windows or copies, T bins, S bins kept, M modalities (0 is spikes), N units,
+X passes, C numbers of an output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,10 +20,10 @@ from rt_neds.model.neds import AHEAD, NEDS, SCHEMES, SPIKES
 from rt_neds.model.readout import LOG_RATE_RANGE, Scale
 
 SEGMENT = 1000
-"""Bins decoded at once; bounds memory, changes nothing."""
+"""Least bins that are decoded at once; bounds memory, changes nothing."""
 
-COPIES = 8
-"""Copies of a segment, each with other units hidden, that go through the network together."""
+COPIED_BINS = 8_000
+"""Bins, of copies with other units hidden, that go through the network together."""
 
 WINDOWS = 32
 """Short windows that go through the network together."""
@@ -81,26 +81,36 @@ def decode_spans(
         Raw outputs.
     """
     pieces: dict[str, list[Tensor]] = {name: [] for name in wanted}
-    for first, stop in spans:
-        for low, high, start, end in _segments(model, first, stop, window):
-            outputs = _decode(model, binned, start, end, wanted, device)
-            for name in wanted:
-                pieces[name].append(outputs[name][0, low - start : high - start].cpu())
+    for kept_S, start, end in _segments(model, spans, window):
+        outputs = _decode(model, binned, start, end, wanted, device)
+        for name in wanted:
+            pieces[name].append(outputs[name][0, kept_S].cpu())
     return {name: torch.cat(raws).numpy() for name, raws in pieces.items()}
 
 
-def _segments(model: NEDS, first: int, stop: int, window: int) -> list[tuple[int, int, int, int]]:
-    """Bins to keep ``[low, high)`` and bins to run ``[start, end)`` for them."""
+def _segments(
+    model: NEDS, spans: Iterable[tuple[int, int]], window: int
+) -> Iterator[tuple[NDArray[np.int64], int, int]]:
+    """Bins to run ``[start, end)``, and which of them, from the first, to keep.
+
+    What the causal model runs to settle it runs once for all spans nearby.
+    """
+    spans = list(spans)
     if model.config.attention == "causal":
+        bins_S = np.concatenate([np.arange(a, b) for a, b in spans])
+        assert (np.diff(bins_S) > 0).all(), "spans in order, apart from each other"
         before = model.config.receptive_field
-        lows = range(first, stop, SEGMENT)
-        return [(a, min(a + SEGMENT, stop), a - before, min(a + SEGMENT, stop)) for a in lows]
-    segments = []
-    for low in range(first, stop, window):
-        high = min(low + window, stop)
-        start = high - window  # a last, shorter piece is seen in a whole window that ends with it
-        segments.append((low, high, start, high))
-    return segments
+        while len(bins_S):
+            start = max(int(bins_S[0]) - before, 0)  # before a session there is nothing to see
+            inside = int(np.searchsorted(bins_S, bins_S[0] + max(SEGMENT, before)))
+            yield bins_S[:inside] - start, start, int(bins_S[inside - 1]) + 1
+            bins_S = bins_S[inside:]
+        return
+    for first, stop in spans:
+        for low in range(first, stop, window):
+            high = min(low + window, stop)
+            start = high - window  # a last, shorter piece is seen in a whole window that ends so
+            yield np.arange(low, high) - start, start, high
 
 
 def encode_spans(
@@ -125,15 +135,14 @@ def encode_spans(
     ndarray, shape (bins of all spans, units)
     """
     pieces = []
-    for first, stop in spans:
-        for low, high, start, end in _segments(model, first, stop, window):
-            shown = binned.cut(binned.shown_TM, start, end)
-            shown[:, 0] = False
-            values = normalise(binned.cut(binned.values_TM, start, end), by).astype(np.float32)
-            counts = np.zeros((end - start, len(binned.session.unit_ids)), np.float32)
-            arrays = (counts[None], values[None], shown[None])
-            raw = _forward(model, binned, *arrays, "encoding", [SPIKES])[SPIKES]
-            pieces.append(_counts(raw[0, low - start : high - start]))
+    for kept_S, start, end in _segments(model, spans, window):
+        shown = binned.cut(binned.shown_TM, start, end)
+        shown[:, 0] = False
+        values = normalise(binned.cut(binned.values_TM, start, end), by).astype(np.float32)
+        counts = np.zeros((end - start, len(binned.session.unit_ids)), np.float32)
+        arrays = (counts[None], values[None], shown[None])
+        raw = _forward(model, binned, *arrays, "encoding", [SPIKES])[SPIKES]
+        pieces.append(_counts(raw[0, kept_S]))
     return np.concatenate(pieces)
 
 
@@ -170,26 +179,25 @@ def spans_without_units(
     """
     assert not (asked_XN & ~hidden_XN).any(), "a unit that is seen is not predicted"
     pieces = []
-    for first, stop in spans:
-        for low, high, start, end in _segments(model, first, stop, window):
-            counts, values, shown = _spikes_alone(binned, [(start, end)])
-            rate_TN = np.full((high - low, asked_XN.shape[1]), np.nan, np.float32)
-            for x in range(0, len(hidden_XN), COPIES):
-                hidden_BN, asked_BN = hidden_XN[x : x + COPIES], asked_XN[x : x + COPIES]
-                raw = _forward(
-                    model,
-                    binned,
-                    counts.repeat(len(hidden_BN), axis=0),
-                    values.repeat(len(hidden_BN), axis=0),
-                    shown.repeat(len(hidden_BN), axis=0),
-                    scheme,
-                    [SPIKES],
-                    missing_BN=hidden_BN,
-                )
-                raw_BTN = raw[SPIKES][:, low - start : high - start]
-                for raw_TN, asked_N in zip(raw_BTN, asked_BN, strict=True):
-                    rate_TN[:, asked_N] = _counts(raw_TN[:, torch.from_numpy(asked_N)])
-            pieces.append(rate_TN)
+    for kept_S, start, end in _segments(model, spans, window):
+        counts, values, shown = _spikes_alone(binned, [(start, end)])
+        rate_SN = np.full((len(kept_S), asked_XN.shape[1]), np.nan, np.float32)
+        copies = max(1, COPIED_BINS // (end - start))
+        for x in range(0, len(hidden_XN), copies):
+            hidden_BN, asked_BN = hidden_XN[x : x + copies], asked_XN[x : x + copies]
+            raw = _forward(
+                model,
+                binned,
+                counts.repeat(len(hidden_BN), axis=0),
+                values.repeat(len(hidden_BN), axis=0),
+                shown.repeat(len(hidden_BN), axis=0),
+                scheme,
+                [SPIKES],
+                missing_BN=hidden_BN,
+            )
+            for raw_SN, asked_N in zip(raw[SPIKES][:, kept_S], asked_BN, strict=True):
+                rate_SN[:, asked_N] = _counts(raw_SN[:, torch.from_numpy(asked_N)])
+        pieces.append(rate_SN)
     return np.concatenate(pieces)
 
 
@@ -227,7 +235,7 @@ def forecast_spans(
 
 
 def ahead_spans(
-    model: NEDS, binned: BinnedSession, spans: Iterable[tuple[int, int]], scheme: str
+    model: NEDS, binned: BinnedSession, spans: Iterable[tuple[int, int]]
 ) -> NDArray[np.float32]:
     """Predicted counts of every bin from the spikes of strictly earlier bins; causal models only.
 
@@ -236,11 +244,10 @@ def ahead_spans(
     ndarray, shape (bins of all spans, units)
     """
     pieces = []
-    for first, stop in spans:
-        for low, high, start, end in _segments(model, first, stop, SEGMENT):
-            arrays = _spikes_alone(binned, [(start, end)])
-            raw = _forward(model, binned, *arrays, scheme, [AHEAD])[AHEAD]
-            pieces.append(_counts(raw[0, low - start : high - start]))
+    for kept_S, start, end in _segments(model, spans, SEGMENT):
+        arrays = _spikes_alone(binned, [(start, end)])
+        raw = _forward(model, binned, *arrays, "decoding", [AHEAD])[AHEAD]
+        pieces.append(_counts(raw[0, kept_S]))
     return np.concatenate(pieces)
 
 

@@ -217,7 +217,9 @@ def _regions(regions: dict[str, Any]) -> str:
 
 def _provenance(spec: BundleSpec) -> str:
     config, model = spec.training["config"], spec.model
-    schemes = [name for name, weight in config["masking"]["schemes"].items() if weight]
+    masking = config["masking"]
+    schemes = [name for name, weight in masking["schemes"].items() if weight]
+    schemes += ["ahead"] if masking["ahead"] else []
     facts = {
         "bundle": spec.name,
         "made by": f"rt-neds {spec.version}",

@@ -259,7 +259,7 @@ def validate_all(
     own = validate(
         model, subjects[processes.number :: processes.count], config, "val", processes.device
     )
-    names = [*config.behaviour, *SCHEMES]
+    names = [*config.behaviour, *SCHEMES, AHEAD]
     return processes.gather(own, [subject.id for subject in subjects], names)
 
 
@@ -275,8 +275,8 @@ def batch_losses(model: NEDS, batch: Batch, config: TrainConfig) -> dict[str, Te
         asked_BTM = batch.asked_BTM[rows]
         asked_M = asked_BTM.any(dim=1).any(dim=0).tolist()
         wanted = [name for m, name in enumerate(model.modalities) if asked_M[m]]
-        if scheme == SCHEMES.index(AHEAD):
-            wanted = [AHEAD]
+        if batch.ahead_BT[rows].any():
+            wanted.append(AHEAD)
         outputs = model(
             batch.session,
             batch.counts_BTN[rows],
@@ -293,11 +293,11 @@ def batch_losses(model: NEDS, batch: Batch, config: TrainConfig) -> dict[str, Te
         rows = torch.cat([rows for rows, _ in parts])
         raw_BTC = torch.cat([raw for _, raw in parts])
         m = 0 if name == AHEAD else model.modalities.index(name)
-        asked_BT = batch.asked_BTM[rows, :, m]
+        asked_BT = batch.ahead_BT[rows] if name == AHEAD else batch.asked_BTM[rows, :, m]
         if m == 0:
             counts_BTN = batch.counts_BTN[rows, -asked_BT.shape[1] :]
             asked_BN = batch.asked_BN[rows]
-            loss = spikes_loss(raw_BTC, counts_BTN, asked_BT, asked_BN, batch.rate)
+            loss = spikes_loss(raw_BTC, counts_BTN, asked_BT, asked_BN, batch.rate_N)
             losses[name] = config.training.spikes_weight * loss
         else:
             kind = config.behaviour[name].kind

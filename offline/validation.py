@@ -19,8 +19,8 @@ from offline.windows import Split
 from rt_neds.model.neds import AHEAD, NEDS, SCHEMES, SPIKES
 from rt_neds.model.readout import LOG_RATE_RANGE, to_values_TV
 
-SPIKE_SCHEMES = ("encoding", "within_spikes", *UNIT_SCHEMES, "forward", "ahead")
-"""Schemes that ask for spikes alone."""
+SPIKE_SCHEMES = ("encoding", "within_spikes", *UNIT_SCHEMES, "forward", AHEAD)
+"""What is asked of spikes alone."""
 
 MOST_WINDOWS = 64
 """Windows of a session that the spikes are scored on."""
@@ -90,11 +90,12 @@ def _spikes(
     """Bits per spike of each scheme, all units pooled, under masks that are always the same."""
     binned, T, scores = subject.binned, config.data.window_bins, {}
     windows = [f for a, b in binned.spans(split) for f in range(a, b, T)][:MOST_WINDOWS]
-    for scheme, weight in config.masking.schemes.items():
-        if scheme not in SPIKE_SCHEMES or not weight or not windows:
+    for asked, weight in config.masking.taught.items():
+        if asked not in SPIKE_SCHEMES or not weight or not windows:
             continue
+        scheme = "decoding" if asked == AHEAD else asked
         of_one_scheme = msgspec.structs.replace(
-            config.masking, schemes={scheme: 1.0}, unit_dropout=0.0
+            config.masking, schemes={scheme: 1.0}, unit_dropout=0.0, ahead=asked == AHEAD
         )
         rng = np.random.default_rng(0)
         gain = spikes = 0.0
@@ -111,7 +112,7 @@ def _spikes(
                 subject.region_N,
                 rng,
             )
-            wanted = AHEAD if scheme == AHEAD else SPIKES
+            wanted = AHEAD if asked == AHEAD else SPIKES
             inputs_TM = normalise(values_TM, subject.scales).astype(np.float32)
             log_rate_BTN = model(
                 subject.id,
@@ -121,11 +122,12 @@ def _spikes(
                 missing_BTN=torch.from_numpy(masks.missing_BN)[:, None].to(device),
                 wanted=[wanted],
             )[wanted]
-            asked_TN = masks.asked_BTM[0, :, :1] & masks.asked_BN[0]
+            asked_T = masks.ahead_BT[0] if asked == AHEAD else masks.asked_BTM[0, :, 0]
+            asked_TN = asked_T[:, None] & masks.asked_BN[0]
             log_rate_TN = log_rate_BTN[0].clamp(*LOG_RATE_RANGE).cpu().numpy().astype(np.float64)
             gain += _gain(counts_TN, log_rate_TN, subject.rate_N, asked_TN)
             spikes += float(counts_TN[asked_TN].sum())
-        scores[scheme] = gain / max(spikes, 1.0) / float(np.log(2))
+        scores[asked] = gain / max(spikes, 1.0) / float(np.log(2))
     return scores
 
 

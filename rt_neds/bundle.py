@@ -20,7 +20,7 @@ from rt_neds.errors import BundleError
 from rt_neds.model.neds import NEDS, ModelConfig
 from rt_neds.model.readout import Behaviour, Scale
 
-FORMAT = 2
+FORMAT = 3
 JSON_NAME, WEIGHTS_NAME = "bundle.json", "model.safetensors"
 
 

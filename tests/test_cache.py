@@ -98,8 +98,8 @@ def test_sessions_may_lack_behaviours_but_not_all_the_same(tmp_path):
     with pytest.raises(SessionError, match=r"no wheel\.wheel_speed"):
         train(tiny_config(), paths[:1], tmp_path / "run2")
     # A session of spikes alone helps where spikes are learned from spikes, and only there.
-    schemes = {"schemes": {"decoding": 1.0, "ahead": 1.0}}
-    assert "ahead" in train(tiny_config(masking=schemes), paths, tmp_path / "run3")["val"]["c"]
+    masking = {"schemes": {"decoding": 1.0}, "ahead": True}
+    assert "ahead" in train(tiny_config(masking=masking), paths, tmp_path / "run3")["val"]["c"]
     with pytest.raises(SessionError, match="has none of speed, choice"):
         train(tiny_config(masking={"schemes": {"decoding": 1.0}}), paths, tmp_path / "run4")
 

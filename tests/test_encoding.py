@@ -16,7 +16,7 @@ from offline.encoding import (
     predict_spikes,
 )
 from offline.predict import ahead_spans, spans_without_units
-from rt_neds.model.neds import SCHEMES
+from rt_neds.model.neds import AHEAD, SCHEMES
 from rt_neds.model.readout import Scale
 from tests.naive import bits_per_spike_of_unit
 from tests.test_predict import SPANS, UNITS, kept, random_counts, random_model, recorded
@@ -68,7 +68,7 @@ def test_without_two_regions_there_is_nothing_to_ask_by_region():
 
 
 def test_every_metric_has_a_scheme():
-    assert set(SCHEME_OF.values()) <= set(SCHEMES)
+    assert set(SCHEME_OF.values()) <= {*SCHEMES, AHEAD}
 
 
 def test_only_what_was_trained_is_scored():
@@ -98,7 +98,7 @@ def test_units_and_bins_of_each_metric():
 def test_scores_are_the_written_formula(metric):
     model, counts = random_model(), random_counts()
     if metric == "forward_1":
-        rate = ahead_spans(model, recorded(counts), SPANS, "ahead")
+        rate = ahead_spans(model, recorded(counts), SPANS)
     else:
         each = np.eye(UNITS, dtype=bool)
         rate = spans_without_units(model, recorded(counts), SPANS, each, each, "neuron")

@@ -18,7 +18,7 @@ from rt_neds.session import load_session
 from tests.making import tiny_config, write_session
 
 ODD = "<b>mouse & co</b>"
-SCHEMES = dict.fromkeys(["decoding", *SCHEME_OF.values()], 1.0)
+SCHEMES = {name: 1.0 for name in ("decoding", *SCHEME_OF.values()) if name != "ahead"}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def two(tmp_path_factory):
         write_session(folder / "a.h5", seconds=40, units=24),
         write_session(folder / "b.h5", seconds=40, units=22, seed=1, session_id=ODD),
     ]
-    config = tiny_config(masking={"schemes": SCHEMES, "region": "region"}, training={"steps": 4})
+    config = tiny_config(masking={"schemes": SCHEMES, "ahead": True, "region": "region"}, training={"steps": 4})
     train(config, [str(path) for path in paths], folder / "run")
     return paths, folder / "run" / "bundle"
 

@@ -87,9 +87,9 @@ def test_random_schemes_hide_the_stated_share_and_behaviours_independently():
 def test_asked_is_hidden_and_scored_and_never_shown(seed):
     rng = np.random.default_rng(seed)
     shown, scored = rng.random((2, 8, 30, 4)) < 0.7
-    config = MaskingConfig(schemes=dict.fromkeys(SCHEMES, 1.0))
+    config = MaskingConfig(schemes=dict.fromkeys(SCHEMES, 1.0), ahead=bool(seed % 2))
     masks = draw_masks(config, shown, scored, rng.integers(0, 3, 11), rng)
-    by_bins = ~np.isin(masks.scheme_B, [SCHEMES.index(s) for s in (*UNIT_SCHEMES, "ahead")])
+    by_bins = ~np.isin(masks.scheme_B, [SCHEMES.index(s) for s in UNIT_SCHEMES])
     assert not (masks.asked_BTM & masks.observed_BTM)[by_bins].any()
     assert not (masks.asked_BTM & masks.observed_BTM)[:, :, 1:].any()
     assert not (masks.asked_BTM & ~scored).any()
@@ -98,6 +98,9 @@ def test_asked_is_hidden_and_scored_and_never_shown(seed):
         if SCHEMES[scheme] == "decoding":
             assert (masks.asked_BTM[b, :, 1:] == scored[b, :, 1:]).all()
             assert (masks.observed_BTM[b, :, 0] == shown[b, :, 0]).all()
+            assert (masks.ahead_BT[b] == (scored[b, :, 0] & config.ahead)).all()
+        else:
+            assert not masks.ahead_BT[b].any()
         if SCHEMES[scheme] in UNIT_SCHEMES:
             assert (masks.asked_BTM[b, :, 0] == scored[b, :, 0]).all()
             assert (masks.observed_BTM[b, :, 0] == shown[b, :, 0]).all()
@@ -139,14 +142,14 @@ def test_losses_by_hand():
     )
     counts = torch.tensor([[[1.0, 0.0], [9.0, 9.0], [0.0, 2.0]]])
     rates = torch.tensor([[[0.1, -0.2], [3.0, 3.0], [0.0, 0.4]]])
-    by_hand = np.mean([np.exp(0.1) - 0.1, np.exp(-0.2), 1.0, np.exp(0.4) - 0.8])
-    both = torch.ones(1, 2, dtype=torch.bool)
-    assert spikes_loss(rates, counts, asked, both, 0.5).item() == pytest.approx(
-        2 * by_hand, rel=1e-5
-    )
-    by_hand = np.mean([np.exp(-0.2), np.exp(0.4) - 0.8])
-    second = torch.tensor([[False, True]])
-    assert spikes_loss(rates, counts, asked, second, 1.0).item() == pytest.approx(by_hand, rel=1e-5)
+    first = np.mean([np.exp(0.1) - 0.1, 1.0])
+    second = np.mean([np.exp(-0.2), np.exp(0.4) - 0.8])
+    both, rate = torch.ones(1, 2, dtype=torch.bool), torch.tensor([0.5, 2.0])
+    by_hand = (first / 0.5 + second / 2.0) / 2
+    loss = spikes_loss(rates, counts, asked, both, rate).item()
+    assert loss == pytest.approx(by_hand, rel=1e-5)
+    loss = spikes_loss(rates, counts, asked, torch.tensor([[False, True]]), rate).item()
+    assert loss == pytest.approx(second / 2.0, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["continuous", "poisson", "categorical"])

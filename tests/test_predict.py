@@ -93,7 +93,7 @@ def one_by_one(units: int = UNITS) -> np.ndarray:
 
 @pytest.mark.parametrize("attention", ["causal", "full"])
 def test_a_unit_at_a_time_equals_one_pass_for_each(attention, monkeypatch):
-    monkeypatch.setattr(predict, "COPIES", 3)  # not a divisor of the units
+    monkeypatch.setattr(predict, "COPIED_BINS", 3 * 250)  # three or four units at a time
     monkeypatch.setattr(predict, "SEGMENT", 17)
     model, counts = random_model(attention=attention), random_counts()
     binned, each = recorded(counts), one_by_one()
@@ -183,15 +183,15 @@ def test_no_forecast_from_a_window_with_a_hole():
 def test_ahead_in_segments_equals_one_pass_over_everything(monkeypatch):
     monkeypatch.setattr(predict, "SEGMENT", 17)
     model, counts = random_model(), random_counts()
-    came = ahead_spans(model, recorded(counts), SPANS, "ahead")
-    expected = rates(model, counts, np.ones(BINS, bool), "ahead", wanted=AHEAD)
+    came = ahead_spans(model, recorded(counts), SPANS)
+    expected = rates(model, counts, np.ones(BINS, bool), "decoding", wanted=AHEAD)
     np.testing.assert_allclose(came, kept(expected), rtol=2e-4)
 
 
 def test_ahead_sees_the_bin_before_and_not_its_own():
     model, counts = random_model(), random_counts()
-    before = ahead_spans(model, recorded(counts), [(140, 180)], "ahead")
+    before = ahead_spans(model, recorded(counts), [(140, 180)])
     counts[160] += 5
-    after = ahead_spans(model, recorded(counts), [(140, 180)], "ahead")
+    after = ahead_spans(model, recorded(counts), [(140, 180)])
     np.testing.assert_array_equal(after[:21], before[:21])
     assert (after[21] != before[21]).all()

@@ -20,7 +20,8 @@ def config(**training):
     return tiny_config(
         model={"dropout": 0.0},
         masking={
-            "schemes": {"decoding": 1.0, "encoding": 1.0, "neuron": 1.0, "ahead": 1.0},
+            "schemes": {"decoding": 1.0, "encoding": 1.0, "neuron": 1.0},
+            "ahead": True,
             "unit_dropout": 0.1,
         },
         training={"steps": 5, "batch": 8, "sessions": 2, "validate_every": 5, **training},

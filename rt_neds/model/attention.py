@@ -117,7 +117,6 @@ class Attention(nn.Module):
         asking: Sequence[int],
         context: int,
         causal: bool,
-        ahead: bool = False,
     ) -> Tensor:
         """Attend within a whole sequence.
 
@@ -128,13 +127,11 @@ class Attention(nn.Module):
         table_2TF : tensor
             Rotary angles of the bins.
         seen_BTM : tensor of bool
-            Which of the first tokens of a bin serve as keys; those after them never do.
+            Which tokens of a bin serve as keys.
         asking : sequence of int
             Tokens of a bin that attend.
         context : int
         causal : bool
-        ahead : bool
-            Whether the last of them may look at strictly earlier bins only.
 
         Returns
         -------
@@ -143,7 +140,7 @@ class Attention(nn.Module):
         keys = seen_BTM.any(dim=1).any(dim=0).nonzero()[:, 0].tolist()
         q, k, v = self.project(x_BTMD, table_2TF, asking, keys)
         seen = seen_BTM[:, :, keys]
-        T, M = x_BTMD.shape[1], len(asking)
+        T = x_BTMD.shape[1]
         bins_T = torch.arange(T, device=x_BTMD.device)
         # A band of width `context` leaves most of the T x T square dark: cut it into strips.
         strip = context if causal and context < T else T
@@ -154,20 +151,12 @@ class Attention(nn.Module):
             newest = stop if causal else T
             band_TS = visible(bins_T[start:stop], bins_T[oldest:newest], context, causal)
             allowed_BTP = (band_TS[None, :, :, None] & seen[:, None, oldest:newest]).flatten(2)
-            allowed_BTMP = allowed_BTP[:, :, None]
-            if ahead:
-                ago_TS = bins_T[start:stop, None] - bins_T[None, oldest:newest]
-                earlier_TP = (ago_TS > 0).repeat_interleave(len(keys), dim=1)
-                allowed_BTMP = torch.cat(
-                    [allowed_BTMP.expand(-1, -1, M - 1, -1), allowed_BTMP & earlier_TP[:, None]],
-                    dim=2,
-                )
             outs.append(
                 self.attend(
                     q[:, :, start:stop],
                     k[:, :, oldest:newest],
                     v[:, :, oldest:newest],
-                    allowed_BTMP,
+                    allowed_BTP[:, :, None],
                 )
             )
         return torch.cat(outs, dim=1)

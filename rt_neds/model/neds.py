@@ -22,6 +22,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from rt_neds.model.attention import Attention, Ring, rotary_table, visible
+from rt_neds.model.memory import ROUNDING, Memory
 from rt_neds.model.readin import CategoricalReadIn, ContinuousReadIn, SpikeReadIn
 from rt_neds.model.readout import Behaviour, ReadOut
 
@@ -35,14 +36,13 @@ SCHEMES = (
     "inter_region",
     "intra_region",
     "forward",
-    "ahead",
 )
-"""Training schemes: five of NEDS (arXiv 2504.08201, section 3), four of MtM (arXiv 2407.14668,
-section 3) and their causal limit, the next bin. Each says what is hidden (``offline.masking``)."""
+"""Training schemes: five of NEDS (arXiv 2504.08201, section 3) and four of MtM (arXiv 2407.14668,
+section 3). Each says what is hidden (``offline.masking``)."""
 
 SPIKES = "spikes"
 AHEAD = "ahead"
-"""Output: log-rates of each bin's spikes, asked from strictly earlier bins only."""
+"""Output: log-rates of each bin's spikes, read from what the bin before it knew."""
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +61,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         ``bin``: one token per bin, made of what the bin shows; what is hidden is simply not in it.
         ``modality``, the paper's, for comparison: one token per modality and bin; hidden ones are
         learned vectors that all others see. It cannot be served.
+    memory : int
+        Longest time constant, in bins, of the running averages that outlast the context; 0 for no
+        memory, as in the papers.
     history : tuple of int
         Widths, in bins, of the running sums of counts that a spike token is made of.
     dropout : float
@@ -73,12 +76,15 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     context: int = 100
     attention: Literal["causal", "full"] = "causal"
     tokens: Literal["bin", "modality"] = "bin"
+    memory: int = 0
     history: tuple[int, ...] = (1, 5, 25)
     dropout: float = 0.2
 
     def __post_init__(self) -> None:
         if min(self.dim, self.layers, self.heads, self.widen, self.context) < 1:
             raise ValueError("dim, layers, heads, widen and context must be at least 1")
+        if self.memory == 1 or self.memory < 0:
+            raise ValueError(f"memory is {self.memory}; it needs at least 2 bins, or 0 for none")
         if self.dim % (2 * self.heads):
             raise ValueError(f"dim {self.dim} must be an even multiple of heads {self.heads}")
         if not self.history or min(self.history) < 1:
@@ -86,8 +92,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def receptive_field(self) -> int:
-        """Bins that can influence an output: the band of each layer, and the boxcars below."""
-        return self.layers * (self.context - 1) + max(self.history)
+        """Bins that can influence an output by more than rounding."""
+        band = self.layers * (self.context - 1) + max(self.history)
+        return band + ROUNDING * self.memory
 
 
 class Layer(nn.Module):
@@ -134,11 +141,13 @@ class StreamState:
     ring : Ring
     counts_BHN : tensor
         Counts of the last ``max(history) - 1`` bins, for the boxcars.
+    memory_BMD : tensor
     """
 
     next_bin: int
     ring: Ring
     counts_BHN: Tensor
+    memory_BMD: Tensor
 
 
 class NEDS(nn.Module):
@@ -179,7 +188,9 @@ class NEDS(nn.Module):
         self.scheme_XD = nn.Parameter(0.02 * torch.randn(len(SCHEMES), dim))
         self.token_dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.memory = Memory(dim, config.memory) if config.memory else None
         self.norm = nn.LayerNorm(dim)
+        self.next = nn.Linear(dim, dim)
         self._table = rotary_table(range(1), dim // config.heads)
 
     def parts(self, session: str) -> SessionParts:
@@ -221,8 +232,8 @@ class NEDS(nn.Module):
         missing_BTN : tensor of bool, optional
             Units to replace by their learned stand-in; broadcasts over bins.
         wanted : sequence of str, optional
-            Modalities to read out; all by default. ``"ahead"`` adds a token to each bin that
-            shows nothing and sees nothing of its bin or later, and reads the spikes from it.
+            Modalities to read out; all by default. ``"ahead"`` reads each bin's spikes from the
+            token of the bin before it.
 
         Returns
         -------
@@ -237,12 +248,10 @@ class NEDS(nn.Module):
         x_BTMD, seen_BTM = self._tokens(
             session, counts_BTN, values_BTM, observed_BTM, scheme_B, missing_BTN, past
         )
-        askers = {name: self._asker(name) for name in wanted if name != AHEAD}
-        if AHEAD in wanted:
-            askers[AHEAD] = x_BTMD.shape[2]
-            x_BTMD = torch.cat([x_BTMD, self._dark(session, x_BTMD, scheme_B)], dim=2)
+        askers = {name: self._asker(name) for name in wanted}
+        readers = sorted(set(askers.values()))
         table_2TF = self._rotary(x_BTMD.shape[1]).to(x_BTMD.device)
-        everyone, readers = list(range(x_BTMD.shape[2])), sorted(set(askers.values()))
+        everyone = list(range(x_BTMD.shape[2]))
         for n, layer in enumerate(self.stack()):
             asking = everyone if n + 1 < self.config.layers else readers
             attended = layer.attention.sequence(
@@ -252,16 +261,19 @@ class NEDS(nn.Module):
                 asking,
                 self.config.context,
                 causal,
-                AHEAD in wanted,
             )
             x_BTMD = layer.add(x_BTMD[:, :, asking], attended)
+        if self.memory is not None:
+            memory_BTMD = self.memory.sequence(x_BTMD, seen_BTM[:, :, readers])
+            x_BTMD = x_BTMD + self.token_dropout(self.memory.out(memory_BTMD))
         return self._read_out(
             session, x_BTMD, {name: readers.index(token) for name, token in askers.items()}
         )
 
     def _asker(self, name: str) -> int:
         """Which token of a bin an output is read from."""
-        return self.modalities.index(name) if self.config.tokens == "modality" else 0
+        apart = self.config.tokens == "modality" and name != AHEAD
+        return self.modalities.index(name) if apart else 0
 
     def _tokens(
         self,
@@ -292,11 +304,6 @@ class NEDS(nn.Module):
         x_BTMD = torch.stack(tokens if apart else [sum_BTD], dim=2)
         seen_BTM = torch.ones_like(observed_BTM) if apart else observed_BTM.any(2, keepdim=True)
         return self._in_context(x_BTMD, session, scheme_B), seen_BTM
-
-    def _dark(self, session: str, x_BTMD: Tensor, scheme_B: Tensor) -> Tensor:
-        """For each bin, a token that shows nothing."""
-        B, T, _, D = x_BTMD.shape
-        return self._in_context(self.hidden_D.expand(B, T, 1, D), session, scheme_B)
 
     def _in_context(self, x_BTMD: Tensor, session: str, scheme_B: Tensor) -> Tensor:
         """Tokens, told which session and scheme they are of."""
@@ -332,8 +339,13 @@ class NEDS(nn.Module):
         """Each wanted output, from the token that asks for it."""
         parts, x_BTMD, outputs = self.parts(session), self.norm(x_BTMD), {}
         for name, token in token_of.items():
-            head = parts.spikes_out if name in (SPIKES, AHEAD) else parts.behaviour_out[name]
-            outputs[name] = head(x_BTMD[:, :, token])
+            x_BTD = x_BTMD[:, :, token]
+            if name == AHEAD:
+                before_BTD = nnf.pad(self.next(x_BTD)[:, :-1], (0, 0, 1, 0))
+                outputs[name] = parts.spikes_out(before_BTD)
+            else:
+                head = parts.spikes_out if name == SPIKES else parts.behaviour_out[name]
+                outputs[name] = head(x_BTD)
         return outputs
 
     # -- one bin, or a few, at a time ------------------------------------------------------------
@@ -371,6 +383,7 @@ class NEDS(nn.Module):
             next_bin=first_bin,
             ring=Ring.empty(config.layers, shape, self.hidden_D),
             counts_BHN=self.hidden_D.new_zeros(batch, max(config.history) - 1, units),
+            memory_BMD=self.hidden_D.new_zeros(batch, 1, config.dim),
         )
 
     @torch.no_grad()
@@ -391,6 +404,7 @@ class NEDS(nn.Module):
         Arguments are those of :meth:`forward` for the new bins only; ``state`` is advanced.
         """
         wanted = self.modalities if wanted is None else tuple(wanted)
+        assert AHEAD not in wanted, "a step knows no bin before its own"
         counts_BTN = torch.where(observed_BTM[:, :, :1], counts_BTN, 0.0)
         past = state.counts_BHN.shape[1]
         with_past = torch.cat([state.counts_BHN, counts_BTN], dim=1)
@@ -414,5 +428,9 @@ class NEDS(nn.Module):
             keys[:, :, rows_T] = k
             values[:, :, rows_T] = v
             x_BTMD = layer.add(x_BTMD, layer.attention.attend(q, keys, values, allowed_BTMP))
+        if self.memory is not None:
+            memory_BTMD = self.memory.sequence(x_BTMD, seen_BTM, state.memory_BMD)
+            state.memory_BMD = memory_BTMD[:, -1]
+            x_BTMD = x_BTMD + self.memory.out(memory_BTMD)
         state.next_bin += T
         return self._read_out(session, x_BTMD, dict.fromkeys(wanted, 0))

@@ -103,6 +103,11 @@ def _blocks(model: Any, parts: Any, spikes_D: F8, missing_N: Any) -> Iterator[F8
         yield _panels(*_map(layer.attention.out))
         yield _panels(*_map(layer.widen, layer.norm2))
         yield _panels(*_map(layer.narrow))
+    if model.memory is not None:
+        gate_EI, gate_E = _map(model.memory.gate, model.memory.norm)
+        yield _panels(gate_EI * math.log2(math.e), gate_E * math.log2(math.e))
+        yield _panels(*_map(model.memory.value, model.memory.norm))
+        yield _panels(*_map(model.memory.out))
 
 
 def _dark(model: Any, session: str) -> F8:
@@ -166,6 +171,7 @@ class FusedStep:
         self._values_LHPRV = _zeros(c.layers, c.heads, _up(width) // PANEL, 2 + rows, PANEL)
         self._sink_LHPV = _zeros(c.layers, c.heads, _up(width) // PANEL, PANEL)
         self._sink_LHPV.reshape(c.layers, c.heads, -1)[:, :, :width] = sinks
+        self._memory_D = _zeros(D)
         self.nbytes = weights.nbytes + self._keys_LHPFV.nbytes + self._values_LHPRV.nbytes
         inputs = self._sums_KN.size + 4
         self._arguments = (
@@ -186,6 +192,8 @@ class FusedStep:
             self._values_LHPRV,
             np.zeros(inputs, np.int64),  # found_I
             _zeros(inputs),  # root_I
+            np.float32(model.memory.longest if model.memory is not None else 0),
+            self._memory_D,
             _zeros(T, 2, width // 2),  # turn_T2F
             _zeros(5, T, D + PANEL),  # work_5TD
             _zeros(T, 2 * D),  # kv_T2D
@@ -200,7 +208,7 @@ class FusedStep:
     def reset(self, first_bin: int = 0) -> None:
         """Forget the past; the next bin has this number."""
         self._bin = first_bin
-        self._counts_CN[:], self._sums_KN[:] = 0, 0
+        self._counts_CN[:], self._sums_KN[:], self._memory_D[:] = 0, 0, 0
         sink = self._values_LHPRV.shape[3] - 2  # its row, after those of the ring
         self._keys_LHPFV[:] = 0
         self._keys_LHPFV[:, :, :, 0] = -np.inf

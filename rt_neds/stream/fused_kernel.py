@@ -309,6 +309,20 @@ def _attend(  # type: ignore[no-untyped-def]
             _linear(values, at_value, width, rows, scores_1R, 0, mixed_TD[t : t + 1], at, 0, 1)
 
 
+@_plain
+def _average(gates_TD, bins, observed_T, dim, longest, memory_D, after_TD):  # type: ignore[no-untyped-def]
+    """Move the memory on, bin by bin; gates, in bits, lie before the values of each token."""
+    half, one = gates_TD.shape[1] // 2, np.float32(1)
+    for t in range(bins):
+        if observed_T[t]:
+            for d in range(dim):
+                gate = gates_TD[t, d]
+                e = _exp2(-abs(gate))
+                keep = longest * (one if gate > 0 else e) / (one + e)
+                memory_D[d] = keep * memory_D[d] + (one - keep) * gates_TD[t, half + d]
+        after_TD[t, :dim] = memory_D[:dim]
+
+
 @_summing
 def _read_out(normed_TD, heads_OI, dim, raw_TO, bins):  # type: ignore[no-untyped-def]
     """Each number read out: a row of weights, its bias last, times the token of its bin."""
@@ -326,7 +340,7 @@ def fused_step(  # type: ignore[no-untyped-def]
     weights, dark_D, heads_OI,
     frequency_F, history_K, context, epsilon, dim, widened,
     counts_CN, sums_KN, keys_LHPFV, values_LHPRV,
-    found_I, root_I, turn_T2F, work_5TD, kv_T2D, wide_TG, scores_1R, raw_TO,
+    found_I, root_I, longest, memory_D, turn_T2F, work_5TD, kv_T2D, wide_TG, scores_1R, raw_TO,
 ):  # fmt: skip
     """The first ``bins`` bins of the counts; :class:`FusedStep` owns all arrays."""
     L, H = keys_LHPFV.shape[:2]
@@ -363,5 +377,10 @@ def fused_step(  # type: ignore[no-untyped-def]
         at = _linear(weights, at, G, dim, normed_TD, 0, wide_TG, 0, 0, bins)
         _gelu(wide_TG, 0, bins, widened)
         at = _linear(weights, at, D, widened, wide_TG, 0, more_TD, 0, 0, bins)
+    if longest > 0:  # there is a memory
+        _add_and_norm(x_TD, more_TD, normed_TD, 0, bins, dim, epsilon)
+        at = _linear(weights, at, 2 * D, dim, normed_TD, 0, kv_T2D, 0, 0, bins)
+        _average(kv_T2D, bins, observed_T, dim, longest, memory_D, mixed_TD)
+        at = _linear(weights, at, D, dim, mixed_TD, 0, more_TD, 0, 0, bins)
     _add_and_norm(x_TD, more_TD, normed_TD, 0, bins, dim, epsilon)
     _read_out(normed_TD, heads_OI, dim, raw_TO, bins)

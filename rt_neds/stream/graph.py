@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rt_neds.errors import BundleError
 from rt_neds.model.attention import NEVER, ROTARY_BASE, rotate
+from rt_neds.model.memory import Memory
 from rt_neds.model.neds import NEDS, SCHEMES
 
 F4 = NDArray[np.float32]
@@ -74,7 +75,8 @@ class GraphStep:
             _check("missing_N", missing_N.shape, (units,))
         model = copy.deepcopy(model).eval().requires_grad_(False).to(device)
         self._device, self._stack = torch.device(device), model.stack()
-        self._context, self._heads, self._norm = c.context, c.heads, model.norm
+        self._context, self._heads = c.context, c.heads
+        self._memory, self._norm = model.memory, model.norm
         self._shared, self._spikes_D = model.spikes_shared, model.modality_MD[0]
         session_D = model.session_XD[model.session_ids.index(session)]
         self._dark_D = model.hidden_D + session_D + model.scheme_XD[SCHEMES.index("decoding")]
@@ -104,6 +106,7 @@ class GraphStep:
         new: dict[str, Any] = {"device": self._device}
         self._bin_1 = torch.zeros(1, dtype=torch.int64, **new)
         self._counts_CN = torch.zeros(max(config.history), units, **new)
+        self._memory_D = torch.zeros(config.dim, **new)
         self._age_C = torch.arange(max(config.history), **new)
         self._bin_of_row_R = torch.full((W,), NEVER, dtype=torch.int64, **new)
         self._keys_LHRF = torch.zeros(config.layers, H, W + 1, F, **new)
@@ -143,6 +146,7 @@ class GraphStep:
         self._bin = int(first_bin)
         self._bin_1.fill_(self._bin)
         self._counts_CN.zero_()
+        self._memory_D.zero_()
         self._bin_of_row_R.fill_(NEVER)
 
     def steps(self, counts_TN: Sequence[F4], observed_T: Sequence[bool]) -> F4:
@@ -205,6 +209,8 @@ class GraphStep:
                 layer, normed_D, table_21F, row_1, mask_R, keys_HRF, values_HRF
             )
             x_D = layer.add(x_D, attended_D)
+        if self._memory is not None:
+            x_D = x_D + self._remember(self._memory, x_D, observed_1)
         raw_O = nnf.linear(self._norm(x_D), self._head_OD, self._bias_O)
         self._raw_host_O.copy_(raw_O, non_blocking=True)
         self._bin_1 += 1
@@ -217,6 +223,13 @@ class GraphStep:
         sums_KN = (age_C < self._history_K1).float() @ self._counts_CN
         z_KN = (sums_KN.sqrt() - self._mean_KN) / self._sd_KN
         return torch.where(self._missing_N, self._stand_in_KN, z_KN).flatten()
+
+    def _remember(self, memory: Memory, x_D: Tensor, observed_1: Tensor) -> Tensor:
+        """Move the memory on, in place, and read it."""
+        normed_D = memory.norm(x_D)
+        pace_D = 1.0 - memory.longest * torch.sigmoid(memory.gate(normed_D))
+        self._memory_D.lerp_(memory.value(normed_D), pace_D * observed_1)
+        return memory.out(self._memory_D)
 
     def _attend(
         self, layer: Any, x_D: Tensor, table_21F: Tensor, row_1: Tensor, mask_R: Tensor,

@@ -1,0 +1,75 @@
+"""What outlasts the context: running averages of the tokens, each at a pace that the token sets.
+
+Shape suffixes: B batch, T bins, M tokens of a bin, D model width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+ROUNDING = 16
+"""So many times its longest span after a bin, a memory holds less than float32 rounding of it."""
+
+
+class Memory(nn.Module):
+    """Gated running averages (a minimal recurrent unit: Feng et al., arXiv 2410.01201, section 3).
+
+    Attention forgets what is older than its context: of an animal that stops, where it stopped. An
+    average whose pace the token sets can wait, at the cost of a fraction of a layer
+    (``docs/decisions/0014``)::
+
+        keep = (1 - 1 / span) * sigmoid(gate(x))
+        memory = keep * memory + (1 - keep) * value(x)
+
+    A token of which nothing was observed leaves it as it is. It is bounded by the largest value,
+    and what a bin left in it halves within ``0.7 * span`` bins at most.
+
+    Parameters
+    ----------
+    dim : int
+    span : int
+        Longest time constant of an average, in bins.
+    """
+
+    def __init__(self, dim: int, span: int) -> None:
+        super().__init__()
+        self.longest = 1.0 - 1.0 / span
+        self.norm = nn.LayerNorm(dim)
+        self.gate = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim)
+        with torch.no_grad():  # time constants from two bins to hundreds
+            self.gate.bias.copy_(torch.linspace(0.0, 6.0, dim))
+
+    def sequence(
+        self, x_BTMD: Tensor, seen_BTM: Tensor, before_BMD: Tensor | None = None
+    ) -> Tensor:
+        """The memory of each token after each bin, from the one before the first.
+
+        Parameters
+        ----------
+        x_BTMD : tensor
+            Tokens.
+        seen_BTM : tensor of bool
+            Of which anything was observed.
+        before_BMD : tensor, optional
+            Memory before the first bin; nothing by default.
+
+        Returns
+        -------
+        tensor, shape (B, T, M, D)
+        """
+        normed_BTMD = self.norm(x_BTMD)
+        keep = self.longest * torch.sigmoid(self.gate(normed_BTMD))
+        keep = torch.where(seen_BTM[..., None], keep, 1.0)
+        fresh = (1.0 - keep) * self.value(normed_BTMD)
+        # Bins are joined by twos, fours, eights: a few large operations instead of one per bin.
+        apart = 1
+        while apart < x_BTMD.shape[1]:
+            earlier = (0, 0, 0, 0, apart, 0)
+            fresh = fresh + keep * nnf.pad(fresh[:, :-apart], earlier)
+            keep = keep * nnf.pad(keep[:, :-apart], earlier, value=1.0)
+            apart *= 2
+        return fresh if before_BMD is None else fresh + keep * before_BMD[:, None]
