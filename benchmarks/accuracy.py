@@ -272,7 +272,7 @@ def neural_scores(bundle: Path, binned: BinnedSession, config: TrainConfig) -> d
     of_bundle = spec.session(binned.session.id)
     predicted = predict_spikes(
         build_model(bundle, spec),
-        {name: config.masking.schemes.get(name, 0.0) for name in ("encoding", "ahead")},
+        {name: config.masking.taught.get(name, 0.0) for name in ("encoding", "ahead")},
         binned,
         binned.spans("test"),
         [of_bundle.scales[b.name] for b in spec.behaviours],

@@ -36,12 +36,12 @@ PRETRAINED_ON = (0, 1, 5, 20)
 MINUTES = (1.0, 2.0, 5.0, 10.0, 0.0)
 """Calibration; 0 is all of the training split."""
 
-SCHEMES = "masking.schemes={decoding=1.0, encoding=0.5, ahead=0.5}"
+SCHEMES = ("masking.schemes={decoding=1.0, encoding=0.5}", "masking.ahead=true")
 
 
 def config_of(*changes: str) -> TrainConfig:
     """The demo's network, with the masking of a pretrained one."""
-    return load_config(config_path("demo.toml"), TrainConfig, [SCHEMES, *changes])
+    return load_config(config_path("demo.toml"), TrainConfig, [*SCHEMES, *changes])
 
 
 def tested(bundle: Path, session: Path, config: TrainConfig) -> dict[str, float]:

@@ -24,7 +24,6 @@ from rt_neds.model.neds import AHEAD, SPIKES
 from rt_neds.model.readout import Scale
 from rt_neds.session import load_session
 
-
 LEAST_RATE = 0.1
 """Share of the mean rate that is added to each unit's when its loss is divided by it."""
 

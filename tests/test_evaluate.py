@@ -29,7 +29,9 @@ def two(tmp_path_factory):
         write_session(folder / "a.h5", seconds=40, units=24),
         write_session(folder / "b.h5", seconds=40, units=22, seed=1, session_id=ODD),
     ]
-    config = tiny_config(masking={"schemes": SCHEMES, "ahead": True, "region": "region"}, training={"steps": 4})
+    config = tiny_config(
+        masking={"schemes": SCHEMES, "ahead": True, "region": "region"}, training={"steps": 4}
+    )
     train(config, [str(path) for path in paths], folder / "run")
     return paths, folder / "run" / "bundle"
 

@@ -25,21 +25,28 @@ SCHEME = torch.tensor([SCHEMES.index("decoding")])
 ATOL = 1e-5
 
 SIZES = [
-    # dim, heads, layers, context, history, widen, units
-    (32, 2, 3, 6, (1, 3), 2, 12),
-    (24, 3, 2, 33, (2,), 2, 7),  # heads and widths that fill no panel
-    (40, 1, 2, 31, (1, 5, 25), 3, 30),  # the ring and its sink fill one panel exactly
-    (6, 3, 1, 1, (4, 1), 1, 3),  # a bin that sees only itself; one layer is first and last
-    (128, 4, 2, 100, (1, 5, 25), 2, 50),
+    # dim, heads, layers, context, history, widen, units, memory
+    (32, 2, 3, 6, (1, 3), 2, 12, 0),
+    (24, 3, 2, 33, (2,), 2, 7, 9),  # heads and widths that fill no panel
+    (40, 1, 2, 31, (1, 5, 25), 3, 30, 0),  # the ring and its sink fill one panel exactly
+    (6, 3, 1, 1, (4, 1), 1, 3, 5),  # a bin that sees only itself; one layer is first and last
+    (32, 2, 2, 4, (1, 3), 2, 12, 40),  # many a hole is longer than the context
+    (128, 4, 2, 100, (1, 5, 25), 2, 50, 500),
 ]
 
 
 def random_model(size=SIZES[0], seed: int = 0) -> NEDS:
     """Every parameter drawn, so that nothing is hidden behind a zero."""
-    dim, heads, layers, context, history, widen, units = size
+    dim, heads, layers, context, history, widen, units, memory = size
     torch.manual_seed(seed)
     config = ModelConfig(
-        dim=dim, heads=heads, layers=layers, context=context, history=history, widen=widen
+        dim=dim,
+        heads=heads,
+        layers=layers,
+        context=context,
+        history=history,
+        widen=widen,
+        memory=memory,
     )
     model = NEDS(config, BEHAVIOURS, {"other": 4, "a": units}).eval()
     with torch.no_grad():

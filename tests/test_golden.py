@@ -19,7 +19,15 @@ from tests.test_train import losses
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 WRITE = bool(os.environ.get("RT_NEDS_WRITE_GOLDEN"))
-CONFIG = {"dim": 16, "layers": 2, "heads": 2, "context": 6, "history": (1, 4), "dropout": 0.0}
+CONFIG = {
+    "dim": 16,
+    "layers": 2,
+    "heads": 2,
+    "context": 6,
+    "history": (1, 4),
+    "dropout": 0.0,
+    "memory": 8,
+}
 BEHAVIOURS = (
     Behaviour(name="speed", kind="continuous"),
     Behaviour(name="choice", kind="categorical", classes=("left", "right")),

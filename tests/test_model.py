@@ -72,9 +72,10 @@ def stream(model, session, counts, values, observed, scheme, chunks, first_bin=0
     chunks=st.lists(st.integers(1, 9), min_size=1, max_size=12),
     context=st.integers(1, 8),
     first_bin=st.sampled_from([0, 5, 123_456_789]),
+    memory=st.sampled_from([0, 2, 30]),
 )
-def test_stream_equals_offline(seed, session, chunks, context, first_bin):
-    model = random_model(seed, context=context)
+def test_stream_equals_offline(seed, session, chunks, context, first_bin, memory):
+    model = random_model(seed, context=context, memory=memory)
     inputs = random_inputs(session, sum(chunks), seed, batch=2)
     missing = torch.rand(2, 1, UNITS[session]) < 0.3
     with torch.no_grad():
@@ -85,9 +86,10 @@ def test_stream_equals_offline(seed, session, chunks, context, first_bin):
         torch.testing.assert_close(streamed[name], offline[name], atol=2e-5, rtol=1e-4)
 
 
-def test_stream_equals_offline_after_1e5_bins():
+@pytest.mark.parametrize("memory", [0, 50])
+def test_stream_equals_offline_after_1e5_bins(memory):
     # The receptive field is finite, so the offline run needs only the end of the long stream.
-    model = random_model(dim=16, layers=2, context=8)
+    model = random_model(dim=16, layers=2, context=8, memory=memory)
     bins, chunk = 100_000, 500
     counts, values, observed, scheme = random_inputs("a", bins)
     state = model.start("a", chunk=chunk)
@@ -131,10 +133,13 @@ def test_receptive_field_is_what_it_says():
 
 @settings(deadline=None, max_examples=20)
 @given(
-    seed=st.integers(0, 10_000), at=st.integers(1, 29), tokens=st.sampled_from(["bin", "modality"])
+    seed=st.integers(0, 10_000),
+    at=st.integers(1, 29),
+    tokens=st.sampled_from(["bin", "modality"]),
+    memory=st.sampled_from([0, 20]),
 )
-def test_poking_the_future_changes_nothing_before_it(seed, at, tokens):
-    model = random_model(seed, tokens=tokens)
+def test_poking_the_future_changes_nothing_before_it(seed, at, tokens, memory):
+    model = random_model(seed, tokens=tokens, memory=memory)
     counts, values, observed, scheme = random_inputs("b", 30, seed)
     poked = counts.clone(), values.clone(), observed.clone()
     poked[0][:, at:] += 3

@@ -23,8 +23,9 @@ class Memory(nn.Module):
         keep = (1 - 1 / span) * sigmoid(gate(x))
         memory = keep * memory + (1 - keep) * value(x)
 
-    A token of which nothing was observed leaves it as it is. It is bounded by the largest value,
-    and what a bin left in it halves within ``0.7 * span`` bins at most.
+    A token of which nothing was observed leaves it as it is, until nothing observed is in sight of
+    attention either: then it forgets, so that a long hole in a recording is a new beginning. It is
+    bounded by the largest value, and what a bin left in it halves within ``0.7 * span`` bins.
 
     Parameters
     ----------
@@ -44,7 +45,11 @@ class Memory(nn.Module):
             self.gate.bias.copy_(torch.linspace(0.0, 6.0, dim))
 
     def sequence(
-        self, x_BTMD: Tensor, seen_BTM: Tensor, before_BMD: Tensor | None = None
+        self,
+        x_BTMD: Tensor,
+        seen_BTM: Tensor,
+        in_sight_BTM: Tensor,
+        before_BMD: Tensor | None = None,
     ) -> Tensor:
         """The memory of each token after each bin, from the one before the first.
 
@@ -54,6 +59,8 @@ class Memory(nn.Module):
             Tokens.
         seen_BTM : tensor of bool
             Of which anything was observed.
+        in_sight_BTM : tensor of bool
+            Whether anything was observed in the context of the bin.
         before_BMD : tensor, optional
             Memory before the first bin; nothing by default.
 
@@ -63,8 +70,8 @@ class Memory(nn.Module):
         """
         normed_BTMD = self.norm(x_BTMD)
         keep = self.longest * torch.sigmoid(self.gate(normed_BTMD))
-        keep = torch.where(seen_BTM[..., None], keep, 1.0)
-        fresh = (1.0 - keep) * self.value(normed_BTMD)
+        fresh = torch.where(seen_BTM[..., None], (1.0 - keep) * self.value(normed_BTMD), 0.0)
+        keep = torch.where(seen_BTM[..., None], keep, in_sight_BTM[..., None].to(keep.dtype))
         # Bins are joined by twos, fours, eights: a few large operations instead of one per bin.
         apart = 1
         while apart < x_BTMD.shape[1]:
@@ -73,3 +80,9 @@ class Memory(nn.Module):
             keep = keep * nnf.pad(keep[:, :-apart], earlier, value=1.0)
             apart *= 2
         return fresh if before_BMD is None else fresh + keep * before_BMD[:, None]
+
+
+def in_sight(seen_BTM: Tensor, context: int) -> Tensor:
+    """Whether anything was observed in the last ``context`` bins, the bin itself included."""
+    count_BTM = nnf.pad(seen_BTM.cumsum(dim=1), (0, 0, context, 0))
+    return count_BTM[:, context:] > count_BTM[:, :-context]

@@ -22,7 +22,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from rt_neds.model.attention import Attention, Ring, rotary_table, visible
-from rt_neds.model.memory import ROUNDING, Memory
+from rt_neds.model.memory import ROUNDING, Memory, in_sight
 from rt_neds.model.readin import CategoricalReadIn, ContinuousReadIn, SpikeReadIn
 from rt_neds.model.readout import Behaviour, ReadOut
 
@@ -142,6 +142,7 @@ class StreamState:
     counts_BHN : tensor
         Counts of the last ``max(history) - 1`` bins, for the boxcars.
     memory_BMD : tensor
+        What :class:`Memory` holds after the last bin.
     """
 
     next_bin: int
@@ -264,7 +265,9 @@ class NEDS(nn.Module):
             )
             x_BTMD = layer.add(x_BTMD[:, :, asking], attended)
         if self.memory is not None:
-            memory_BTMD = self.memory.sequence(x_BTMD, seen_BTM[:, :, readers])
+            seen_BTM = seen_BTM[:, :, readers]
+            near_BTM = in_sight(seen_BTM, self.config.context)
+            memory_BTMD = self.memory.sequence(x_BTMD, seen_BTM, near_BTM)
             x_BTMD = x_BTMD + self.token_dropout(self.memory.out(memory_BTMD))
         return self._read_out(
             session, x_BTMD, {name: readers.index(token) for name, token in askers.items()}
@@ -429,7 +432,8 @@ class NEDS(nn.Module):
             values[:, :, rows_T] = v
             x_BTMD = layer.add(x_BTMD, layer.attention.attend(q, keys, values, allowed_BTMP))
         if self.memory is not None:
-            memory_BTMD = self.memory.sequence(x_BTMD, seen_BTM, state.memory_BMD)
+            near_BTM = allowed_BTMP.any(dim=3)
+            memory_BTMD = self.memory.sequence(x_BTMD, seen_BTM, near_BTM, state.memory_BMD)
             state.memory_BMD = memory_BTMD[:, -1]
             x_BTMD = x_BTMD + self.memory.out(memory_BTMD)
         state.next_bin += T

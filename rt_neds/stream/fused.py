@@ -194,6 +194,7 @@ class FusedStep:
             _zeros(inputs),  # root_I
             np.float32(model.memory.longest if model.memory is not None else 0),
             self._memory_D,
+            np.zeros(1, np.int64),  # dark_1
             _zeros(T, 2, width // 2),  # turn_T2F
             _zeros(5, T, D + PANEL),  # work_5TD
             _zeros(T, 2 * D),  # kv_T2D

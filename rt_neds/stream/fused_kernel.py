@@ -310,10 +310,18 @@ def _attend(  # type: ignore[no-untyped-def]
 
 
 @_plain
-def _average(gates_TD, bins, observed_T, dim, longest, memory_D, after_TD):  # type: ignore[no-untyped-def]
-    """Move the memory on, bin by bin; gates, in bits, lie before the values of each token."""
+def _average(  # type: ignore[no-untyped-def]
+    gates_TD, bins, observed_T, dim, context, longest, memory_D, dark_1, after_TD
+):  # fmt: skip
+    """Move the memory on, bin by bin; gates, in bits, lie before the values of each token.
+
+    ``dark_1`` counts the bins since anything was observed.
+    """
     half, one = gates_TD.shape[1] // 2, np.float32(1)
     for t in range(bins):
+        dark_1[0] = 0 if observed_T[t] else dark_1[0] + 1
+        if dark_1[0] >= context:
+            memory_D[:] = 0
         if observed_T[t]:
             for d in range(dim):
                 gate = gates_TD[t, d]
@@ -340,7 +348,8 @@ def fused_step(  # type: ignore[no-untyped-def]
     weights, dark_D, heads_OI,
     frequency_F, history_K, context, epsilon, dim, widened,
     counts_CN, sums_KN, keys_LHPFV, values_LHPRV,
-    found_I, root_I, longest, memory_D, turn_T2F, work_5TD, kv_T2D, wide_TG, scores_1R, raw_TO,
+    found_I, root_I, longest, memory_D, dark_1, turn_T2F, work_5TD, kv_T2D, wide_TG, scores_1R,
+    raw_TO,
 ):  # fmt: skip
     """The first ``bins`` bins of the counts; :class:`FusedStep` owns all arrays."""
     L, H = keys_LHPFV.shape[:2]
@@ -380,7 +389,7 @@ def fused_step(  # type: ignore[no-untyped-def]
     if longest > 0:  # there is a memory
         _add_and_norm(x_TD, more_TD, normed_TD, 0, bins, dim, epsilon)
         at = _linear(weights, at, 2 * D, dim, normed_TD, 0, kv_T2D, 0, 0, bins)
-        _average(kv_T2D, bins, observed_T, dim, longest, memory_D, mixed_TD)
+        _average(kv_T2D, bins, observed_T, dim, context, longest, memory_D, dark_1, mixed_TD)
         at = _linear(weights, at, D, dim, mixed_TD, 0, more_TD, 0, 0, bins)
     _add_and_norm(x_TD, more_TD, normed_TD, 0, bins, dim, epsilon)
     _read_out(normed_TD, heads_OI, dim, raw_TO, bins)

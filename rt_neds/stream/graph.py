@@ -210,7 +210,7 @@ class GraphStep:
             )
             x_D = layer.add(x_D, attended_D)
         if self._memory is not None:
-            x_D = x_D + self._remember(self._memory, x_D, observed_1)
+            x_D = x_D + self._remember(self._memory, x_D, observed_1, ~hidden_R.all())
         raw_O = nnf.linear(self._norm(x_D), self._head_OD, self._bias_O)
         self._raw_host_O.copy_(raw_O, non_blocking=True)
         self._bin_1 += 1
@@ -224,10 +224,13 @@ class GraphStep:
         z_KN = (sums_KN.sqrt() - self._mean_KN) / self._sd_KN
         return torch.where(self._missing_N, self._stand_in_KN, z_KN).flatten()
 
-    def _remember(self, memory: Memory, x_D: Tensor, observed_1: Tensor) -> Tensor:
-        """Move the memory on, in place, and read it."""
+    def _remember(
+        self, memory: Memory, x_D: Tensor, observed_1: Tensor, in_sight: Tensor
+    ) -> Tensor:
+        """Move the memory on, in place, and read it; in the dark it forgets."""
         normed_D = memory.norm(x_D)
         pace_D = 1.0 - memory.longest * torch.sigmoid(memory.gate(normed_D))
+        self._memory_D.mul_(in_sight)
         self._memory_D.lerp_(memory.value(normed_D), pace_D * observed_1)
         return memory.out(self._memory_D)
 
