@@ -79,6 +79,9 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True):
         calibration of that length before the experiment would give.
     folds, fold : int
         For ``trials``: their number, and which one is the test; the next one is validation.
+    refit : bool
+        Train on the validation split as well, and keep the last weights: for few labels, once
+        everything, the number of steps too, was chosen on validation without it.
     cache : str
         Folder in which sessions are kept on the grid of bins, to be read from disk as training
         needs them; by default ``cache`` in the folder of the run. It may be shared and deleted.
@@ -92,6 +95,7 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True):
     train_minutes: float = 0.0
     folds: int = 5
     fold: int = 0
+    refit: bool = False
     cache: str = ""
 
     def __post_init__(self) -> None:

@@ -130,7 +130,7 @@ def train(
             _note(log, {"step": step, "score": score, "val": val})
             if on_validation is not None:
                 on_validation(step, score)
-            if score > best_score:
+            if score >= best_score:  # of equals the last: without validation all are equal
                 best_score, best_step, best_val = score, step, val
                 best = {name: tensor.clone() for name, tensor in average.mean.state_dict().items()}
             if processes.first:

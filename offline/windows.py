@@ -269,6 +269,8 @@ def split_bins(session: Session, data: DataConfig, bins: int, width: int) -> NDA
     for code, intervals_K2 in enumerate(_split_intervals(session, data)):
         for start, end in intervals_K2:
             split_T[-(-start // width) : max(0, end // width)] = code
+    if data.refit:
+        split_T[split_T == SPLITS.index("val")] = SPLITS.index("train")
     if data.train_minutes:
         train = np.flatnonzero(split_T == 0)
         last = round(data.train_minutes * 60 * session.rate / width)

@@ -144,3 +144,11 @@ def test_read_in_starts_standardised(tmp_path):
     z = (boxcar_sums(counts, (1, 4)).sqrt() - parts.spikes_in.mean_KN) / parts.spikes_in.sd_KN
     assert z.mean(dim=(0, 1)).abs().max() < 0.2
     assert z.std(dim=(0, 1)).max() < 1.3
+
+
+def test_refit_keeps_the_last_weights(tmp_path):
+    path = write_session(tmp_path / "s.h5")
+    config = tiny_config(data={"refit": True})
+    summary = train(config, [str(path)], tmp_path / "run")
+    assert summary["best_step"] == summary["steps"] == config.training.steps
+    assert summary["val"] == {"tiny": {}}

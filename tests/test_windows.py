@@ -5,7 +5,7 @@ import pytest
 from temporaldata import Interval
 
 from offline.config import BehaviourConfig, DataConfig
-from offline.windows import bin_session
+from offline.windows import bin_session, split_bins
 from rt_neds.errors import SessionError
 from rt_neds.session import load_session
 from tests.making import TINY, tiny_config, write_session
@@ -128,3 +128,15 @@ def test_the_rat_is_scored_only_where_it_is_tracked(data_dir):
 
 def test_tiny_is_what_the_tests_think():
     assert list(TINY["behaviour"]) == ["speed", "choice"]
+
+
+def test_refit_trains_on_validation_too_and_never_on_test(tmp_path):
+    session = load_session(write_session(tmp_path / "s.h5"))
+    for split in ("time", "trials"):
+        apart, joined = (
+            split_bins(session, DataConfig(split=split, refit=refit), 3000, 600)
+            for refit in (False, True)
+        )
+        assert (joined == 0).sum() == (apart == 0).sum() + (apart == 1).sum() > (apart == 0).sum()
+        assert ((joined == 2) == (apart == 2)).all()
+        assert not (joined == 1).any()
