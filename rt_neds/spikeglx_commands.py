@@ -11,16 +11,13 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rt_neds.spikeglx_recording import Failure
+from rt_neds.spikeglx_run import Rig
 from rt_neds.spikeglx_wire import IMEC
-
-if TYPE_CHECKING:
-    from rt_neds.spikeglx_emulator import Server
 
 VERSION = "SpikeGLX v20260709 api v4.1.3"
 MAX_ERRORS = 5
@@ -32,9 +29,9 @@ MAX_FETCH_S = 10.0
 class Worker:
     """One connection."""
 
-    def __init__(self, server: Server, connection: socket.socket) -> None:
-        self._server, self._run = server, server.run
-        self._probe = server.run.recording.probe
+    def __init__(self, rig: Rig, connection: socket.socket) -> None:
+        self._rig, self._run = rig, rig.run
+        self._probe = rig.run.recording.probe
         self._connection = connection
         self._received = b""
         self._open = True
@@ -70,7 +67,7 @@ class Worker:
         method = _COMMANDS.get(command)
         if method is None:
             raise Failure(f"CmdWorker: Unknown command [{command}].")
-        self._server.commands[command] = self._server.commands.get(command, 0) + 1
+        self._rig.commands[command] = self._rig.commands.get(command, 0) + 1
         reply = method(self, command, args)
         if not self._open:
             return
@@ -93,10 +90,8 @@ class Worker:
         return kind
 
     def _check_probe(self, command: str, arg: str) -> None:
-        if not 0 <= _int(arg) < self._server.probes:
-            raise Failure(
-                f"{command}: imec stream-ip must be in range[0..{self._server.probes - 1}]."
-            )
+        if not 0 <= _int(arg) < self._rig.probes:
+            raise Failure(f"{command}: imec stream-ip must be in range[0..{self._rig.probes - 1}].")
 
     def _started(self, command: str) -> None:
         if not self._run.running:
@@ -119,7 +114,7 @@ class Worker:
         return _text(
             {
                 "GETSTREAMACQCHANS": f"{probe.ap} {probe.lf} {probe.status}",
-                "GETSTREAMFILESTART": self._run.first if self._server.saving else 0,
+                "GETSTREAMFILESTART": self._run.first if self._rig.saving else 0,
                 "GETSTREAMMAXINT": probe.max_int,
                 "GETSTREAMSAMPLERATE": f"{probe.rate:.6f}",
                 "GETSTREAMSAVECHANS": " ".join(map(str, range(probe.channels))),
@@ -136,8 +131,8 @@ class Worker:
 
     def _of_program(self, command: str, _: list[str]) -> bytes:
         """What is asked of SpikeGLX itself, in one line."""
-        server, probe = self._server, self._probe
-        numbers = range(server.probes)
+        rig, probe = self._rig, self._probe
+        numbers = range(rig.probes)
         return _text(
             {
                 "GETCURRUNFILE": "",
@@ -146,20 +141,20 @@ class Worker:
                 "GETOBXADDRS": "()",
                 "GETPROBEADDRS": "".join(f"({n},2,{n + 1},1)" for n in numbers),
                 "GETPROBELIST": "".join(f"({n},1,{probe.part})" for n in numbers),
-                "GETRUNNAME": server.name,
-                "GETTIME": f"{time.monotonic() - server.began:.3f}",
+                "GETRUNNAME": rig.name,
+                "GETTIME": f"{time.monotonic() - rig.began:.3f}",
                 "GETVERSION": VERSION,
                 "ISCONSOLEHIDDEN": 0,
                 "ISINITIALIZED": 1,
                 "ISRUNNING": int(self._run.running),
-                "ISSAVING": int(self._run.running and server.saving),
+                "ISSAVING": int(self._run.running and rig.saving),
             }[command]
         )
 
     def _probes_of_kind(self, command: str, args: list[str]) -> bytes:
         if not args:
             raise Failure(f"{command}: Requires parameter js.")
-        return _text(self._server.probes if abs(_int(args[0])) == IMEC else 0)
+        return _text(self._rig.probes if abs(_int(args[0])) == IMEC else 0)
 
     def _gains(self, command: str, args: list[str]) -> bytes:
         if len(args) < 2:
@@ -184,7 +179,7 @@ class Worker:
         return _text("\n".join(lines))
 
     def _params(self, command: str, args: list[str]) -> bytes:
-        probe, name = self._probe, self._server.name
+        probe, name = self._probe, self._rig.name
         if command == "GETPARAMSIMPRB":
             if not args:
                 raise Failure(f"{command}: Requires parameter ip.")
@@ -194,12 +189,12 @@ class Worker:
         else:
             pairs = {
                 "imEnabled": "true",
-                "imNProbes": str(self._server.probes),
+                "imNProbes": str(self._rig.probes),
                 "imSampRate": f"{probe.rate:.6f}",
                 "gateMode": "0",
                 "trigMode": "0",
                 "snsRunName": name,
-                **self._server.metadata,
+                **self._rig.params,
             }
         return _text("\n".join(f"{key}={value}" for key, value in pairs.items()))
 
@@ -250,8 +245,8 @@ class Worker:
     def _set_digital(self, command: str, args: list[str]) -> None:
         if len(args) < 2:
             raise Failure(f"{command}: Requires params {{lines, bits}}.")
-        self._server.digital.append(("".join(args[:-1]), _int(args[-1]) & 0xFFFFFFFF))
-        del self._server.digital[:-1000]
+        self._rig.digital.append(("".join(args[:-1]), _int(args[-1]) & 0xFFFFFFFF))
+        del self._rig.digital[:-1000]
 
     def _start(self, command: str, _: list[str]) -> None:
         if self._run.running:
@@ -264,13 +259,13 @@ class Worker:
     def _set_name(self, command: str, args: list[str]) -> None:
         if not args:
             raise Failure(f"{command}: Requires name parameter.")
-        self._server.name = " ".join(args)[:256]
+        self._rig.name = " ".join(args)[:256]
 
     def _set_saving(self, command: str, args: list[str]) -> None:
         if not args:
             raise Failure(f"{command}: Requires parameter {{0 or 1}}.")
         self._started(command)
-        self._server.saving = bool(_int(args[0]))
+        self._rig.saving = bool(_int(args[0]))
 
     def _trigger(self, command: str, args: list[str]) -> None:
         if len(args) < 2:
@@ -293,7 +288,7 @@ class Worker:
             pairs[key.strip()] = value.strip()
         if not pairs:
             raise Failure(f"{command}: Param string is empty.")
-        self._server.metadata = pairs
+        self._rig.params = pairs
 
     def _bye(self, _: str, __: list[str]) -> None:
         self._open = False
