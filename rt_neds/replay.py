@@ -6,6 +6,7 @@ A session is cut into messages; a capture has them already, and they go out as t
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ ANNOUNCE_NS = 1_000_000_000
 BATCH_MS = 1.0
 DEFAULT_OPENEPHYS = "tcp://127.0.0.1:5556"
 DEFAULT_BROADCASTER = "tcp://127.0.0.1:5557"
+DEFAULT_SPIKEGLX = "tcp://127.0.0.1:4142"
 
 
 def batches(
@@ -208,6 +210,32 @@ def replay_as_openephys(
     return {"session": session.id, "rate": session.rate, **sent}
 
 
+def _play_spikeglx(args: argparse.Namespace) -> dict[str, Any]:
+    from rt_neds.spikeglx_emulator import play
+    from rt_neds.spikeglx_recording import RawRecording, SynthesisedRecording
+
+    probe = re.fullmatch(r"(?:imec)?(\d{1,2})", args.probe)
+    if args.batch_ms is not None or args.channels != 1 or probe is None:
+        raise ConfigError(
+            f"as SpikeGLX, --probe {args.probe}; expected imec0, imec1, ..., without --batch-ms and "
+            "--channels: whoever fetches says how much and which channels"
+        )
+    recording: Any = (
+        RawRecording(args.raw)
+        if args.raw is not None
+        else SynthesisedRecording(load_session(args.session))
+    )
+    return play(
+        recording,
+        bind=args.bind or DEFAULT_SPIKEGLX,
+        probe=int(probe[1]),
+        speed=args.speed,
+        from_s=args.from_s,
+        to_s=args.to_s,
+        wait_s=args.wait,
+    )
+
+
 def _send_all(
     sender: Any, plan: Iterator[SpikeBatch], session: Session, speed: float, announce: dict
 ) -> dict[str, Any]:
@@ -256,19 +284,23 @@ def _send_all(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     recording = parser.add_mutually_exclusive_group(required=True)
     recording.add_argument("--session", metavar="S.h5", help="session file")
+    recording.add_argument(
+        "--raw", metavar="F.bin", help="AP file of SpikeGLX, its .meta beside it; as spikeglx"
+    )
     recording.add_argument("--capture", metavar="DIR", help="folder that rt-neds record wrote")
     parser.add_argument("--probe", help="name of the probe, such as imec0; a capture has its own")
     parser.add_argument(
         "--as",
         dest="sender",
         default="rtneds",
-        choices=["rtneds", "openephys", "openephys-events"],
-        help="as our own stream (default), as Open Ephys' ZMQ Interface or Event Broadcaster",
+        choices=["rtneds", "openephys", "openephys-events", "spikeglx"],
+        help="as our own stream (default), as Open Ephys' ZMQ Interface or Event Broadcaster, as "
+        "SpikeGLX's command server: raw samples, made up from the spikes of a session",
     )
     parser.add_argument(
         "--bind",
         metavar="URL",
-        help="address to send from (port 5570; as Open Ephys 5556 and 5557, or 5557)",
+        help="address to send from (port 5570; as Open Ephys 5556 and 5557, or 5557; as SpikeGLX 4142)",
     )
     parser.add_argument(
         "--speed", type=float, default=1.0, help="1 real time (default); 0 as fast as it is taken"
@@ -292,7 +324,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.capture is not None:
         return _run_capture(args)
     if args.probe is None:
-        raise ConfigError("a session was given without a probe; add --probe NAME, such as imec0")
+        raise ConfigError("no probe was named; add --probe NAME, such as imec0")
+    if args.sender == "spikeglx":
+        summary = _play_spikeglx(args)
+        if not args.quiet:
+            print(
+                f"gave {summary['samples']} samples in {summary['fetches']} fetches, "
+                f"{summary['seconds']} s, {summary['too_late']} too late",
+                file=sys.stderr,
+            )
+        return summary
+    if args.raw is not None:
+        raise ConfigError(f"{args.raw} holds no spikes; raw samples go out --as spikeglx")
     session = load_session(args.session)
     common = {
         "speed": args.speed,

@@ -26,6 +26,7 @@ from rt_neds.config import load_config
 from rt_neds.errors import ConfigError, StreamError
 from rt_neds.openephys_wire import is_openephys
 from rt_neds.serve_config import ServeConfig, each_probe, source_endpoint
+from rt_neds.spikeglx_wire import is_spikeglx
 from rt_neds.wire import DEFAULT_DECODED
 
 if TYPE_CHECKING:
@@ -35,18 +36,27 @@ ANNOUNCEMENT_WAIT_S = 2.5
 REALTIME_PRIORITY = 50
 
 
-def open_source(config: ServeConfig, spec: Any) -> Any:
-    """The source that a URL names; Open Ephys does not say which session is on, so we do."""
+def open_source(config: ServeConfig, spec: Any, detector: Any = None) -> Any:
+    """The source that a URL names; rigs do not say which session is on, so we do."""
     from rt_neds.stream.receiver import Announcement, Receiver
 
     endpoint = source_endpoint(config.source)
-    if not is_openephys(config.source):
+    if not is_rig(config.source):
         return Receiver(endpoint, config.probe)
+    session = spec.session(config.session or None)
+    if is_spikeglx(config.source):
+        from rt_neds.stream.spikeglx import SpikeGLXSource
+
+        return SpikeGLXSource(endpoint, session.id, detector)
     from rt_neds.stream.openephys import OpenEphysSource
 
-    session = spec.session(config.session or None)
     known = Announcement(session.id, session.rate, tuple(session.units))
     return OpenEphysSource(endpoint, known, config.lateness_ms)
+
+
+def is_rig(url: str) -> bool:
+    """Whether a source is an acquisition program, which names no sessions and no runs."""
+    return is_openephys(url) or is_spikeglx(url)
 
 
 def unit_map(announced: tuple[str, ...] | None, known: list[str]) -> NDArray[np.int32]:
@@ -83,11 +93,14 @@ class Loaded:
         One for each probe.
     specs, models : dict
         By folder of the bundle.
+    detectors : dict
+        By probe, of those that need one.
     """
 
     configs: list[ServeConfig]
     specs: dict[str, Any]
     models: dict[str, Any]
+    detectors: dict[str, Any]
 
 
 def load(config: ServeConfig, say: Callable[[str], None]) -> Loaded:
@@ -95,15 +108,20 @@ def load(config: ServeConfig, say: Callable[[str], None]) -> Loaded:
 
     Raises
     ------
-    BundleError, ConfigError, StreamError
+    BundleError, ConfigError, DetectorError, StreamError
     """
     configs = each_probe(config)
     for one in configs:
         source_endpoint(one.source)
-        if one.standby and is_openephys(one.source):
+        if one.standby and is_rig(one.source):
             raise ConfigError(
-                f"standby with {one.source}; Open Ephys does not name its acquisitions, so two "
-                "workers cannot agree on one: serve it without standby"
+                f"standby with {one.source}; Open Ephys and SpikeGLX do not name their runs, so "
+                "two workers cannot agree on one: serve it without standby"
+            )
+        if is_spikeglx(one.source) != bool(one.detector):
+            raise ConfigError(
+                f"probe {one.probe} of {one.source} has {one.detector or 'no'} detector; SpikeGLX "
+                "sends samples and needs --detector FOLDER, other sources send spikes and take none"
             )
     # Torch comes in here, so that wrong options are told at once.
     import torch
@@ -126,7 +144,22 @@ def load(config: ServeConfig, say: Callable[[str], None]) -> Loaded:
         missing_N = np.zeros(len(session.units), bool)
         step = make_step(models[bundle], spec, session, missing_N)
         Decoder(spec, session, step).warm_up(len(session.units), bins=1)
-    return Loaded(configs, specs, models)
+    return Loaded(configs, specs, models, load_detectors(configs))
+
+
+def load_detectors(configs: list[ServeConfig]) -> dict[str, Any]:
+    """A detector for each probe that needs one, compiled."""
+    detectors: dict[str, Any] = {}
+    for one in configs:
+        if not one.detector:
+            continue
+        from rt_neds.stream.detector import load_detector
+
+        detector = load_detector(one.detector)
+        detector.detect(np.zeros((4096, detector.channels), np.int16), 0)
+        detector.reset(0)
+        detectors[one.probe] = detector
+    return detectors
 
 
 def serve(config: ServeConfig, stop: Callable[[], bool], say: Callable[[str], None]) -> None:
@@ -224,7 +257,9 @@ def decode(
     from rt_neds.stream.receiver import Announcement, waiting_for
 
     configs, specs = loaded.configs, loaded.specs
-    receivers = [open_source(one, specs[one.bundle]) for one in configs]
+    receivers = [
+        open_source(one, specs[one.bundle], loaded.detectors.get(one.probe)) for one in configs
+    ]
     try:
 
         def start(which: int) -> Any:
@@ -240,6 +275,8 @@ def decode(
                 one, spec, model, receiver, sink.beside(one.probe), announced, say, restarts
             )
             say(f"serving {one.probe}: {one.source} -> {one.publish}, bundle {spec.name}")
+            if announced is None and (trouble := getattr(receiver, "trouble", "")):
+                say(f"waiting: {trouble}")
             return loop
 
         for one, receiver in zip(configs, receivers, strict=True):
@@ -307,8 +344,8 @@ def assemble(
     decoder = Decoder(spec, session, step)
     decoder.warm_up(len(session.units))
     fit = ClockFit(rate, config.slip_ms)
-    # Open Ephys does not say up to where it is complete: its source holds back, not the binner.
-    held = 0.0 if is_openephys(config.source) else config.lateness_ms
+    # Sources of rigs hold back what may not be complete, not the binner.
+    held = 0.0 if is_rig(config.source) else config.lateness_ms
     lateness = round(held / 1000 * rate)
     validity = Validity(
         spec.model.context,
@@ -375,7 +412,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source",
         metavar="URL",
-        help="where spikes come from: rtneds://HOST:PORT, openephys://HOST:5556[?stream=NAME]",
+        help="where spikes come from: rtneds://HOST:PORT, openephys://HOST:5556[?stream=NAME], "
+        "spikeglx://HOST:4142[?probe=N]",
+    )
+    parser.add_argument(
+        "--detector", metavar="DIR", help="folder that rt-neds detector left, for SpikeGLX"
     )
     parser.add_argument(
         "--publish", metavar="URL", help=f"decoded stream (default {DEFAULT_DECODED})"
@@ -388,7 +429,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    options = ("probe", "bundle", "source", "publish", "session", "device", "control")
+    options = ("probe", "bundle", "source", "detector", "publish", "session", "device", "control")
     given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
     if args.probe is not None:
         given["probe"] = " ".join(args.probe)

@@ -6,6 +6,7 @@ import msgspec
 
 from rt_neds.errors import ConfigError
 from rt_neds.openephys_wire import is_openephys, parse_url
+from rt_neds.spikeglx_wire import is_spikeglx, parse_spikeglx_url
 from rt_neds.wire import DEFAULT_DECODED, DEFAULT_SPIKES
 
 LEAST_HANG_MS = 300
@@ -17,13 +18,14 @@ class ProbeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes
     ----------
-    bundle, session, source : str
+    bundle, session, source, detector : str
         As in :class:`ServeConfig`.
     """
 
     bundle: str = ""
     session: str = ""
     source: str = ""
+    detector: str = ""
 
 
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,7 +42,10 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     session : str
         Session of the bundle whose units will come; empty for the only one, or the one announced.
     source : str
-        ``rtneds://host:port``, ``openephys://host:5556`` or ``openephys-events://host:5557``.
+        ``rtneds://host:port``, ``openephys://host:5556``, ``openephys-events://host:5557`` or
+        ``spikeglx://host:4142``.
+    detector : str
+        Folder of the detector that finds spikes in what SpikeGLX sends.
     publish : str
         Address of the decoded stream.
     device : {"cpu", "cuda"}
@@ -67,6 +72,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     bundle: str = ""
     session: str = ""
     source: str = DEFAULT_SPIKES.replace("tcp://", "rtneds://")
+    detector: str = ""
     publish: str = DEFAULT_DECODED
     device: str = "cpu"
     lateness_ms: float = 0.0
@@ -87,7 +93,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def source_endpoint(url: str) -> str:
-    """ZeroMQ endpoint of a source URL; that of Open Ephys finds its endpoints itself.
+    """ZeroMQ endpoint of a source URL; those of rigs find their endpoints themselves.
 
     Raises
     ------
@@ -97,11 +103,14 @@ def source_endpoint(url: str) -> str:
     if is_openephys(url):
         parse_url(url)
         return url
+    if is_spikeglx(url):
+        parse_spikeglx_url(url)
+        return url
     scheme, found, rest = url.partition("://")
     if not found or scheme != "rtneds" or not rest:
         raise ConfigError(
-            f"source {url}; expected rtneds://HOST:PORT, openephys://HOST:5556 or "
-            "openephys-events://HOST:5557"
+            f"source {url}; expected rtneds://HOST:PORT, openephys://HOST:5556, "
+            "openephys-events://HOST:5557 or spikeglx://HOST:4142"
         )
     return f"tcp://{rest}"
 

@@ -1,4 +1,4 @@
-"""SpikeGLX's command server, written from its description alone, and a detector; nothing of ours.
+"""SpikeGLX's command server, written from its description alone, and a detector.
 
 What it does wrong is up to the test: ``faults`` maps the number of a FETCH (from 0) to what happens
 instead of the answer.
@@ -11,6 +11,8 @@ import threading
 
 import numpy as np
 
+from rt_neds.errors import DetectorError
+
 MISSED = 0x800
 
 
@@ -20,10 +22,10 @@ class Threshold:
     A function of the samples alone, however they are cut; after a reset the first sample is none.
     """
 
-    def __init__(self, channels, *, rate=30000.0, threshold=-200, lag=20):
+    def __init__(self, channels, *, rate=30000.0, threshold=-200, lag=20, settle=0):
         self.units = tuple(f"ch{c}" for c in range(channels))
         self.channels, self.rate = channels, rate
-        self.threshold, self.lag = threshold, lag
+        self.threshold, self.lag, self.settle = threshold, lag, settle
         self.resets = []
         self.reset(0)
 
@@ -31,7 +33,11 @@ class Threshold:
         self.resets.append(first)
         self.before = np.full(self.channels, -32768, np.int16)  # below: no crossing
         self.held = []
-        self.complete = first
+        self.complete, self.finds_from = first, first + self.settle
+
+    def check_source(self, rate, position=None, uv_per_bit=None):
+        if abs(rate - self.rate) > 0.001 * self.rate:
+            raise DetectorError(f"the source has {rate:g} samples/s and the detector {self.rate:g}")
 
     def detect(self, samples, first):
         assert samples.dtype == np.int16
@@ -39,7 +45,8 @@ class Threshold:
         assert samples.shape[1] == self.channels
         whole = np.vstack([self.before[None], samples])
         crossed = (whole[1:] < self.threshold) & (whole[:-1] >= self.threshold)
-        self.held += [(first + int(s), int(c)) for s, c in np.argwhere(crossed)]
+        found = ((first + int(s), int(c)) for s, c in np.argwhere(crossed))
+        self.held += [spike for spike in found if spike[0] >= self.finds_from]
         self.before = samples[-1].copy()
         self.complete = max(self.complete, first + len(samples) - self.lag)
         out = np.zeros(

@@ -67,7 +67,7 @@ def test_peaks_equal_the_slow_twin(shanks, seed):
         spec.reach_um,
         spec.exclusion,
         spec.refractory,
-        begin=detector._settle,
+        begin=detector.settle,
     )
     wants = sorted((s, int(column[c])) for s, c in wants)
     assert len(wants) > 10
@@ -91,7 +91,7 @@ def test_assignment_equals_the_slow_twin(seed):
     found, _ = in_pieces(detector, samples, [])
     rows = Conditioner(spec, arrays).rows(samples)
     wants = naive_detector.assigned(
-        rows, spec, arrays, detector._reach_C2.tolist(), detector._settle
+        rows, spec, arrays, detector._reach_C2.tolist(), detector.settle
     )
     assert len(wants) > 20
     wants = [pair for pair in wants if pair[0] < detector._complete]

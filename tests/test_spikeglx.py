@@ -8,7 +8,7 @@ import pytest
 import rt_neds.stream.spikeglx as module
 import rt_neds.stream.spikeglx_line as line_module
 from rt_neds.children import free_port
-from rt_neds.errors import ConfigError, StreamError
+from rt_neds.errors import ConfigError, DetectorError, StreamError
 from rt_neds.spikeglx_wire import LINK_ERRORS, MISSED
 from rt_neds.stream.binner import Binner
 from rt_neds.stream.spikeglx import SpikeGLXSource
@@ -71,18 +71,18 @@ def frames_of(batches_, units=AP):
     return frames, binner
 
 
-def expected(data, stretches, *, lag=LAG, ap=AP):
+def expected(data, stretches, *, lag=LAG, settle=0, ap=AP):
     """Bins of the stretches ``[a, b)`` that came whole, by going through them sample by sample."""
     end = stretches[-1][1] - lag
     counts = np.zeros((end // WIDTH + 1, ap))
     seen = np.zeros(end, bool)
     for a, b in stretches:
-        seen[a : max(a, b - lag)] = True
+        seen[a + settle : max(a + settle, b - lag)] = True
         for c in range(ap):
             for s in np.flatnonzero(data[:, c] < -200):
-                if a < s < b - lag and data[s - 1, c] >= -200:
+                if max(a + 1, a + settle) <= s < b - lag and data[s - 1, c] >= -200:
                     counts[s // WIDTH, c] += 1
-    first = -(-stretches[0][0] // WIDTH)
+    first = -(-(stretches[0][0] + settle) // WIDTH)
     return [
         (b, bool(seen[b * WIDTH : (b + 1) * WIDTH].all()), counts[b].tolist())
         for b in range(first, end // WIDTH)
@@ -180,6 +180,22 @@ def test_missed_samples_are_lost_and_no_silence(serve):
     assert detector.resets == [0, *starts]
     # Of each stretch the detector keeps the last few samples to itself.
     assert binner.counters["samples_lost"] == missed + LAG * 4 + 1  # one stretch is one sample long
+
+
+def test_until_the_detector_has_settled_bins_are_not_observed(serve):
+    data = naive.recording(60_000, AP)
+    runs = [(7_000, 7_100), (7_300, 7_400), (7_900, 8_000)]
+    for a, b in runs:
+        data[a:b, -1] |= MISSED
+    detector = naive.Threshold(AP, lag=LAG, settle=300)
+    source, server, _ = serve(data, detector=detector, steps=(77, 1, 400))
+    server.count = 1
+    got = read_until(source, len(data) - LAG)
+    stretches = [(1, 7_000), (7_100, 7_300), (7_400, 7_900), (8_000, len(data))]
+    frames, _ = frames_of(got)
+    agree(frames, expected(data, stretches, settle=300))
+    assert [f[0] for f in frames if not f[1]] == [11, 12, 13]
+    assert source.counters["missed"] == 300
 
 
 def test_a_long_miss_closes_bins_while_it_lasts(serve):
@@ -483,7 +499,7 @@ def test_a_detector_of_another_probe_is_told_in_one_line(serve):
     with pytest.raises(StreamError, match=f"has {AP} AP channels and the detector is for {AP + 1}"):
         read_until(source, 1)
     source, _, _ = serve(naive.recording(9_000, AP), detector=naive.Threshold(AP, rate=32000.0))
-    with pytest.raises(StreamError, match="30000 Hz and the detector is for 32000"):
+    with pytest.raises(DetectorError, match="has 30000 samples/s and the detector 32000"):
         read_until(source, 1)
 
 

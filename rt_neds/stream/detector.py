@@ -137,6 +137,8 @@ class Detector:
         What a source must deliver; without SpikeGLX's status channel.
     rate : float
         Samples per second.
+    settle : int
+        After a reset nothing is found in so many samples.
     lookahead : int
         At most so many samples lie between the newest sample and ``complete``.
     counters : dict of str to int
@@ -167,7 +169,7 @@ class Detector:
         # How far behind the next row a spike may still be found, and what must be kept for that.
         self._behind = 2 * spec.exclusion + moved if spec.templates else 0
         self._kept = 3 * spec.exclusion + spec.before + spec.lag + 2
-        self._settle = max(round(spec.rate * SETTLE_MS / 1000), self._kept + moved)
+        self.settle = max(round(spec.rate * SETTLE_MS / 1000), self._kept + moved)
         self.lookahead = after + self._behind
         self._rows_RC = np.zeros((ROWS + self._kept + after, self.channels), np.float32)
         most = burst * 2 * (len(self._rows_RC) // block_rows + 4)
@@ -296,12 +298,12 @@ class Detector:
         self._front.reset()
         self._at_X[:] = 0
         self._at_X[FIRST] = first
-        self._at_X[ROW] = self._settle
+        self._at_X[ROW] = self.settle
         # No search goes back to before the first row that may hold a spike.
-        self._at_X[SEEN] = self._settle + 1 + 2 * self.spec.exclusion
+        self._at_X[SEEN] = self.settle + 1 + 2 * self.spec.exclusion
         self._at_X[BLOCK] = -1
         self._at_X[IN_BLOCK] = 0
-        self._last_U[:] = first - self.spec.refractory - self._settle
+        self._last_U[:] = first - self.spec.refractory - self.settle
         self._tried_C2[:] = -1
         self._next = self._complete = first
 

@@ -52,7 +52,6 @@ STALL_NS = 250_000_000
 UNWATCHED_NS = 1_000_000_000
 """Whoever did not look for so long may have missed the end of a run and the start of another."""
 BACKOFF_NS, MAX_BACKOFF_NS = 50_000_000, 2_000_000_000
-RATE_TOLERANCE = 0.01
 
 COUNTERS = (
     "connections",
@@ -95,13 +94,21 @@ class Detector(Protocol):
         Unit ids, in the order of the unit numbers.
     channels : int
         AP channels it is for.
-    rate : float
-        Samples per second it is for.
+    settle : int
+        After a reset nothing is found in so many samples.
     """
 
     units: tuple[str, ...]
     channels: int
-    rate: float
+    settle: int
+
+    def check_source(
+        self,
+        rate: float,
+        position_C2: NDArray[np.float64] | None = None,
+        uv_per_bit: float | None = None,
+    ) -> None:
+        """Raise an error, for a person, if it was made for another probe."""
 
     def reset(self, first: int) -> None:
         """Forget everything; the next sample has this number."""
@@ -120,6 +127,7 @@ class SpikeGLXSource:
     session : str
         Session of the bundle, which SpikeGLX cannot name.
     detector : Detector
+        Until it has settled after a gap, that counts as gap: it would find nothing.
 
     Attributes
     ----------
@@ -141,7 +149,8 @@ class SpikeGLXSource:
     Raises
     ------
     ConfigError, StreamError
-        An address that is none.
+        An address that is none. ``read`` raises StreamError or DetectorError where the server has
+        no such probe, or one that the detector was not made for.
     """
 
     def __init__(self, url: str, session: str, detector: Detector) -> None:
@@ -282,11 +291,9 @@ class SpikeGLXSource:
                 f"probe {self.address.probe} has {probe.ap} AP channels and the detector is for "
                 f"{detector.channels}; make a detector for this probe or choose another ?probe=N"
             )
-        if abs(probe.rate / detector.rate - 1) > RATE_TOLERANCE:
-            raise StreamError(
-                f"probe {self.address.probe} runs at {probe.rate:g} Hz and the detector is for "
-                f"{detector.rate:g} Hz; make a detector from a recording of this probe"
-            )
+        # Places are not compared: the tools that make detectors draw some probes differently.
+        one_gain = max(probe.uv_C) < 1.001 * min(probe.uv_C)
+        detector.check_source(probe.rate, None, probe.uv_C[0] if one_gain else None)
         self.probe, self._channels = probe, channel_list(probe)
         if self._ap_SC.shape != (MAX_FETCH, probe.ap):
             self._ap_SC = np.zeros((MAX_FETCH, probe.ap), np.int16)
@@ -417,17 +424,19 @@ class SpikeGLXSource:
 
     def _detect(self, samples_SC: NDArray[np.int16], received_ns: int) -> None:
         """Give samples that follow each other to the detector, and what it finds to the loop."""
-        first, begin = self._next, self._end
+        first = self._next
         if self._broken:
             self._detector.reset(first)
-            self._broken, begin = False, first
+            self._broken = False
+            self._end = first + self._detector.settle
         ap_SC = self._ap_SC[: len(samples_SC)]
         ap_SC[:] = samples_SC
         self._next += len(samples_SC)
         found_S, complete = self._detector.detect(ap_SC, first)
         assert complete <= self._next, "a detector cannot know what has not come"
         self.counters["spikes"] += len(found_S)
-        self._state(begin, max(begin, complete), found_S.copy(), received_ns)
+        if complete >= self._end:  # until it has settled there is nothing to state
+            self._state(self._end, complete, found_S.copy(), received_ns)
 
     def _state(self, first: int, end: int, records_S: NDArray[np.void], received_ns: int) -> None:
         # SpikeGLX states no time of sending; when it came is the first that is known.
