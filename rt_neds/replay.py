@@ -217,8 +217,8 @@ def _play_spikeglx(args: argparse.Namespace) -> dict[str, Any]:
     probe = re.fullmatch(r"(?:imec)?(\d{1,2})", args.probe)
     if args.batch_ms is not None or args.channels != 1 or probe is None:
         raise ConfigError(
-            f"as SpikeGLX, --probe {args.probe}; expected imec0, imec1, ..., without --batch-ms and "
-            "--channels: whoever fetches says how much and which channels"
+            f"as SpikeGLX, --probe {args.probe}; expected imec0, imec1, ..., without --batch-ms "
+            "and --channels: whoever fetches says how much and which channels"
         )
     recording: Any = (
         RawRecording(args.raw)
@@ -300,7 +300,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bind",
         metavar="URL",
-        help="address to send from (port 5570; as Open Ephys 5556 and 5557, or 5557; as SpikeGLX 4142)",
+        help="address to send from (port 5570; as Open Ephys 5556 and 5557, or 5557; as SpikeGLX "
+        "4142)",
     )
     parser.add_argument(
         "--speed", type=float, default=1.0, help="1 real time (default); 0 as fast as it is taken"

@@ -184,7 +184,7 @@ def play(
         while run.running and not played_ns:
             time.sleep(0.01)
             played_ns = monotonic_ns() if run.over else 0
-        # Whoever still comes for the last samples gets them, for as long as the run would hold them.
+        # Whoever still comes for the last samples gets them, while the run would hold them.
         while run.running and run.taken < end and monotonic_ns() - played_ns < HELD_S * 1e9:
             if not server.attended:
                 break
