@@ -76,7 +76,7 @@ def said(reply):
     return reply.lines
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(replies(), st.lists(st.integers(1, 500), max_size=40)), max_size=5))
 def test_any_cut_gives_the_same_replies(conversation):
     reader = ReplyReader()
@@ -106,7 +106,7 @@ def garbage(draw):
     return asked, data
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(garbage(), st.lists(st.integers(1, 500), max_size=20), st.integers(0, 3))
 def test_whatever_comes_is_a_reply_or_waits_or_has_a_known_kind(sent, sizes, times):
     asked, data = sent
