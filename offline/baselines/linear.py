@@ -80,6 +80,9 @@ def fit_ridge(
 ) -> tuple[NDArray[np.float64], float]:
     """Ridge weights of the standardised features, and the offset; validation chooses the penalty.
 
+    Where there is no validation split, training's last fifth chooses it, and then all of training
+    is fitted.
+
     Parameters
     ----------
     binned : BinnedSession
@@ -97,22 +100,37 @@ def fit_ridge(
     float
     """
     train, val = fitting_bins(binned, binned.scored_TM[:, m])
-    target_T = binned.values_TM[train, m].astype(np.float64)
-    offset = float(target_T.mean())
-
-    gram_FF = np.zeros((len(scaler.mean_F),) * 2)
-    cross_F = np.zeros(len(scaler.mean_F))
-    for part, x_TF in blocks(binned, train, widths):
-        z_TF = scaler(x_TF)
-        gram_FF += z_TF.T @ z_TF
-        cross_F += z_TF.T.astype(np.float64) @ (target_T[part] - offset)
+    gram_FF, cross_F, offset = _normal_equations(binned, m, widths, scaler, train)
     weights_FA = np.stack([_solve(gram_FF, cross_F, alpha * len(train)) for alpha in alphas], 1)
     del gram_FF
 
     guess_TA = _predict(binned, val, widths, scaler, weights_FA) + offset
     error_A = ((guess_TA - binned.values_TM[val, m].astype(np.float64)[:, None]) ** 2).sum(axis=0)
     best = len(alphas) - 1 - int(error_A[::-1].argmin())  # of equals, the strongest
-    return weights_FA[:, best], offset
+    if binned.of_split("val").any():
+        return weights_FA[:, best], offset
+    every = np.concatenate([train, val])
+    gram_FF, cross_F, offset = _normal_equations(binned, m, widths, scaler, every)
+    return _solve(gram_FF, cross_F, alphas[best] * len(every)), offset
+
+
+def _normal_equations(
+    binned: BinnedSession,
+    m: int,
+    widths: tuple[int, ...],
+    scaler: Scaler,
+    bins: NDArray[np.int64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+    """Products of the features with themselves and with the target less its mean; that mean."""
+    target_T = binned.values_TM[bins, m].astype(np.float64)
+    offset = float(target_T.mean())
+    gram_FF = np.zeros((len(scaler.mean_F),) * 2)
+    cross_F = np.zeros(len(scaler.mean_F))
+    for part, x_TF in blocks(binned, bins, widths):
+        z_TF = scaler(x_TF)
+        gram_FF += z_TF.T @ z_TF
+        cross_F += z_TF.T.astype(np.float64) @ (target_T[part] - offset)
+    return gram_FF, cross_F, offset
 
 
 def logistic(

@@ -63,6 +63,30 @@ def test_ridge_equals_a_plain_one(counts_TN: NDArray, speed_T: NDArray) -> None:
     )
 
 
+def test_without_validation_all_of_training_is_fitted_in_the_end(
+    counts_TN: NDArray, speed_T: NDArray
+) -> None:
+    last = np.arange(1500, 1600)  # of training's 1600 bins once validation is joined to it
+    changed_T = speed_T.copy()
+    changed_T[last] += 300.0
+    guesses = []
+    for values_T in (speed_T, changed_T):
+        binned = binned_session(counts_TN, values_T)
+        binned.split_T[binned.of_split("val")] = 0
+        test = np.flatnonzero(binned.of_split("test"))
+        guesses.append(ridge(binned, "speed", test, alphas=(0.1,)))
+    assert (
+        np.abs(guesses[1] - guesses[0]).max() > 10.0
+    )  # the last fifth chose among one; it is fitted
+    binned = binned_session(counts_TN, changed_T)
+    apart = binned_session(counts_TN, speed_T)
+    val = np.flatnonzero(binned.of_split("val"))
+    assert np.isin(val, last).any()
+    np.testing.assert_allclose(
+        ridge(binned, "speed", test, alphas=(0.1,)), ridge(apart, "speed", test, alphas=(0.1,))
+    )
+
+
 def test_block_size_and_order_of_bins_change_nothing(
     counts_TN: NDArray, speed_T: NDArray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
