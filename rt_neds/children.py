@@ -17,7 +17,8 @@ from rt_neds.errors import RtNedsError
 from rt_neds.frames import DecodedFrame
 from rt_neds.stream.publisher import DecodedListener, Note
 
-START_S = 90.0
+START_S = 300.0
+"""A first start compiles, and the machine may be busy; this only bounds the wait for a failure."""
 END_S = 30.0
 
 

@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 import msgspec
 
 from rt_neds.errors import ConfigError, WireError
-from rt_neds.wire import MAX_SAMPLE
+from rt_neds.wire import MAX_RATE, MAX_SAMPLE, MIN_RATE
 
 DATA, EVENT = b"DATA\0", b"EVENT\0"
 TTL_TYPE = 3
@@ -85,7 +85,7 @@ _Sample = Annotated[int, msgspec.Meta(ge=0, lt=MAX_SAMPLE)]
 _Name = Annotated[str, msgspec.Meta(max_length=256)]
 _SortedId = Annotated[int, msgspec.Meta(ge=0, le=MAX_SORTED_ID)]
 _Bytes = Annotated[int, msgspec.Meta(ge=0, le=MAX_PAYLOAD_BYTES)]
-_Rate = Annotated[float, msgspec.Meta(ge=1.0, le=1e7)]
+_Rate = Annotated[float, msgspec.Meta(ge=MIN_RATE, le=MAX_RATE)]
 
 
 class _SpikeBody(msgspec.Struct):

@@ -20,7 +20,7 @@ from typing import Any
 from rt_neds.bench import random_bundle
 from rt_neds.children import free_port, serving, wait_for_schema
 from rt_neds.clock import samples_per_bin
-from rt_neds.errors import ConfigError
+from rt_neds.errors import ConfigError, RtNedsError
 from rt_neds.frames import DecodedFrame
 from rt_neds.latency import Latency
 from rt_neds.result import machine
@@ -244,12 +244,18 @@ def soak(
             )
         width = samples_per_bin(spec.bin_ms, RATE)
         settings = {"spikes_per_s": spikes_per_s, "period_s": period_s, "control": control}
-        began = time.monotonic()
+        began, ended_early = time.monotonic(), None
         for number, mode in enumerate(modes):
-            with _watched(mode, path, session.units, session.id, width,
-                          {**settings, "seed": number}) as watched:  # fmt: skip
-                runs.append(watched)
-                watched.run(each_s, _over_and_over(kinds), show)
+            try:
+                with _watched(mode, path, session.units, session.id, width,
+                              {**settings, "seed": number}) as watched:  # fmt: skip
+                    runs.append(watched)
+                    watched.run(each_s, _over_and_over(kinds), show)
+            except RtNedsError as error:
+                if not runs:
+                    raise
+                ended_early = str(error)  # what was measured for half an hour is not thrown away
+                break
     return {
         "machine": machine(),
         "minutes": round((time.monotonic() - began) / 60, 2),
@@ -259,6 +265,7 @@ def soak(
         "spikes_per_s": spikes_per_s,
         "bin_ms": spec.bin_ms,
         "fault_every_s": round(period_s, 1),
+        "ended_early": ended_early,
         **report(runs, width),
     }
 

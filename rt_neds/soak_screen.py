@@ -71,6 +71,8 @@ def show(result: dict[str, Any]) -> None:
         f"\n[bold]{result['minutes']:g} minutes, {result['bins_expected']} bins[/bold]: "
         f"{result['bins_published']} published, {result['unaccounted']} unaccounted"
     )
+    if result["ended_early"]:
+        console.print(f"  [red]ended early: {result['ended_early']}[/red]")
     for name, count in result["fates"].items():
         if count and name not in ("published", "unaccounted"):
             console.print(f"  {count} {name}")

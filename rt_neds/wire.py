@@ -21,6 +21,12 @@ VERSION = 1
 MAX_HEADER_BYTES = 64 * 1024
 MAX_SOURCE_BYTES = 4 * 1024 * 1024  # a source announcement lists every unit id
 MAX_SPIKES = 1 << 18  # 4 MiB of records: ten seconds of a very loud probe in one message
+MAX_MESSAGE_S = 10.0  # a longer one would have bins by the thousand published at once
+LEAP_S = 60.0
+LEAP_MESSAGES = 60_000
+"""What leaps further ahead is believed once the next message agrees: one absurd number in one
+message must not leave all that follow behind the watermark."""
+MIN_RATE, MAX_RATE = 1e3, 1e7  # no probe is slower; a bin of such a one would have no samples
 MAX_SAMPLE = 1 << 50  # a thousand years at 30 kHz; leaves room for arithmetic in int64
 
 DEFAULT_SPIKES = "tcp://127.0.0.1:5570"
@@ -81,17 +87,19 @@ def unpack_spikes(header: bytes, payload: Any, received_ns: int) -> SpikeBatch:
     ------
     WireError
         Not a map, a key missing or of another type, another version, ``n`` that disagrees with the
-        payload, negative or absurd samples in the map.
+        payload, negative or absurd samples in the map, more of them than ``MAX_MESSAGE_S``.
     """
     fields = unpack_map(header)
     v, epoch, seq, first, end, n, sent_ns = _integers(fields, _SPIKE_KEYS)
     rate = fields.get("rate")
-    if not isinstance(rate, (int, float)) or not 1.0 <= rate <= 1e7:
+    if not isinstance(rate, (int, float)) or not MIN_RATE <= rate <= MAX_RATE:
         raise WireError(f"rate {rate!r}; samples per second were expected")
     if v != VERSION:
         raise WireError(f"protocol version {v}; {VERSION} was expected: update the older side")
     if not 0 <= first <= end < MAX_SAMPLE:
         raise WireError(f"samples [{first}, {end}); 0 <= first <= end was expected")
+    if end - first > MAX_MESSAGE_S * rate:
+        raise WireError(f"samples [{first}, {end}); at most {MAX_MESSAGE_S:g} s were expected")
     if seq < 0 or not 0 <= n <= MAX_SPIKES:
         raise WireError(f"seq {seq}, n {n}; 0 <= seq and 0 <= n <= {MAX_SPIKES} were expected")
     if memoryview(payload).nbytes != n * SPIKE_DTYPE.itemsize:
@@ -122,7 +130,7 @@ def unpack_source(header: bytes) -> tuple[str, float, list[str]]:
         raise WireError(f"protocol version {fields.get('v')}; {VERSION} was expected")
     if not isinstance(session, str) or not isinstance(units, list):
         raise WireError("a source announcement without session or units")
-    if not isinstance(rate, (int, float)) or not 1.0 <= rate <= 1e7:
+    if not isinstance(rate, (int, float)) or not MIN_RATE <= rate <= MAX_RATE:
         raise WireError(f"rate {rate!r}; samples per second were expected")
     if not all(isinstance(unit, str) for unit in units) or len(set(units)) != len(units):
         raise WireError("unit ids must be strings, each once")
@@ -163,10 +171,11 @@ def unpack_decoded(header: bytes) -> DecodedFrame:
     keys = ("epoch", "bin", "end", "flags", "spikes", "late", "unknown", "lost")
     epoch, bin_, end, flags, spikes, late, unknown, lost = _integers(fields, keys)
     try:
-        values = np.asarray(fields["values"], dtype=np.float32)
+        with np.errstate(over="raise"):
+            values = np.asarray(fields["values"], dtype=np.float32)
         stamps = {str(name): int(stamp) for name, stamp in fields["stamps"].items()}
         probe, model = str(fields["probe"]), str(fields["model"])
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
         raise WireError("a decoded frame without values, stamps, probe or model") from None
     return DecodedFrame(
         probe, epoch, bin_, end, values, flags, spikes, late, unknown, lost, model, stamps

@@ -84,6 +84,7 @@ SPIKE, TTL, DATA = naive.spike(3, "E", 9000), naive.ttl(7, 5, 1, 800), naive.dat
         (header(SPIKE, sorted_id=65536), "field"),
         (header(SPIKE, num_channels=1 << 40), "field"),
         (header(DATA, sample_rate=0), "field"),
+        (header(DATA, sample_rate=1.0), "field"),  # it would end serve: no bin has a sample
         (header(DATA, num_samples=0), "field"),
         (header(SPIKE, num_channels=2), "payload"),
         ([*SPIKE[:2], SPIKE[2][:-1]], "payload"),

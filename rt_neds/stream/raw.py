@@ -68,6 +68,10 @@ class RawListener:
 class RawSender(Sender):
     """Publishes messages of which it knows nothing."""
 
+    def wait_for_anyone(self, seconds: float) -> bool:
+        """Wait until somebody subscribes to anything; False if nobody did in time."""
+        return bool(self._socket.poll(round(seconds * 1000)))
+
     def send_frames(self, frames: Sequence[bytes]) -> None:
         """Send one message as it is."""
         self._socket.send_multipart(frames)

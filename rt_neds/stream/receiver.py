@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,16 @@ import zmq
 from rt_neds.clock import monotonic_ns
 from rt_neds.errors import StreamError, WireError
 from rt_neds.frames import SPIKE_DTYPE, SpikeBatch
-from rt_neds.wire import MAX_SPIKES, topic, unpack_source, unpack_spikes
+from rt_neds.wire import (
+    LEAP_MESSAGES,
+    LEAP_S,
+    MAX_SPIKES,
+    topic,
+    unpack_source,
+    unpack_spikes,
+)
 
+COUNTERS = ("messages", "announcements", "malformed", "repeated", "lost", "epochs")
 QUEUE = 20_000
 """Messages held while we are busy: twenty seconds of 1 ms batches; then they count as lost."""
 
@@ -40,8 +49,10 @@ class Receiver:
     announced : Announcement or None
         The last announcement of the sender, if it makes any.
     counters : dict of str to int
-        ``messages``, ``malformed`` (bad bytes, skipped), ``repeated`` (a sequence number seen
-        before, skipped), ``lost`` (sequence numbers that never came), ``epochs``.
+        ``messages`` (of spikes), ``announcements`` and ``malformed`` (bad bytes, or a leap that
+        the next message contradicts, skipped) are all that came. ``repeated``: messages whose
+        sequence number was seen before, skipped. ``lost``: sequence numbers that never came.
+        ``epochs``.
     socket : zmq.Socket
         For whoever waits for several at once.
 
@@ -54,11 +65,12 @@ class Receiver:
     def __init__(self, endpoint: str, probe: str) -> None:
         self.endpoint = endpoint
         self.announced: Announcement | None = None
-        self.counters = dict.fromkeys(("messages", "malformed", "repeated", "lost", "epochs"), 0)
+        self.counters = dict.fromkeys(COUNTERS, 0)
         self._spikes, self._source = topic("spikes", probe), topic("source", probe)
         self._epoch: int | None = None
-        self._next_seq = 0
-        self._held: SpikeBatch | None = None
+        self._next_seq = self._end = 0
+        self._leap: SpikeBatch | None = None  # not believed yet
+        self._ready: deque[SpikeBatch] = deque()
         self.socket: zmq.Socket = zmq.Context.instance().socket(zmq.SUB)
         self.socket.set(zmq.RCVHWM, QUEUE)
         self.socket.set(zmq.LINGER, 0)
@@ -76,49 +88,81 @@ class Receiver:
 
     def read(self, timeout_ms: int) -> SpikeBatch | None:
         """The next batch, or None if none came in time. The only place where the loop waits."""
-        if self._held is not None:
-            batch, self._held = self._held, None
-            return batch
-        if not self.socket.poll(timeout_ms):
-            return None
-        frames = self.socket.recv_multipart()
-        received_ns = monotonic_ns()
+        if not self._ready and self.socket.poll(timeout_ms):
+            frames = self.socket.recv_multipart()
+            self.take(frames, monotonic_ns())
+        return self._ready.popleft() if self._ready else None
+
+    def take(self, frames: list[bytes], received_ns: int) -> None:
+        """Take in one message; what it holds comes with the next reads."""
         try:
-            return self._parse(frames, received_ns)
+            self._take(frames, received_ns)
         except WireError:
             self.counters["malformed"] += 1
-            return None
 
     def peek_spikes(self, timeout_ms: int) -> bool:
         """Whether a batch is here; it is kept for the next ``read``."""
-        if self._held is None:
-            self._held = self.read(timeout_ms)
-        return self._held is not None
+        if not self._ready and (batch := self.read(timeout_ms)) is not None:
+            self._ready.appendleft(batch)
+        return bool(self._ready)
 
     def close(self) -> None:
         """Close the socket."""
         self.socket.close()
 
-    def _parse(self, frames: list[bytes], received_ns: int) -> SpikeBatch | None:
+    def _take(self, frames: list[bytes], received_ns: int) -> None:
         if frames[0] == self._source and len(frames) == 2:
             session, rate, units = unpack_source(frames[1])
             self.announced = Announcement(session, rate, tuple(units))
-            return None
+            self.counters["announcements"] += 1
+            return
         if frames[0] != self._spikes or len(frames) != 3:
             raise WireError(f"{len(frames)} frames under topic {frames[0][:40]!r}")
         batch = unpack_spikes(frames[1], frames[2], received_ns)
-        self.counters["messages"] += 1
-        if batch.epoch != self._epoch:
-            self._epoch = batch.epoch
-            self.counters["epochs"] += 1
-        elif batch.seq < self._next_seq:
+        if batch.epoch == self._epoch and self._had(batch):
+            self.counters["messages"] += 1
             self.counters["repeated"] += 1
-            return None
-        else:
-            batch.lost = batch.seq - self._next_seq
-            self.counters["lost"] += batch.lost
-        self._next_seq = batch.seq + 1
-        return batch
+            return
+        leap, self._leap = self._leap, None
+        if leap is not None and not _follows(leap, batch):
+            self.counters["malformed"] += 1
+            leap = None
+        if batch.epoch != self._epoch:
+            self._epoch, self._next_seq = batch.epoch, batch.seq
+            self.counters["epochs"] += 1
+        elif leap is not None:
+            self._pass_on(leap)
+        elif self._leaps(batch):
+            self._leap = batch
+            return
+        self._pass_on(batch)
+
+    def _had(self, batch: SpikeBatch) -> bool:
+        leap = self._leap
+        if leap is not None and (batch.seq, batch.first) == (leap.seq, leap.first):
+            return True
+        return batch.seq < self._next_seq
+
+    def _leaps(self, batch: SpikeBatch) -> bool:
+        ahead = batch.first - self._end
+        return batch.seq - self._next_seq > LEAP_MESSAGES or ahead > LEAP_S * batch.rate
+
+    def _pass_on(self, batch: SpikeBatch) -> None:
+        batch.lost = batch.seq - self._next_seq
+        self.counters["messages"] += 1
+        self.counters["lost"] += batch.lost
+        self._next_seq, self._end = batch.seq + 1, batch.end
+        self._ready.append(batch)
+
+
+def _follows(leap: SpikeBatch, batch: SpikeBatch) -> bool:
+    """Whether a message is a little later than one that leapt, of the same acquisition."""
+    messages, samples = batch.seq - leap.seq, batch.first - leap.end
+    return (
+        batch.epoch == leap.epoch
+        and 0 < messages <= LEAP_MESSAGES
+        and 0 <= samples <= LEAP_S * batch.rate
+    )
 
 
 def waiting_for(sources: Sequence[Any]) -> Callable[[int], None]:

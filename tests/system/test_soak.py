@@ -13,6 +13,7 @@ needs_fork = pytest.mark.skipif(not CAN_FORK, reason="supervision forks, which n
 
 def clean(result, unexpected=("stale",)):
     """Nothing is unaccounted or wrong; what only a busy machine can add is forgiven."""
+    assert result["ended_early"] is None
     assert result["unaccounted"] == 0, result["unaccounted_bins"]
     assert result["bins_expected"] == sum(result["fates"].values())
     assert not any(result["checks"].values()), result["checks"]
