@@ -1,0 +1,1 @@
+"""Sessions, and detectors, from what other tools left: one file per source format."""
