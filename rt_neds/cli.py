@@ -16,6 +16,8 @@ from rt_neds.result import write_json
 COMMANDS = {
     "demo": ("rt_neds.demo", "see it work: simulate, train, replay into serve, measure, draw"),
     "simulate": ("rt_neds.simulate_command", "write a simulated session with an ideal observer"),
+    "prepare": ("offline.prepare.command", "make a session of IBL, NWB, or raw recordings"),
+    "detector": ("offline.detector", "learn from a raw baseline how to find its spikes"),
     "inspect": ("rt_neds.inspect", "say what is in a session file or a bundle"),
     "train": ("offline.train", "train on sessions and leave a bundle"),
     "sweep": ("offline.sweep", "search for the settings that train best"),

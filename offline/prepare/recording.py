@@ -145,7 +145,10 @@ def _read(path: Path, stream: str | None) -> Any:
     import spikeinterface as si
     from spikeinterface.extractors import get_neo_streams, read_openephys, read_spikeglx
 
-    kinds = {"*.ap.bin": ("spikeglx", read_spikeglx), "*.oebin": ("openephysbinary", read_openephys)}
+    kinds = {
+        "*.ap.bin": ("spikeglx", read_spikeglx),
+        "*.oebin": ("openephysbinary", read_openephys),
+    }
     try:
         for pattern, (kind, read) in kinds.items():
             if path.is_dir() and next(path.rglob(pattern), None):

@@ -9,12 +9,13 @@ U units, W samples and K columns of a template, L lags.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offline.prepare.recording import Raw
+from offline.prepare.spikes import Tell
 from rt_neds.detector_folder import Arrays, DetectorSpec, make_spec
 from rt_neds.errors import ConfigError
 from rt_neds.stream.detector import Conditioner
@@ -24,7 +25,7 @@ THRESHOLD = 5.0
 REACH_UM = 60.0
 EXCLUSION_MS, REFRACTORY_MS, LAG_MS = 0.3, 1.0, 0.1
 BEFORE_MS, WIDTH_MS = 0.6, 1.6
-SPAN = 16
+SPAN = 40
 """Columns of a template."""
 SPIKES = 500
 """Of a unit, evenly over the baseline, make its template."""
@@ -36,8 +37,6 @@ AMPLITUDES = (0.6, 1.6)
 NOISE_PIECES, NOISE_S = 20, 0.5
 RIDGE = 0.1
 """Added to the noise's covariance: filters must not live on differences smaller than this."""
-
-Tell = Callable[[str, float], None]
 
 
 def calibrate(raw: Raw, first: int, end: int) -> tuple[DetectorSpec, Arrays]:
@@ -128,7 +127,6 @@ def with_templates(
     first, end : int
         The baseline: only spikes inside it are used.
     tell : callable
-        Told what is being done and how much of it is.
 
     Returns
     -------
@@ -227,7 +225,8 @@ def _averages(
             next_spike += 1
         kept_SC = rows_SC[-length:]
         tell("templates", (at + len(samples_SC) - first) / (end - first))
-    return sum_UWC / np.maximum(count_U, 1)
+    sum_UWC /= np.maximum(count_U, 1)
+    return sum_UWC
 
 
 def _where(template_WC: NDArray[np.float32], shank_C: NDArray[np.int64]) -> int:
@@ -239,9 +238,7 @@ def _where(template_WC: NDArray[np.float32], shank_C: NDArray[np.int64]) -> int:
     return int(np.where(whole, inside, -1).argmax() if whole.any() else inside.argmax())
 
 
-def _noise_covariance(
-    raw: Raw, first: int, end: int, front: Conditioner
-) -> NDArray[np.float64]:
+def _noise_covariance(raw: Raw, first: int, end: int, front: Conditioner) -> NDArray[np.float64]:
     """Covariance of the columns' noise, in multiples of it; spikes are clipped away."""
     total_CC, count = np.zeros((len(raw.channels),) * 2), 0
     for rows_SC in _noise_pieces(raw, first, end, front):

@@ -31,6 +31,7 @@ from rt_neds.stream.detector_kernel import (
     assign_peaks,
     condition,
     find_peaks,
+    settle,
 )
 
 ROWS = 768
@@ -141,6 +142,8 @@ class Detector:
         After a reset nothing is found in so many samples.
     lookahead : int
         At most so many samples lie between the newest sample and ``complete``.
+    settle : int
+        In so many samples after a reset nothing is found.
     counters : dict of str to int
         ``samples`` and ``spikes`` seen and given, ``unassigned`` peaks that no template explains,
         ``over_burst`` peaks left out because a millisecond had more than a quarter as many as the
@@ -155,8 +158,9 @@ class Detector:
         self.counters = dict.fromkeys(COUNTERS, 0)
         self._arrays = arrays
         self._front = Conditioner(spec, arrays)
-        self._column_C = self._front.column_C
-        self._reach_C2 = _reach(arrays, self._column_C, spec.reach_um)
+        column_C = self._front.column_C
+        self._unit_of = np.arange(len(self.units)) if spec.templates else column_C
+        self._reach_C2 = _reach(arrays, column_C, spec.reach_um)
         block_rows = max(1, round(spec.rate * BLOCK_MS / 1000))
         burst = max(16, self.channels // 4)
         self._limits_X = np.array([spec.threshold, 0], np.float32)
@@ -174,6 +178,7 @@ class Detector:
         self._rows_RC = np.zeros((ROWS + self._kept + after, self.channels), np.float32)
         most = burst * 2 * (len(self._rows_RC) // block_rows + 4)
         self._pending_P2 = np.zeros((most, 2), np.int64)
+        self._given_P2 = np.zeros((most, 2), np.int64)
         self._at_X = np.zeros(SLOTS, np.int64)
         self._last_U = np.zeros(len(self.units), np.int64)
         self._tried_C2 = np.zeros((self.channels, 2), np.int64)
@@ -356,22 +361,9 @@ class Detector:
         at_X = self._at_X
         behind = int(at_X[FIRST] + at_X[ROW]) - self._behind
         self._complete = max(self._complete, min(behind, self._next))
-        pending_P2 = self._pending_P2[: at_X[PENDING]]
-        certain_P = pending_P2[:, 0] < self._complete
-        spikes = np.zeros(int(certain_P.sum()), SPIKE_DTYPE)
-        if not len(pending_P2):
-            return spikes
-        now_P2 = pending_P2[certain_P]
-        now_P2 = now_P2[np.lexsort((now_P2[:, 1], now_P2[:, 0]))]
-        spikes["sample"] = now_P2[:, 0]
-        spikes["unit"] = now_P2[:, 1] if self.spec.templates else self._column_C[now_P2[:, 1]]
-        if not self.spec.templates:  # by column until here, and sorted by channel from here on
-            spikes = spikes[np.lexsort((spikes["unit"], spikes["sample"]))]
-        later_P2 = pending_P2[~certain_P]
-        self._pending_P2[: len(later_P2)] = later_P2
-        at_X[PENDING] = len(later_P2)
-        self.counters["spikes"] += len(spikes)
-        return spikes
+        given = settle(self._pending_P2, at_X, self._complete, self._unit_of, self._given_P2)
+        self.counters["spikes"] += given
+        return self._given_P2[:given].copy().view(SPIKE_DTYPE).reshape(given)
 
 
 def _reach(arrays: Arrays, column_C: NDArray[np.int64], reach_um: float) -> NDArray[np.int64]:

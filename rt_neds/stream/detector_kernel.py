@@ -365,3 +365,42 @@ def assign_peaks(  # type: ignore[no-untyped-def]
         else:
             row += 1
     at_X[ROW] = row
+
+
+@numba.njit(
+    numba.int64(
+        numba.int64[:, ::1],  # pending_P2
+        numba.int64[::1],  # at_X
+        numba.int64,  # complete
+        numba.int64[::1],  # unit_of
+        numba.int64[:, ::1],  # given_P2
+    ),
+    cache=True,
+    nogil=True,
+    boundscheck=False,
+)
+def settle(pending_P2, at_X, complete, unit_of, given_P2):  # type: ignore[no-untyped-def]
+    """Move spikes before ``complete`` from pending to given, sorted by sample and unit.
+
+    ``given_P2`` then holds SPIKE_DTYPE records seen as pairs. Returns how many. The spikes come
+    nearly sorted, so that sorting by insertion is a walk.
+    """
+    given = kept = 0
+    for i in range(at_X[PENDING]):
+        sample, unit = pending_P2[i, 0], pending_P2[i, 1]
+        if sample >= complete:
+            pending_P2[kept, 0], pending_P2[kept, 1] = sample, unit
+            kept += 1
+            continue
+        unit = unit_of[unit]
+        j = given
+        while j > 0 and (
+            given_P2[j - 1, 0] > sample
+            or (given_P2[j - 1, 0] == sample and given_P2[j - 1, 1] > unit)
+        ):
+            given_P2[j, 0], given_P2[j, 1] = given_P2[j - 1, 0], given_P2[j - 1, 1]
+            j -= 1
+        given_P2[j, 0], given_P2[j, 1] = sample, unit
+        given += 1
+    at_X[PENDING] = kept
+    return given

@@ -1,0 +1,74 @@
+"""``rt-neds prepare``: a session from what other tools left."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from rt_neds.errors import ConfigError
+
+EXPECTED = {
+    "spikeinterface": "--detector FOLDER --recording DIR, or --analyzer DIR",
+    "ibl": "--alf DIR",
+    "nwb": "a file: rt-neds prepare nwb FILE.nwb",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=list(EXPECTED), help="format of the source")
+    parser.add_argument("file", nargs="?", help="nwb: the file")
+    parser.add_argument("--alf", metavar="DIR", help="ibl: the alf folder of a session")
+    parser.add_argument("--detector", metavar="FOLDER", help="spikeinterface: finds the spikes")
+    parser.add_argument("--recording", metavar="DIR", help="spikeinterface: raw, as acquired")
+    parser.add_argument("--stream", help="spikeinterface: the recording's, if it has several")
+    parser.add_argument("--analyzer", metavar="DIR", help="spikeinterface: take a sorting as it is")
+    parser.add_argument("--session", metavar="ID", help="id of the session; else a name found")
+    parser.add_argument("--out", required=True, metavar="S.h5", help="session file to write")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    if not Path(args.out).parent.is_dir():
+        raise ConfigError(f"{args.out} lies in no existing folder; create it or name another")
+    given = {
+        "spikeinterface": bool(args.analyzer) != bool(args.detector and args.recording),
+        "ibl": bool(args.alf),
+        "nwb": bool(args.file),
+    }
+    if not given[args.what]:
+        raise ConfigError(f"prepare {args.what} expects {EXPECTED[args.what]}")
+    from offline.prepare.progress import telling
+    from offline.prepare.writing import write_session
+
+    with telling(args.quiet) as tell:
+        data = _data(args, tell)
+        summary = write_session(args.out, data)
+    if not args.quiet:
+        print(
+            f"{summary['out']}: {summary['units']} units, {summary['spikes']} spikes in "
+            f"{summary['recorded_s']:.1f} s, {summary['trials']} trials",
+            file=sys.stderr,
+        )
+    return summary
+
+
+def _data(args: argparse.Namespace, tell: Any) -> Any:
+    if args.what == "ibl":
+        from offline.prepare.ibl import from_alf
+
+        return from_alf(args.alf, args.session)
+    if args.what == "nwb":
+        from offline.prepare.nwb import from_nwb
+
+        return from_nwb(args.file)
+    from offline.prepare.spikeinterface import from_analyzer, from_detector, load_analyzer
+
+    session_id = args.session or Path(args.out).stem
+    if args.analyzer:
+        return from_analyzer(load_analyzer(args.analyzer), session_id)
+    from offline.prepare.recording import open_recording
+    from rt_neds.stream.detector import load_detector
+
+    detector = load_detector(args.detector)
+    return from_detector(open_recording(args.recording, args.stream), detector, session_id, tell)

@@ -1,0 +1,147 @@
+"""Sessions from NWB: the units table, the trials table, and one-dimensional behaviour.
+
+Shape suffixes: S spikes, K intervals, R trials, L values.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from temporaldata import Data, Interval, IrregularTimeSeries
+
+from offline.prepare.ibl import recorded
+from offline.prepare.writing import session_data, trials_of
+from rt_neds.errors import ConfigError, SessionError
+
+
+def from_nwb(path: str | Path) -> Data:
+    """A session of an NWB file.
+
+    Units keep ``unit_name`` or their number as id. What was recorded is where all units were
+    observed (``obs_intervals``), or, where the file does not say, where there are spikes. Every
+    time series of ``processing/behavior`` with one value, or a few, per time becomes
+    ``behavior_<name>.<name>`` (``_0``, ``_1`` ... for several).
+
+    Raises
+    ------
+    SessionError, ConfigError
+        Not NWB, no units in it; pynwb is missing.
+    """
+    path = Path(path)
+    try:
+        import pynwb
+    except ImportError:
+        raise ConfigError(f"{path} needs pynwb to be read; pip install 'rt-neds[nwb]'") from None
+    if not path.is_file():
+        raise ConfigError(f"no such NWB file: {path}; check the path")
+    try:
+        with pynwb.NWBHDF5IO(str(path), "r", load_namespaces=True) as file:
+            return _session(path, file.read())
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SessionError(
+            f"{path} cannot be read as NWB ({reason}); expected an .nwb file"
+        ) from None
+
+
+def _session(path: Path, nwb: Any) -> Data:
+    if nwb.units is None or not len(nwb.units) or "spike_times" not in nwb.units.colnames:
+        raise SessionError(f"{path} has no units with spike times; expected sorted spikes")
+    units = nwb.units
+    trains = [np.asarray(units["spike_times"][u], np.float64) for u in range(len(units))]
+    time_S = np.concatenate(trains)
+    named = "unit_name" in units.colnames
+    ids = units["unit_name"][:] if named else units.id[:]
+    groups = _behaviour(nwb)
+    trials = _trials(nwb)
+    if trials is not None:
+        groups["trials"] = trials
+    return session_data(
+        str(nwb.identifier),
+        time_S,
+        np.repeat(np.arange(len(trains)), [len(train) for train in trains]),
+        {"id": np.array([str(unit) for unit in ids])},
+        _domain(units, time_S),
+        **groups,
+    )
+
+
+def _domain(units: Any, time_S: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Where every unit was observed, in seconds."""
+    if "obs_intervals" not in units.colnames:
+        return recorded(time_S)
+    common = None
+    for u in range(len(units)):
+        mine = np.asarray(units["obs_intervals"][u], np.float64).reshape(-1, 2)
+        interval = Interval(start=mine[:, 0].copy(), end=mine[:, 1].copy())
+        common = interval if common is None else common & interval
+    if common is None or not len(common):
+        return recorded(time_S)
+    return np.stack([common.start, common.end], axis=1)
+
+
+def _trials(nwb: Any) -> Interval | None:
+    if nwb.trials is None or not len(nwb.trials):
+        return None
+    columns, times = {}, ["start", "end"]
+    for name in nwb.trials.colnames:
+        values = np.asarray(nwb.trials[name][:])
+        if values.ndim != 1 or (values.dtype == object and not isinstance(values[0], str)):
+            continue  # ragged columns and references have no place in a trial table
+        new = {"start_time": "start", "stop_time": "end"}.get(name, name)
+        columns[new] = values.astype(str) if values.dtype == object else values
+        if new.endswith("_time") and values.dtype.kind == "f":
+            times.append(new)
+    return trials_of(columns, times)
+
+
+def _behaviour(nwb: Any) -> dict[str, Any]:
+    """Every usable time series of processing/behavior, by a name that Python allows."""
+    if "behavior" not in nwb.processing:
+        return {}
+    series: dict[str, Any] = {}
+    for container in nwb.processing["behavior"].data_interfaces.values():
+        inside = getattr(container, "time_series", getattr(container, "spatial_series", None))
+        for one in inside.values() if inside is not None else [container]:
+            made = _series(one)
+            if made is not None:
+                series[f"behavior_{_name(one.name)}"] = made
+    return series
+
+
+def _name(name: str) -> str:
+    return re.sub(r"\W", "_", name)
+
+
+def _series(one: Any) -> IrregularTimeSeries | None:
+    if getattr(one, "data", None) is None:
+        return None
+    values = np.asarray(one.data[:])
+    if values.dtype.kind not in "fiub" or values.ndim > 2 or len(values) < 2:
+        return None
+    if one.timestamps is not None:
+        time_L = np.asarray(one.timestamps[:], np.float64)
+    else:
+        time_L = one.starting_time + np.arange(len(values)) / one.rate
+    order = np.argsort(time_L, kind="stable")
+    time_L, values = time_L[order], values[order]
+    columns_LJ = values.reshape(len(values), -1).astype(np.float64) * float(one.conversion or 1)
+    name = _name(one.name)
+    names = (
+        [name] if columns_LJ.shape[1] == 1 else [f"{name}_{j}" for j in range(columns_LJ.shape[1])]
+    )
+    steps = np.diff(time_L)
+    usual = float(np.median(steps))
+    # Where values are missing for long there is no behaviour.
+    holes = np.flatnonzero(steps > max(1.0, 10 * usual))
+    start = time_L[np.concatenate([[0], holes + 1])]
+    end = time_L[np.concatenate([holes, [len(time_L) - 1]])] + 1e-6
+    return IrregularTimeSeries(
+        timestamps=time_L,
+        **{n: columns_LJ[:, j] for j, n in enumerate(names)},
+        domain=Interval(start=start, end=end),
+    )

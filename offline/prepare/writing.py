@@ -1,0 +1,110 @@
+"""Writes a brainsets session: spikes, units, domain and whatever else a source knows."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from temporaldata import ArrayDict, Data, Interval, IrregularTimeSeries
+
+from rt_neds.errors import ConfigError, SessionError
+from rt_neds.session import load_session
+
+
+def session_data(
+    session_id: str,
+    time_S: NDArray[np.float64],
+    unit_S: NDArray[np.int64],
+    units: dict[str, NDArray[Any]],
+    domain_K2: NDArray[np.float64],
+    **groups: Any,
+) -> Data:
+    """Put a session together.
+
+    Parameters
+    ----------
+    time_S, unit_S : ndarray
+        Seconds and row of ``units`` of each spike, in any order.
+    units : dict of str to ndarray
+        Columns; ``id`` is one.
+    domain_K2 : ndarray
+        What was recorded, in seconds. Spikes outside are left out.
+    **groups
+        Other parts of the file, ready made.
+
+    Raises
+    ------
+    SessionError
+        No spike lies in the domain, or two units have one id.
+    """
+    ids = [str(unit) for unit in units["id"]]
+    if len(set(ids)) < len(ids):
+        raise SessionError(
+            f"{session_id}: {len(ids)} units and {len(set(ids))} different ids; name units apart"
+        )
+    inside_S = np.zeros(len(time_S), bool)
+    for start, end in domain_K2:
+        inside_S |= (time_S >= start) & (time_S < end)
+    if not inside_S.any():
+        raise SessionError(f"{session_id}: no spike lies in what was recorded; check the source")
+    time_S, unit_S = time_S[inside_S], unit_S[inside_S]
+    order = np.argsort(time_S, kind="stable")
+    domain = Interval(
+        start=domain_K2[:, 0].astype(np.float64), end=domain_K2[:, 1].astype(np.float64)
+    )
+    seconds = float(np.diff(domain_K2, axis=1).sum())
+    rate_U = np.bincount(unit_S, minlength=len(ids)) / seconds
+    columns = {"firing_rate": rate_U, **units, "id": np.array(ids)}
+    return Data(
+        brainset=Data(id="rt_neds_prepared"),
+        **({"session": Data(id=session_id)} | groups),
+        units=ArrayDict(**columns),
+        spikes=IrregularTimeSeries(
+            timestamps=time_S[order], unit_index=unit_S[order].astype(np.int64), domain=domain
+        ),
+        domain=domain,
+    )
+
+
+def trials_of(columns: dict[str, NDArray[Any]], times: list[str]) -> Interval:
+    """A trial table with ``start`` and ``end``, in order of start; trials without both left out."""
+    whole_R = np.isfinite(columns["start"]) & np.isfinite(columns["end"])
+    order = np.argsort(columns["start"][whole_R], kind="stable")
+    kept = {name: values[whole_R][order] for name, values in columns.items()}
+    return Interval(**kept, timekeys=[name for name in times if name in kept])
+
+
+def write_session(path: str | Path, data: Data) -> dict[str, Any]:
+    """Write a session and read it back; the file is left alone if anything fails.
+
+    Returns
+    -------
+    dict
+        ``session``, ``out``, ``units``, ``spikes``, ``recorded_s``, ``trials``.
+
+    Raises
+    ------
+    ConfigError
+        The file cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        data.save(partial)
+        session = load_session(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path} ({error.strerror}); name another file") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return {
+        "session": session.id,
+        "out": str(path),
+        "units": len(session.unit_ids),
+        "spikes": len(session.records_S),
+        "recorded_s": float(np.diff(session.domain_K2, axis=1).sum() / session.rate),
+        "trials": len(session.intervals("trials")) if session.has("trials") else 0,
+    }
