@@ -124,7 +124,7 @@ def _probe(alf: Path, probe: Path) -> tuple[Any, Any, dict[str, NDArray[Any]]]:
             "of one sorting"
         )
     metrics = _table(probe, "clusters.metrics") or {}
-    n_units = max(int(unit_S.max(initial=-1)) + 1, len(metrics.get("cluster_id", ())))
+    n_units = max(int(unit_S.max(initial=0)) + 1, len(metrics.get("cluster_id", ())))
     name = probe.relative_to(alf).parts[0] if probe != alf else "probe00"
     columns: dict[str, NDArray[Any]] = {
         "id": np.array([f"{name}/{unit}" for unit in range(n_units)]),

@@ -22,11 +22,13 @@ from rt_neds.stream.detector import Conditioner
 
 HIGHPASS_HZ = 300.0
 THRESHOLD = 5.0
+THRESHOLD_OF_TEMPLATES = 4.0
+"""Lower, because a peak of noise fits no template."""
 REACH_UM = 60.0
 EXCLUSION_MS, REFRACTORY_MS, LAG_MS = 0.3, 1.0, 0.1
 BEFORE_MS, WIDTH_MS = 0.6, 1.6
 SPAN = 40
-"""Columns of a template."""
+"""Columns of a template: what it leaves of a large spike at its sides passes for small units."""
 SPIKES = 500
 """Of a unit, evenly over the baseline, make its template."""
 FEWEST = 20
@@ -83,7 +85,7 @@ def _spec(raw: Raw, arrays: Arrays, units: list[str] | None = None) -> DetectorS
         uv_per_bit=raw.uv_per_bit,
         probe=raw.name,
         highpass_hz=HIGHPASS_HZ,
-        threshold=THRESHOLD,
+        threshold=THRESHOLD_OF_TEMPLATES if units else THRESHOLD,
         reach_um=REACH_UM,
         exclusion=samples(EXCLUSION_MS),
         refractory=samples(REFRACTORY_MS),

@@ -174,7 +174,7 @@ class Detector:
         self._behind = 2 * spec.exclusion + moved if spec.templates else 0
         self._kept = 3 * spec.exclusion + spec.before + spec.lag + 2
         self.settle = max(round(spec.rate * SETTLE_MS / 1000), self._kept + moved)
-        self.lookahead = after + self._behind
+        self.lookahead = after - 1 + self._behind
         self._rows_RC = np.zeros((ROWS + self._kept + after, self.channels), np.float32)
         most = burst * 2 * (len(self._rows_RC) // block_rows + 4)
         self._pending_P2 = np.zeros((most, 2), np.int64)
