@@ -142,8 +142,6 @@ class Detector:
         After a reset nothing is found in so many samples.
     lookahead : int
         At most so many samples lie between the newest sample and ``complete``.
-    settle : int
-        In so many samples after a reset nothing is found.
     counters : dict of str to int
         ``samples`` and ``spikes`` seen and given, ``unassigned`` peaks that no template explains,
         ``over_burst`` peaks left out because a millisecond had more than a quarter as many as the
