@@ -3,10 +3,10 @@
     python benchmarks/fuzz.py --messages 10000000 --json results/MACHINE/fuzz.json
 
 Every protocol gets its share: the native spikes, the Open Ephys ZMQ Interface, its Event
-Broadcaster, and the decoded stream as its listeners read it. For each, what was accepted and every
-kind that was refused must add up to what was sent, nothing may be raised, memory must stay where it
-was. Some go over real sockets into a ``serve`` that is decoding, which must count the same and
-decode on.
+Broadcaster, SpikeGLX's replies, and the decoded stream as its listeners read it. For each, what was
+accepted and every kind that was refused must add up to what was sent, nothing may be raised, memory
+must stay where it was. Some go over real sockets into a ``serve`` that is decoding, which must
+count the same and decode on.
 
 The same seed gives the same messages. What breaks is written down (``failed``), message and all.
 """
@@ -29,6 +29,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from fuzz_spikeglx import SPOIL_BYTES, SpikeGLX
 from mutations import Frames, Fuzzer
 
 from rt_neds.errors import WireError
@@ -275,8 +276,11 @@ TARGETS = {
     "native": Native,
     "open ephys interface": lambda: OpenEphys(False),
     "open ephys broadcaster": lambda: OpenEphys(True),
+    "spikeglx": SpikeGLX,
     "decoded": Decoded,
 }
+HOW: dict[str, dict[str, Any]] = {"spikeglx": {"share": 0.12, "ways": SPOIL_BYTES}}
+"""A conversation must often get as far as samples: less of it is spoiled."""
 
 
 def resident_mb() -> float:
@@ -296,7 +300,7 @@ def fuzz(name: str, messages: int, seed: int, say: Any = lambda line: None) -> d
         If something was raised, or sums or memory are not what they must be.
     """
     rng = random.Random(f"{seed} {name}")
-    target, fuzzer = TARGETS[name](), Fuzzer(rng)
+    target, fuzzer = TARGETS[name](), Fuzzer(rng, **HOW.get(name, {}))
     sent, settled, grown, next_look = 0, None, 0.0, EVERY
     began = time.monotonic()
     try:

@@ -153,7 +153,8 @@ def twist(rng: random.Random, frames: Frames) -> Frames:
     return [*frames[:at], packed, *frames[at + 1 :]]
 
 
-SPOIL: Sequence[Callable[[random.Random, Frames], Frames]] = (
+Way = Callable[[random.Random, Frames], Frames]
+SPOIL: Sequence[Way] = (
     flip, flip, flip, cut, lengthen, splice, lose_frame, add_frame, turn_round, noise, bomb, twist,
     twist, twist, twist,
 )  # fmt: skip
@@ -167,10 +168,12 @@ class Fuzzer:
     rng : random.Random
     share : float
         Of the messages that are spoiled.
+    ways : sequence of callable
+        How.
     """
 
-    def __init__(self, rng: random.Random, share: float = 0.6) -> None:
-        self._rng, self._share = rng, share
+    def __init__(self, rng: random.Random, share: float = 0.6, ways: Sequence[Way] = SPOIL) -> None:
+        self._rng, self._share, self._ways = rng, share, ways
         self._old: list[Frames] = []
         self._held: Frames | None = None
 
@@ -191,9 +194,9 @@ class Fuzzer:
             return []
         out = [frames]
         if rng.random() < self._share:
-            out = [rng.choice(SPOIL)(rng, frames)]
+            out = [rng.choice(self._ways)(rng, frames)]
             if rng.random() < 0.05:
-                out = [rng.choice(SPOIL)(rng, out[0])]
+                out = [rng.choice(self._ways)(rng, out[0])]
         if self._held is not None:
             out.append(self._held)
             self._held = None
