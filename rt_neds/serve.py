@@ -275,7 +275,7 @@ def decode(
                 one, spec, model, receiver, sink.beside(one.probe), announced, say, restarts
             )
             say(f"serving {one.probe}: {one.source} -> {one.publish}, bundle {spec.name}")
-            if announced is None and (trouble := getattr(receiver, "trouble", "")):
+            if trouble := getattr(receiver, "trouble", ""):
                 say(f"waiting: {trouble}")
             return loop
 
@@ -298,9 +298,14 @@ def decode(
 
 
 def _wait_for_announcement(receiver: Any, stop: Callable[[], bool]) -> None:
-    """Who sends, if they say so within a moment; spikes that come first are not thrown away."""
+    """Who sends, if they say so within a moment; spikes that come first are not thrown away.
+
+    A source that can say what keeps it is given the moment for that, too.
+    """
     deadline = monotonic_ns() + round(ANNOUNCEMENT_WAIT_S * 1e9)
-    while receiver.announced is None and monotonic_ns() < deadline and not stop():
+    while monotonic_ns() < deadline and not stop():
+        if receiver.announced is not None and getattr(receiver, "trouble", True):
+            break
         if receiver.peek_spikes(50):
             break
 

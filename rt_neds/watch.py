@@ -139,6 +139,8 @@ class View:
         troubles = [words for flag, words in WORDS.items() if flags & flag]
         if self.status.get("source") == "silent":
             troubles.append("no spikes are arriving: is the acquisition running?")
+        if self.status.get("trouble"):
+            troubles.append(str(self.status["trouble"])[:200])
         if self.holes:
             troubles.append(f"{self.holes} bins never reached this screen")
         if self._last is None:

@@ -11,6 +11,7 @@ from rt_neds.children import free_port
 from rt_neds.errors import ConfigError, DetectorError, StreamError
 from rt_neds.spikeglx_wire import LINK_ERRORS, MISSED
 from rt_neds.stream.binner import Binner
+from rt_neds.stream.receiver import waiting_for
 from rt_neds.stream.spikeglx import SpikeGLXSource
 from tests import naive_spikeglx as naive
 
@@ -508,6 +509,31 @@ def test_a_host_that_nobody_knows():
         SpikeGLXSource("spikeglx://no.such.host.invalid:1", "s", naive.Threshold(AP))
     with pytest.raises(ConfigError, match="expected spikeglx://HOST:4142"):
         SpikeGLXSource("spikeglx://h/p", "s", naive.Threshold(AP))
+
+
+def test_several_sources_take_turns_without_waiting(serve):
+    """As several probes are served: wait for any of them, then ask each without waiting."""
+    data = naive.recording(9_000, AP)
+    made = [serve(data, steps=(300,)) for _ in range(2)]
+    sources = [source for source, _, _ in made]
+    nobody = SpikeGLXSource(f"spikeglx://127.0.0.1:{free_port()}", "s", naive.Threshold(AP))
+    for _, server, _ in made:
+        server.count = 1
+    got = [[], []]
+    wait = waiting_for([*sources, nobody])
+    deadline = time.monotonic() + PATIENCE_S
+    while not all(one and one[-1].end == len(data) - LAG for one in got):
+        assert time.monotonic() < deadline
+        wait(5)
+        assert nobody.read(0) is None
+        for source, batches in zip(sources, got, strict=True):
+            batch = source.read(0)
+            if batch is not None:
+                batches.append(batch)
+    for batches in got:
+        agree(frames_of(batches)[0], expected(data, [(1, len(data))]))
+    assert nobody.counters["refused"] > 0
+    nobody.close()
 
 
 def test_whoever_peeks_loses_nothing(serve):

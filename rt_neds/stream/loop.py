@@ -188,6 +188,7 @@ class Loop:
             "pid": os.getpid(),
             "uptime_ns": now - self._started_ns,
             "source": state,
+            "trouble": getattr(self._source, "trouble", ""),
             "published": self._published,
             "realtime": self._validity.realtime,
             "source_counters": self._source.counters,
