@@ -15,7 +15,9 @@ Shape suffixes: as in :mod:`rt_neds.stream.fused_kernel`.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,34 +27,42 @@ from torch import Tensor, nn
 
 from rt_neds.model.attention import ROTARY_BASE
 from rt_neds.model.neds import NEDS, SCHEMES
+from rt_neds.model.rounding import is_rounded
 from rt_neds.stream.binner import CHUNK
-from rt_neds.stream.fused_kernel import PANEL, fused_step
+from rt_neds.stream.fused_kernel import LANES, PAIR, PANEL, fused_step, place
 
 F4 = NDArray[np.float32]
 F8 = NDArray[np.float64]
+HUGE = 1 << 21
 
 
 def _zeros(*shape: int) -> F4:
-    """Zeros that begin on a cache line, so that no vector of a panel lies on two."""
-    raw = np.zeros(math.prod(shape) + 16, np.float32)
-    start = -raw.ctypes.data % 64 // raw.itemsize
-    return raw[start : start + math.prod(shape)].reshape(shape)
+    """Zeros that begin on a cache line, so that no vector of a panel lies on two.
+
+    On pages of 2 MB, where there are such: a step walks through thousands of small ones.
+    """
+    numbers = math.prod(shape)
+    if 4 * numbers >= HUGE // 2 and hasattr(mmap, "MADV_HUGEPAGE"):
+        room = mmap.mmap(-1, (1 + -(-4 * numbers // HUGE)) * HUGE)
+        with contextlib.suppress(OSError):  # a kernel without them
+            room.madvise(mmap.MADV_HUGEPAGE)
+        raw, line = np.frombuffer(room, np.float32), HUGE
+    else:
+        raw, line = np.zeros(numbers + 16, np.float32), 64
+    start = -raw.ctypes.data % line // raw.itemsize
+    return raw[start : start + numbers].reshape(shape)
 
 
-def _up(n: int) -> int:
-    return -(-n // PANEL) * PANEL
+def _up(n: int, to: int = PAIR) -> int:
+    return -(-n // to) * to
 
 
 def _f8(tensor: Tensor) -> F8:
     return tensor.detach().cpu().numpy().astype(np.float64)
 
 
-def _map(linear: nn.Linear, norm: nn.LayerNorm | None = None) -> tuple[F8, F8]:
-    """Weights and biases of a linear map, with scale and shift of the norm before it folded in."""
-    weight_EI, bias_E = _f8(linear.weight), _f8(linear.bias)
-    if norm is None:
-        return weight_EI, bias_E
-    return weight_EI * _f8(norm.weight), bias_E + weight_EI @ _f8(norm.bias)
+def _map(linear: nn.Linear) -> tuple[F8, F8]:
+    return _f8(linear.weight), _f8(linear.bias)
 
 
 def _rows(weight_EI: F8, bias_E: F8) -> F8:
@@ -63,10 +73,25 @@ def _rows(weight_EI: F8, bias_E: F8) -> F8:
     return rows_IE
 
 
-def _panels(weight_EI: F8, bias_E: F8) -> F8:
-    """The same for one panel of outputs after the other."""
-    rows_IE = _rows(weight_EI, bias_E)
-    return rows_IE.reshape(len(rows_IE), -1, PANEL).swapaxes(0, 1).ravel()
+def _panels(half: bool, *maps: tuple[F8, F8]) -> Iterator[F4]:
+    """The same for one panel of outputs after the other; maps of the same inputs, side by side."""
+    rows_IE = np.concatenate([_rows(*one) for one in maps], axis=1).astype(np.float32)
+    for panel in range(0, rows_IE.shape[1], PANEL):
+        rows_IP = np.ascontiguousarray(rows_IE[:, panel : panel + PANEL])
+        yield rows_IP[0]
+        yield (_halves(rows_IP[1:]) if half else rows_IP[1:]).ravel()
+
+
+def _halves(rows_IP: F4) -> F4:
+    """Two weights to a word, of the same place in the two vectors of a pair."""
+    words_I2V = rows_IP.view(np.uint32).reshape(len(rows_IP), -1, 2, PAIR // 2)
+    return (words_I2V[:, :, 0] >> 16 | words_I2V[:, :, 1]).view(np.float32)
+
+
+def _norm(norm: nn.LayerNorm) -> F4:
+    scale_D, shift_D = norm.weight.detach().cpu().numpy(), norm.bias.detach().cpu().numpy()
+    padding = (0, _up(len(scale_D)) - len(scale_D))
+    return np.concatenate([np.pad(scale_D, padding), np.pad(shift_D, padding)])
 
 
 def _of_root_sums(
@@ -80,34 +105,25 @@ def _of_root_sums(
     return weight_EI * scale_KN.ravel(), bias_E + weight_EI @ constant_KN.ravel()
 
 
-def _query_map(layer: Any) -> tuple[F8, F8]:
-    """Queries scaled such that softmax is of powers of two."""
-    (dim, _), heads = layer.attention.out.weight.shape, layer.attention.heads
-    weight_EI, bias_E = _map(layer.attention.qkv, layer.norm1)
-    scale = math.log2(math.e) / math.sqrt(dim // heads)
-    return weight_EI[:dim] * scale, bias_E[:dim] * scale
-
-
-def _blocks(model: Any, parts: Any, spikes_D: F8, missing_N: Any) -> Iterator[F8]:
+def _blocks(model: Any, parts: Any, spikes_D: F8, missing_N: Any, half: bool) -> Iterator[Any]:
     """All weights in the order they are read; ``spikes_D`` is added to the spike token."""
-    dim = model.config.dim
     read_in = _map(parts.spikes_in.linear)
     yield _rows(*_of_root_sums(parts.spikes_in, *read_in, missing_N)).ravel()
     weight_EI, bias_E = _map(model.spikes_shared)
-    yield _panels(weight_EI, bias_E + spikes_D)
+    yield from _panels(half, (weight_EI, bias_E + spikes_D))
     for layer in model.layers:
-        weight_EI, bias_E = _map(layer.attention.qkv, layer.norm1)
-        for part in (slice(dim, 2 * dim), slice(2 * dim, None)):
-            yield _panels(weight_EI[part], bias_E[part])
-        yield _panels(*_query_map(layer))
-        yield _panels(*_map(layer.attention.out))
-        yield _panels(*_map(layer.widen, layer.norm2))
-        yield _panels(*_map(layer.narrow))
+        yield _norm(layer.norm1)
+        weight_EI, bias_E = _map(layer.attention.qkv)
+        yield from _panels(half, *zip(np.split(weight_EI, 3), np.split(bias_E, 3), strict=True))
+        yield from _panels(half, _map(layer.attention.out))
+        yield _norm(layer.norm2)
+        yield from _panels(half, _map(layer.widen))
+        yield from _panels(half, _map(layer.narrow))
     if model.memory is not None:
-        gate_EI, gate_E = _map(model.memory.gate, model.memory.norm)
-        yield _panels(gate_EI * math.log2(math.e), gate_E * math.log2(math.e))
-        yield _panels(*_map(model.memory.value, model.memory.norm))
-        yield _panels(*_map(model.memory.out))
+        yield _norm(model.memory.norm)
+        yield from _panels(half, _map(model.memory.gate), _map(model.memory.value))
+        yield from _panels(half, _map(model.memory.out))
+    yield _norm(model.norm)
 
 
 def _dark(model: Any, session: str) -> F8:
@@ -152,35 +168,40 @@ class FusedStep:
         parts: Any = model.sessions[model.session_ids.index(session)]
         layers: Any = model.layers
         sinks = [_f8(layer.attention.sink_value_HF) for layer in layers]
-        T, rows = CHUNK, c.context + CHUNK - 1  # what a whole chunk sees
-        D, R, width = _up(c.dim), _up(rows + 1), c.dim // c.heads
+        T, rows = CHUNK, c.context + CHUNK  # what a whole chunk sees, and the sink
+        D, R, width = _up(c.dim), _up(rows, LANES), c.dim // c.heads
+        V, half = _up(width, LANES), is_rounded(model)
         dark_D = _zeros(D)
         dark_D[: c.dim] = _dark(model, session)
         spikes_D = _f8(model.modality_MD)[0] + _dark(model, session)
-        blocks = list(_blocks(model, parts, spikes_D, missing_N))
+        blocks = list(_blocks(model, parts, spikes_D, missing_N, half))
         weights = _zeros(sum(block.size for block in blocks))
         np.concatenate(blocks, out=weights, casting="same_kind")
-        maps = [_map(parts.behaviour_out[name].linear, model.norm) for name in wanted]
+        maps = [_map(parts.behaviour_out[name].linear) for name in wanted]
         heads_OI = np.concatenate([np.column_stack(pair) for pair in maps]).astype(np.float32)
         self._raw_TO, self._bin = np.zeros((T, len(heads_OI)), np.float32), 0
         self._counts_TN = np.zeros((T, parts.units), np.float32)
         self._observed_T = np.zeros(T, bool)
         self._counts_CN = _zeros(max(c.history), parts.units)
         self._sums_KN = _zeros(len(c.history), parts.units)
-        self._keys_LHPFV = _zeros(c.layers, c.heads, R // PANEL, 1 + width, PANEL)
-        self._values_LHPRV = _zeros(c.layers, c.heads, _up(width) // PANEL, 2 + rows, PANEL)
-        self._sink_LHPV = _zeros(c.layers, c.heads, _up(width) // PANEL, PANEL)
-        self._sink_LHPV.reshape(c.layers, c.heads, -1)[:, :, :width] = sinks
+        self._keys_LHX = _zeros(c.layers, c.heads, R * (1 + width))
+        self._values_LHX = _zeros(c.layers, c.heads, V * (1 + rows))
+        self._sink_LHX = np.zeros_like(self._values_LHX)
+        for f in range(width):
+            self._sink_LHX[:, :, place(f, rows - 1, V, rows)] = np.array(sinks)[:, :, f]
+        self._unseen_X = [place(r, -1, R, width) for r in range(R) if r != rows - 1]
         self._memory_D = _zeros(D)
-        self.nbytes = weights.nbytes + self._keys_LHPFV.nbytes + self._values_LHPRV.nbytes
+        self.nbytes = weights.nbytes + self._keys_LHX.nbytes + self._values_LHX.nbytes
         inputs = self._sums_KN.size + 4
         self._arguments = (
             self._counts_TN,
             self._observed_T,
             weights,
+            int(half),
             dark_D,
             heads_OI,
             ROTARY_BASE ** -(np.arange(0, width, 2, dtype=np.float64) / width),
+            np.float32(math.log2(math.e) / math.sqrt(width)),  # softmax is of powers of two
             np.array(c.history, np.int64),
             c.context,
             np.float32(model.norm.eps),
@@ -188,16 +209,16 @@ class FusedStep:
             c.widen * c.dim,
             self._counts_CN,
             self._sums_KN,
-            self._keys_LHPFV,
-            self._values_LHPRV,
+            self._keys_LHX,
+            self._values_LHX,
             np.zeros(inputs, np.int64),  # found_I
             _zeros(inputs),  # root_I
             np.float32(model.memory.longest if model.memory is not None else 0),
             self._memory_D,
             np.zeros(1, np.int64),  # dark_1
             _zeros(T, 2, width // 2),  # turn_T2F
-            _zeros(5, T, D + PANEL),  # work_5TD
-            _zeros(T, 2 * D),  # kv_T2D
+            _zeros(4, T, D + PANEL),  # work_4TD
+            _zeros(T, 3 * D),  # qkv_T3D
             _zeros(T, _up(c.widen * c.dim)),  # wide_TG
             _zeros(1, R),  # scores_1R
             self._raw_TO,
@@ -210,12 +231,9 @@ class FusedStep:
         """Forget the past; the next bin has this number."""
         self._bin = first_bin
         self._counts_CN[:], self._sums_KN[:], self._memory_D[:] = 0, 0, 0
-        sink = self._values_LHPRV.shape[3] - 2  # its row, after those of the ring
-        self._keys_LHPFV[:] = 0
-        self._keys_LHPFV[:, :, :, 0] = -np.inf
-        self._keys_LHPFV[:, :, sink // PANEL, 0, sink % PANEL] = 0
-        self._values_LHPRV[:] = 0
-        self._values_LHPRV[:, :, :, 1 + sink] = self._sink_LHPV
+        self._keys_LHX[:] = 0
+        self._keys_LHX[:, :, self._unseen_X] = -np.inf
+        self._values_LHX[:] = self._sink_LHX
 
     def step(self, counts_N: F4, observed: bool) -> F4:
         """Decode the next bin; see :meth:`steps`."""

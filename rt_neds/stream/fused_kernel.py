@@ -3,18 +3,18 @@
 What lies in which array is :mod:`rt_neds.stream.fused`'s business; this file only computes. All of
 it must stay in one file: numba's cache does not notice that a function changed in another.
 
-* Weights lie in one array in the order they are read, as the prefetcher likes them; all tokens use
-  a weight while it is in a register.
+* Weights lie in one array in the order they are read, as the prefetcher likes them, in four bytes
+  each or in two; all tokens use a weight while it is in a register.
 * Keys lie such that scores are one more linear map, whose bias says who is seen, and values such
   that mixing them is another; the sink is a row of both that never changes.
-* Every number is summed in an order that does not depend on how many bins or tokens are worked on
-  together: the same stream gives the same bits however it was cut into calls.
+* Every number is summed input by input, whatever is computed beside it: the same stream gives the
+  same bits however it was cut into calls.
 
 Shape suffixes: T bins of this call, N units, K boxcar widths, C bins of the longest boxcar, D model
 width, E outputs and I inputs of a linear map, G width of the feed-forward layer, L layers, H heads,
-F width of a head (of rotary angles: half of it), R rows of the ring and the sink, P panels, V
-outputs of a panel, O numbers read out. D, G and R are padded to whole panels; what is beyond
-``dim`` is zero or never read.
+F width of a head (of rotary angles: half of it), R rows of the ring and the sink, X numbers of a
+linear map, O numbers read out. D and G are padded to whole pairs of vectors, R and values to whole
+vectors; what is beyond ``dim`` is zero or never read.
 """
 
 from __future__ import annotations
@@ -30,12 +30,16 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 LANES = 16 if llvm.get_host_cpu_features().get("avx512f", False) else 8
-PANEL = 2 * LANES
-"""Outputs of a linear map that are computed together: two vectors for each token."""
-CHAINS = 2
-"""Sums that each output is split into: one has to wait for itself, two keep a few tokens busy."""
-TILE = 6 if LANES == 16 else 3
-"""Most tokens computed together: sums, two weights and an input are 27 vectors of 32, 15 of 16."""
+PAIR = 2 * LANES
+"""Two vectors of outputs. Their two-byte weights share words: the first has the lower halves."""
+PANEL = 8 * LANES
+"""Most outputs of a linear map that are computed together for one token: as many sums that need
+not wait for each other as the processor can have under way."""
+TILE = 8 if LANES == 16 else 6
+"""Most tokens computed together, a pair at a time: 12 sums, two weights and an input are 15
+vectors of 16; with 32 vectors, all of a chunk."""
+AHEAD = 1024
+"""Bytes by which weights are fetched before their turn: processors do not look past a page."""
 
 # "contract" lets a product and a sum be one instruction, which rounds once less. Sums over a token
 # may also be taken in any order, or they could not be taken many lanes at a time.
@@ -46,94 +50,165 @@ _summing = numba.njit(error_model="numpy", fastmath={"contract", "reassoc", "nsz
 
 
 class _TileWriter:
-    """Writes ``y = bias + weights x`` for one panel and a constant number of tokens.
+    """Writes ``y = bias + weights x`` for some vectors of outputs and a constant number of tokens.
 
     In vectors, by hand, because the sums must stay in registers over all inputs, which a compiler
     cannot promise for elements of arrays that might overlap.
     """
 
-    def __init__(self, builder: Any, tokens: int, w: Any, x: Any, x_stride: Any) -> None:
-        self.builder, self.tokens, self.w, self.x, self.x_stride = builder, tokens, w, x, x_stride
+    def __init__(self, builder: Any, half: bool, tokens: int, vectors: int, size: Any) -> None:
+        self.builder, self.half, self.size = builder, half, size
+        self.tokens, self.vectors = tokens, vectors
         self.vector = ir.VectorType(ir.FloatType(), LANES)
-        self.size = x_stride.type
+        self.words = ir.VectorType(ir.IntType(32), LANES)
 
-    def at(self, pointer: Any, *terms: Any) -> Any:
+    def at(self, pointer: Any, number: Any, kind: Any = None) -> Any:
         """Pointer to the vector that begins so many numbers further."""
-        for term in terms:
-            pointer = self.builder.gep(pointer, [self.size(term) if type(term) is int else term])
-        return self.builder.bitcast(pointer, self.vector.as_pointer())
+        number = self.size(number) if type(number) is int else number
+        pointer = self.builder.gep(pointer, [number])
+        return self.builder.bitcast(pointer, (kind or self.vector).as_pointer())
 
-    def multiply(self, i: Any, sums: dict[tuple[int, int], Any]) -> None:
+    def weights(self, row: Any) -> list[Any]:
+        """Those of one input, widened if need be."""
+        b = self.builder
+        if not self.half:
+            return [b.load(self.at(row, v * LANES), align=4) for v in range(self.vectors)]
+        both = []
+        for pair in range(self.vectors // 2):
+            words = b.load(self.at(row, pair * LANES, self.words), align=4)
+            low = b.shl(words, self.words([16] * LANES))
+            both += [low, b.and_(words, self.words([0xFFFF0000] * LANES))]
+        return [b.bitcast(words, self.vector) for words in both]
+
+    def fetch(self, row: Any) -> None:
+        """Ask for what will be read later on."""
+        b, byte, i32 = self.builder, ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+        prefetch = b.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        for word in range(0, self.vectors * LANES // (2 if self.half else 1), 16):
+            line = b.bitcast(b.gep(row, [self.size(word + AHEAD // 4)]), byte)
+            b.call(prefetch, [line, i32(0), i32(3), i32(1)])
+
+    def multiply(self, i: Any, weights: Any, stride: Any, x: Any, x_stride: Any) -> None:
         """Add the products of input ``i``."""
         b = self.builder
-        row = b.mul(b.add(i, self.size(1)), self.size(PANEL))
-        weights = [b.load(self.at(self.w, row, half * LANES), align=4) for half in (0, 1)]
-        lane0, mask = ir.IntType(32)(0), ir.VectorType(ir.IntType(32), LANES)([0] * LANES)
+        row = b.gep(weights, [b.mul(i, stride)])
+        if self.tokens == 1:
+            self.fetch(row)
+        lane0, mask = ir.IntType(32)(0), self.words([0] * LANES)
+        of_row = self.weights(row)
         for m in range(self.tokens):
-            number = b.load(b.gep(self.x, [b.add(i, b.mul(self.size(m), self.x_stride))]))
+            number = b.load(b.gep(x, [b.add(i, b.mul(self.size(m), x_stride))]))
             spread = b.insert_element(self.vector(ir.Undefined), number, lane0)
             spread = b.shuffle_vector(spread, spread, mask)
-            for half, weight in enumerate(weights):
+            for v, weight in enumerate(of_row):
                 product = b.fmul(weight, spread, flags=["contract"])
-                total = b.fadd(product, b.load(sums[m, half]), flags=["contract"])
-                b.store(total, sums[m, half])
+                total = b.fadd(product, b.load(self.sums[m, v]), flags=["contract"])
+                b.store(total, self.sums[m, v])
 
-    def write(self, inputs: Any, y: Any, y_stride: Any) -> None:
-        b, zero = self.builder, self.vector([0.0] * LANES)
-        places = [(m, half) for m in range(self.tokens) for half in (0, 1)]
-        chains = [
-            {place: cgutils.alloca_once(b, self.vector) for place in places} for _ in range(CHAINS)
-        ]
-        for m, half in places:
-            b.store(b.load(self.at(self.w, half * LANES), align=4), chains[0][m, half])
-            for sums in chains[1:]:
-                b.store(zero, sums[m, half])
-        whole = b.sub(inputs, b.urem(inputs, self.size(CHAINS)))
-        with cgutils.for_range_slice(b, self.size(0), whole, self.size(CHAINS)) as (i, _):
-            for chain, sums in enumerate(chains):
-                self.multiply(b.add(i, self.size(chain)), sums)
-        with cgutils.for_range_slice(b, whole, inputs, self.size(1)) as (i, _):
-            self.multiply(i, chains[0])
-        for m, half in places:
-            total = b.load(chains[0][m, half])
-            for sums in chains[1:]:
-                total = b.fadd(total, b.load(sums[m, half]))
-            b.store(total, self.at(y, b.mul(self.size(m), y_stride), half * LANES), align=4)
+    def write(
+        self, bias: Any, weights: Any, stride: Any, inputs: Any, x: Any, x_stride: Any, y: Any,
+        y_stride: Any,
+    ) -> None:  # fmt: skip
+        """``stride``: words from the weights of an input to those of the next."""
+        b = self.builder
+        places = [(m, v) for m in range(self.tokens) for v in range(self.vectors)]
+        self.sums = {place: cgutils.alloca_once(b, self.vector) for place in places}
+        for m, v in places:
+            b.store(b.load(self.at(bias, v * LANES), align=4), self.sums[m, v])
+        with cgutils.for_range(b, inputs) as loop:
+            self.multiply(loop.index, weights, stride, x, x_stride)
+        for m, v in places:
+            place = b.add(b.mul(self.size(m), y_stride), self.size(v * LANES))
+            b.store(b.load(self.sums[m, v]), self.at(y, place), align=4)
 
 
-@intrinsic
-def _tile(typingctx, tokens, weights, at, inputs, x, x_at, x_stride, y, y_at, y_stride):  # type: ignore[no-untyped-def]
-    """One panel of a linear map for 1 to TILE tokens; all places count numbers of flat arrays."""
-    signature = types.void(tokens, weights, at, inputs, x, x_at, x_stride, y, y_at, y_stride)
+def _tile_of(kinds: tuple[tuple[int, int, int], ...]) -> Any:
+    """Some outputs of a linear map, for kinds of (half-width or not, tokens, vectors of outputs).
 
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        def pointer(n: int) -> Any:
-            array = context.make_array(signature.args[n])(context, builder, args[n])
-            return builder.gep(array.data, [args[n + 1]])
+    All places count words of flat arrays.
+    """
 
-        w, x, y = pointer(1), pointer(4), pointer(7)
-        for count in range(1, TILE + 1):
-            with builder.if_then(builder.icmp_signed("==", args[0], args[0].type(count))):
-                _TileWriter(builder, count, w, x, args[6]).write(args[3], y, args[9])
-        return context.get_dummy_value()
+    @intrinsic
+    def tile(  # type: ignore[no-untyped-def]
+        typingctx, half, tokens, vectors, weights, bias, at, stride, inputs,
+        x, x_at, x_stride, y, y_at, y_stride,
+    ):  # fmt: skip
+        signature = types.void(
+            half, tokens, vectors, weights, bias, at, stride, inputs,
+            x, x_at, x_stride, y, y_at, y_stride,
+        )  # fmt: skip
 
-    return signature, generate
+        def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+            def pointer(array: int, place: int) -> Any:
+                made = context.make_array(signature.args[array])(context, b, args[array])
+                return b.gep(made.data, [args[place]])
+
+            bias, weights, x, y = pointer(3, 4), pointer(3, 5), pointer(8, 9), pointer(11, 12)
+            size, after = args[0].type, b.append_basic_block("after")
+            kind = b.add(b.mul(b.add(b.mul(args[0], size(16)), args[1]), size(16)), args[2])
+            switch = b.switch(kind, after)
+            for half, tokens, vectors in kinds:
+                block = b.append_basic_block("tile")
+                switch.add_case(size((half * 16 + tokens) * 16 + vectors), block)
+                b.position_at_end(block)
+                writer = _TileWriter(b, bool(half), tokens, vectors, size)
+                writer.write(bias, weights, args[6], args[7], x, args[10], y, args[13])
+                b.branch(after)
+            b.position_at_end(after)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return tile
+
+
+_one = _tile_of(tuple((0, 1, vectors) for vectors in range(1, 9)))
+_some = _tile_of(
+    (
+        *((half, 1, vectors) for half in (0, 1) for vectors in range(2, 9, 2)),
+        *((half, tokens, 2) for half in (0, 1) for tokens in range(2, TILE + 1)),
+    )
+)
 
 
 @_plain
-def _linear(weights, at, outputs, inputs, x, x_column, y, y_column, first, last):  # type: ignore[no-untyped-def]
-    """Map columns of ``x`` to columns of ``y`` for tokens [first, last); return where it ends.
+def _mix(weights, outputs, inputs, x, x_row, x_column, y, y_row, y_column):  # type: ignore[no-untyped-def]
+    """As :func:`_linear` for one row and the whole of the weights, of any number of vectors."""
+    at, x_at = 0, x_row * x.shape[1] + x_column
+    for panel in range(0, outputs, PANEL):
+        width, y_at = min(PANEL, outputs - panel), y_row * y.shape[1] + y_column + panel
+        _one(0, 1, width // LANES, weights, at, at + width, width, inputs, x, x_at, 0, y, y_at, 0)
+        at += width * (1 + inputs)
+
+
+@_plain
+def _linear(weights, at, half, outputs, inputs, tokens, x, x_row, x_column, y, y_row, y_column):  # type: ignore[no-untyped-def]
+    """Map so many rows of ``x`` to rows of ``y``, from a row and column on; return where it ends.
 
     The map begins at ``weights[at]``: for each panel its bias, then its weights input by input.
     """
-    tiles = (last - first + TILE - 1) // TILE
-    for column in range(y_column, y_column + outputs, PANEL):
-        for tile in range(tiles):
-            m = first + (last - first) * tile // tiles
-            tokens = first + (last - first) * (tile + 1) // tiles - m
-            x_at, y_at = m * x.shape[1] + x_column, m * y.shape[1] + column
-            _tile(tokens, weights, at, inputs, x, x_at, x.shape[1], y, y_at, y.shape[1])
-        at += PANEL * (1 + inputs)
+    x_stride, y_stride, tiles = x.shape[1], y.shape[1], (tokens + TILE - 1) // TILE
+    for panel in range(0, outputs, PANEL):
+        width = min(PANEL, outputs - panel)
+        w_at, stride = at + width, width >> half
+        if tokens == 1:
+            x_at, y_at = x_row * x_stride + x_column, y_row * y_stride + y_column + panel
+            _some(
+                half, 1, width // LANES, weights, at, w_at, stride, inputs,
+                x, x_at, x_stride, y, y_at, y_stride,
+            )  # fmt: skip
+        else:
+            for pair in range(0, width, PAIR):
+                for tile in range(tiles):
+                    m, end = tokens * tile // tiles, tokens * (tile + 1) // tiles
+                    x_at = (x_row + m) * x_stride + x_column
+                    y_at = (y_row + m) * y_stride + y_column + panel + pair
+                    _some(
+                        half, end - m, 2, weights, at + pair, w_at + (pair >> half), stride, inputs,
+                        x, x_at, x_stride, y, y_at, y_stride,
+                    )  # fmt: skip
+        at = w_at + stride * inputs
     return at
 
 
@@ -168,24 +243,25 @@ def _exp2(x):  # type: ignore[no-untyped-def]
 
 
 @_plain
-def _gelu(x_MG, first, last, columns):  # type: ignore[no-untyped-def]
+def _gelu(x_TG, bins, columns):  # type: ignore[no-untyped-def]
     """Multiply each number by the normal distribution function of it, to 1e-7."""
     c = _TAIL
-    for m in range(first, last):
+    for t in range(bins):
         for g in range(columns):
-            x = x_MG[m, g]
+            x = x_TG[t, g]
             size = abs(x)
             a = size if size < np.float32(6) else np.float32(6)
             p = (((c[8] * a + c[7]) * a + c[6]) * a + c[5]) * a + c[4]
             p = (((p * a + c[3]) * a + c[2]) * a + c[1]) * a + c[0]
-            x_MG[m, g] = (x if x > 0 else np.float32(0)) - size * _exp2(p)
+            x_TG[t, g] = (x if x > 0 else np.float32(0)) - size * _exp2(p)
 
 
 @_summing
-def _add_and_norm(x_MD, more_MD, normed_MD, first, last, dim, epsilon):  # type: ignore[no-untyped-def]
-    """Add to the tokens, and bring each to mean 0 and variance 1."""
-    for m in range(first, last):
-        x_D, more_D, normed_D = x_MD[m], more_MD[m], normed_MD[m]
+def _add_and_norm(weights, at, x_TD, more_TD, normed_TD, bins, dim, D, epsilon):  # type: ignore[no-untyped-def]
+    """Add to the tokens, and norm each by the scale and shift at ``at``; return where they end."""
+    scale_D, shift_D = weights[at : at + dim], weights[at + D : at + D + dim]
+    for t in range(bins):
+        x_D, more_D, normed_D = x_TD[t], more_TD[t], normed_TD[t]
         total = squares = np.float32(0)
         for d in range(dim):
             x_D[d] += more_D[d]
@@ -195,7 +271,8 @@ def _add_and_norm(x_MD, more_MD, normed_MD, first, last, dim, epsilon):  # type:
             squares += (x_D[d] - mean) * (x_D[d] - mean)
         scale = np.float32(1) / np.sqrt(squares / np.float32(dim) + epsilon)
         for d in range(dim):
-            normed_D[d] = (x_D[d] - mean) * scale
+            normed_D[d] = (x_D[d] - mean) * scale * scale_D[d] + shift_D[d]
+    return at + 2 * D
 
 
 @_plain
@@ -212,31 +289,30 @@ def _top(x_R):  # type: ignore[no-untyped-def]
 
 
 @_summing
-def _softmax(x_MR, first, last):  # type: ignore[no-untyped-def]
+def _softmax(x_R):  # type: ignore[no-untyped-def]
     """Logits, in bits, to shares; one of -inf gets as good as nothing."""
-    for m in range(first, last):
-        x_R, total = x_MR[m], np.float32(0)
-        top = np.int32(_top(x_R)).view(np.float32)  # not negative: the sink has 0
-        for r in range(x_R.size):
-            x_R[r] = _exp2(x_R[r] - top)
-            total += x_R[r]
-        scale = np.float32(1) / total
-        for r in range(x_R.size):
-            x_R[r] *= scale
+    total = np.float32(0)
+    top = np.int32(_top(x_R)).view(np.float32)  # not negative: the sink has 0
+    for r in range(x_R.size):
+        x_R[r] = _exp2(x_R[r] - top)
+        total += x_R[r]
+    scale = np.float32(1) / total
+    for r in range(x_R.size):
+        x_R[r] *= scale
 
 
 @_plain
-def _rotate(x_TD, bins, heads, turn_T2F):  # type: ignore[no-untyped-def]
-    """Turn the two halves of each head by the angle of the token's bin."""
+def _rotate(x_TD, column, bins, heads, turn_T2F, scale):  # type: ignore[no-untyped-def]
+    """Turn the two halves of each head by the angle of the token's bin, and scale them."""
     half = turn_T2F.shape[2]
     for t in range(bins):
-        turn_2F = turn_T2F[t]
-        for at in range(0, 2 * half * heads, 2 * half):
+        cos_F, sin_F = turn_T2F[t, 0], turn_T2F[t, 1]
+        for at in range(column, column + 2 * half * heads, 2 * half):
             a_F, b_F = x_TD[t, at : at + half], x_TD[t, at + half : at + 2 * half]
             for f in range(half):
-                a, b = a_F[f], b_F[f]
-                a_F[f] = a * turn_2F[0, f] - b * turn_2F[1, f]
-                b_F[f] = b * turn_2F[0, f] + a * turn_2F[1, f]
+                a, b = a_F[f] * scale, b_F[f] * scale
+                a_F[f] = a * cos_F[f] - b * sin_F[f]
+                b_F[f] = b * cos_F[f] + a * sin_F[f]
 
 
 @_plain
@@ -272,62 +348,66 @@ def _read_in(weights, sums_KN, found_I, root_I, token_D):  # type: ignore[no-unt
 
 
 @_plain
-def _remember(kv_T2D, bins, bin_, observed_T, keys_HPFV, values_HPRV):  # type: ignore[no-untyped-def]
+def place(output, i, outputs, inputs):  # type: ignore[no-untyped-def]
+    """Where a linear map has the weight of an input for an output; of input -1, the bias."""
+    panel = output // PANEL * PANEL
+    return panel * (1 + inputs) + (1 + i) * min(PANEL, outputs - panel) + output - panel
+
+
+@_plain
+def _remember(qkv_T3D, bins, bin_, observed_T, width, rows, keys_HX, values_HX):  # type: ignore[no-untyped-def]
     """Put keys and values of the spike tokens into a layer's ring; nobody sees them yet."""
-    width, half, rows = keys_HPFV.shape[2] - 1, kv_T2D.shape[1] // 2, values_HPRV.shape[2] - 2
+    D, R, V = qkv_T3D.shape[1] // 3, keys_HX.shape[1] // (1 + width), values_HX.shape[1] // (1 + rows)
     for t in range(bins):
-        row = (bin_ + t) % rows
-        panel, lane = row // PANEL, row % PANEL
-        for head in range(len(keys_HPFV)):
-            keys_HPFV[head, panel, 0, lane] = np.float32(-np.inf)
+        row = (bin_ + t) % (rows - 1)
+        for head in range(len(keys_HX)):
+            keys_HX[head, place(row, -1, R, width)] = np.float32(-np.inf)
             if observed_T[t]:
                 for f in range(width):
-                    value = kv_T2D[t, half + head * width + f]
-                    keys_HPFV[head, panel, 1 + f, lane] = kv_T2D[t, head * width + f]
-                    values_HPRV[head, f // PANEL, 1 + row, f % PANEL] = value
+                    at = head * width + f
+                    keys_HX[head, place(row, f, R, width)] = qkv_T3D[t, D + at]
+                    values_HX[head, place(f, row, V, rows)] = qkv_T3D[t, 2 * D + at]
 
 
 @_plain
 def _attend(  # type: ignore[no-untyped-def]
-    keys_HPFV, values_HPRV, q_TD, scores_1R, mixed_TD, bins, bin_, observed_T, context
+    keys_HX, values_HX, qkv_T3D, scores_1R, mixed_TD, bins, bin_, observed_T, width, rows, context
 ):
-    """Mix the values of a layer's ring for each query."""
-    width, rows, R = keys_HPFV.shape[2] - 1, values_HPRV.shape[2] - 1, scores_1R.shape[1]
-    keys, values = keys_HPFV.reshape(keys_HPFV.size), values_HPRV.reshape(values_HPRV.size)
-    key_size, value_size = keys.size // len(keys_HPFV), values.size // len(values_HPRV)
-    for head in range(len(keys_HPFV)):
+    """Mix the values of a layer's ring for each query; the sink is the last of the rows."""
+    R, V = scores_1R.shape[1], values_HX.shape[1] // (1 + rows)
+    for head in range(len(keys_HX)):
+        at, keys_X, values_X = head * width, keys_HX[head], values_HX[head]
         for t in range(bins):
             # One row comes into sight, if it was observed, and one goes out of it.
             new, old = (bin_ + t) % (rows - 1), (bin_ + t - context) % (rows - 1)
-            keys_HPFV[head, old // PANEL, 0, old % PANEL] = np.float32(-np.inf)
+            keys_X[place(old, -1, R, width)] = np.float32(-np.inf)
             if observed_T[t]:
-                keys_HPFV[head, new // PANEL, 0, new % PANEL] = np.float32(0)
-            at, at_key, at_value = head * width, head * key_size, head * value_size
-            _linear(keys, at_key, R, width, q_TD[t : t + 1], at, scores_1R, 0, 0, 1)
-            _softmax(scores_1R, 0, 1)
-            # A head narrower than its panels spills zeros over the next one, which comes later.
-            _linear(values, at_value, width, rows, scores_1R, 0, mixed_TD[t : t + 1], at, 0, 1)
+                keys_X[place(new, -1, R, width)] = np.float32(0)
+            _mix(keys_X, R, width, qkv_T3D, t, at, scores_1R, 0, 0)
+            _softmax(scores_1R[0])
+            # A head narrower than its vectors spills over the next one, which comes later.
+            _mix(values_X, V, rows, scores_1R, 0, 0, mixed_TD, t, at)
 
 
 @_plain
 def _average(  # type: ignore[no-untyped-def]
-    gates_TD, bins, observed_T, dim, context, longest, memory_D, dark_1, after_TD
+    gates_T3D, bins, observed_T, dim, context, longest, memory_D, dark_1, after_TD
 ):  # fmt: skip
-    """Move the memory on, bin by bin; gates, in bits, lie before the values of each token.
+    """Move the memory on, bin by bin; gates lie before the values of each token.
 
     ``dark_1`` counts the bins since anything was observed.
     """
-    half, one = gates_TD.shape[1] // 2, np.float32(1)
+    D, one, bits = gates_T3D.shape[1] // 3, np.float32(1), np.float32(math.log2(math.e))
     for t in range(bins):
         dark_1[0] = 0 if observed_T[t] else dark_1[0] + 1
         if dark_1[0] >= context:
             memory_D[:] = 0
         if observed_T[t]:
             for d in range(dim):
-                gate = gates_TD[t, d]
+                gate = gates_T3D[t, d] * bits
                 e = _exp2(-abs(gate))
                 keep = longest * (one if gate > 0 else e) / (one + e)
-                memory_D[d] = keep * memory_D[d] + (one - keep) * gates_TD[t, half + d]
+                memory_D[d] = keep * memory_D[d] + (one - keep) * gates_T3D[t, D + d]
         after_TD[t, :dim] = memory_D[:dim]
 
 
@@ -345,17 +425,17 @@ def _read_out(normed_TD, heads_OI, dim, raw_TO, bins):  # type: ignore[no-untype
 @numba.njit(error_model="numpy", cache=True, nogil=True)
 def fused_step(  # type: ignore[no-untyped-def]
     bins, bin_, counts_TN, observed_T,
-    weights, dark_D, heads_OI,
-    frequency_F, history_K, context, epsilon, dim, widened,
-    counts_CN, sums_KN, keys_LHPFV, values_LHPRV,
-    found_I, root_I, longest, memory_D, dark_1, turn_T2F, work_5TD, kv_T2D, wide_TG, scores_1R,
+    weights, half, dark_D, heads_OI,
+    frequency_F, query_scale, history_K, context, epsilon, dim, widened,
+    counts_CN, sums_KN, keys_LHX, values_LHX,
+    found_I, root_I, longest, memory_D, dark_1, turn_T2F, work_4TD, qkv_T3D, wide_TG, scores_1R,
     raw_TO,
 ):  # fmt: skip
     """The first ``bins`` bins of the counts; :class:`FusedStep` owns all arrays."""
-    L, H = keys_LHPFV.shape[:2]
-    D, G = kv_T2D.shape[1] // 2, wide_TG.shape[1]
-    x_TD, normed_TD, more_TD = work_5TD[0], work_5TD[1], work_5TD[2]
-    q_TD, mixed_TD = work_5TD[3], work_5TD[4]
+    L, H = keys_LHX.shape[:2]
+    D, G, width = qkv_T3D.shape[1] // 3, wide_TG.shape[1], 2 * frequency_F.size
+    rows, one = context + len(qkv_T3D), np.float32(1)  # of the ring, and the sink
+    x_TD, normed_TD, more_TD, mixed_TD = work_4TD[0], work_4TD[1], work_4TD[2], work_4TD[3]
     more_TD[:] = 0
     for t in range(bins):
         for f in range(frequency_F.size):
@@ -366,30 +446,30 @@ def fused_step(  # type: ignore[no-untyped-def]
         if observed_T[t]:
             _read_in(weights, sums_KN, found_I, root_I, normed_TD[t, :D])
     at = D * (1 + sums_KN.size)
-    at = _linear(weights, at, D, dim, normed_TD, 0, x_TD, 0, 0, bins)
+    at = _linear(weights, at, half, D, dim, bins, normed_TD, 0, 0, x_TD, 0, 0)
     for t in range(bins):
         if not observed_T[t]:
             x_TD[t, :D] = dark_D
     for layer in range(L):
-        keys_HPFV, values_HPRV = keys_LHPFV[layer], values_LHPRV[layer]
-        _add_and_norm(x_TD, more_TD, normed_TD, 0, bins, dim, epsilon)
-        at = _linear(weights, at, 2 * D, dim, normed_TD, 0, kv_T2D, 0, 0, bins)
-        _rotate(kv_T2D, bins, H, turn_T2F)
-        _remember(kv_T2D, bins, bin_, observed_T, keys_HPFV, values_HPRV)
-        at = _linear(weights, at, D, dim, normed_TD, 0, q_TD, 0, 0, bins)
-        _rotate(q_TD, bins, H, turn_T2F)
+        keys_HX, values_HX = keys_LHX[layer], values_LHX[layer]
+        at = _add_and_norm(weights, at, x_TD, more_TD, normed_TD, bins, dim, D, epsilon)
+        at = _linear(weights, at, half, 3 * D, dim, bins, normed_TD, 0, 0, qkv_T3D, 0, 0)
+        _rotate(qkv_T3D, 0, bins, H, turn_T2F, query_scale)
+        _rotate(qkv_T3D, D, bins, H, turn_T2F, one)
+        _remember(qkv_T3D, bins, bin_, observed_T, width, rows, keys_HX, values_HX)
         _attend(
-            keys_HPFV, values_HPRV, q_TD, scores_1R, mixed_TD, bins, bin_, observed_T, context
+            keys_HX, values_HX, qkv_T3D, scores_1R, mixed_TD, bins, bin_, observed_T, width, rows,
+            context,
         )  # fmt: skip
-        at = _linear(weights, at, D, dim, mixed_TD, 0, more_TD, 0, 0, bins)
-        _add_and_norm(x_TD, more_TD, normed_TD, 0, bins, dim, epsilon)
-        at = _linear(weights, at, G, dim, normed_TD, 0, wide_TG, 0, 0, bins)
-        _gelu(wide_TG, 0, bins, widened)
-        at = _linear(weights, at, D, widened, wide_TG, 0, more_TD, 0, 0, bins)
+        at = _linear(weights, at, half, D, dim, bins, mixed_TD, 0, 0, more_TD, 0, 0)
+        at = _add_and_norm(weights, at, x_TD, more_TD, normed_TD, bins, dim, D, epsilon)
+        at = _linear(weights, at, half, G, dim, bins, normed_TD, 0, 0, wide_TG, 0, 0)
+        _gelu(wide_TG, bins, widened)
+        at = _linear(weights, at, half, D, widened, bins, wide_TG, 0, 0, more_TD, 0, 0)
     if longest > 0:  # there is a memory
-        _add_and_norm(x_TD, more_TD, normed_TD, 0, bins, dim, epsilon)
-        at = _linear(weights, at, 2 * D, dim, normed_TD, 0, kv_T2D, 0, 0, bins)
-        _average(kv_T2D, bins, observed_T, dim, context, longest, memory_D, dark_1, mixed_TD)
-        at = _linear(weights, at, D, dim, mixed_TD, 0, more_TD, 0, 0, bins)
-    _add_and_norm(x_TD, more_TD, normed_TD, 0, bins, dim, epsilon)
+        at = _add_and_norm(weights, at, x_TD, more_TD, normed_TD, bins, dim, D, epsilon)
+        at = _linear(weights, at, half, 2 * D, dim, bins, normed_TD, 0, 0, qkv_T3D, 0, 0)
+        _average(qkv_T3D, bins, observed_T, dim, context, longest, memory_D, dark_1, mixed_TD)
+        at = _linear(weights, at, half, D, dim, bins, mixed_TD, 0, 0, more_TD, 0, 0)
+    _add_and_norm(weights, at, x_TD, more_TD, normed_TD, bins, dim, D, epsilon)
     _read_out(normed_TD, heads_OI, dim, raw_TO, bins)
