@@ -19,6 +19,7 @@ from rt_neds import __version__
 from rt_neds.errors import BundleError
 from rt_neds.model.neds import NEDS, ModelConfig
 from rt_neds.model.readout import Behaviour, Scale
+from rt_neds.model.rounding import trunk_weights
 
 FORMAT = 3
 JSON_NAME, WEIGHTS_NAME = "bundle.json", "model.safetensors"
@@ -93,6 +94,9 @@ def save_bundle(
 ) -> BundleSpec:
     """Write a bundle; a half-written one never has a readable ``bundle.json``.
 
+    The trunk's matrices are rounded to bfloat16, for whoever reads it alike
+    (:mod:`rt_neds.model.rounding`).
+
     Parameters
     ----------
     folder : path
@@ -112,6 +116,7 @@ def save_bundle(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / JSON_NAME).unlink(missing_ok=True)
     weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    weights |= {name: weights[name].bfloat16() for name, _ in trunk_weights(model)}
     save_file(weights, folder / WEIGHTS_NAME)
     spec = BundleSpec(
         format=FORMAT,

@@ -4,10 +4,12 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from rt_neds.bundle import _sha256, build_model, load_spec
+from rt_neds.bundle import _sha256, build_model, load_spec, save_bundle
 from rt_neds.errors import BundleError
+from rt_neds.model.rounding import is_rounded, round_trunk
 
 
 @pytest.fixture
@@ -47,6 +49,20 @@ def test_weights_of_another_shape_are_refused_by_name(bundle):
     change(bundle, sha256=_sha256(bundle / "model.safetensors"))
     with pytest.raises(BundleError, match=r"sessions\.0\.spikes_out\.linear\.bias is \(3,\)"):
         build_model(bundle, load_spec(bundle))
+
+
+def test_weights_of_the_trunk_are_rounded_for_everyone(bundle):
+    spec = load_spec(bundle)
+    model = build_model(bundle, spec)
+    assert is_rounded(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.001)
+    assert not is_rounded(model)
+    save_bundle(bundle, model, bin_ms=20.0, sessions=spec.sessions, training={})
+    again = build_model(bundle, load_spec(bundle)).state_dict()
+    for name, weight in round_trunk(model).state_dict().items():
+        torch.testing.assert_close(again[name], weight, rtol=0, atol=0)
 
 
 def test_sessions_are_chosen_by_id(bundle):

@@ -10,6 +10,7 @@ from numba.core.runtime import _nrt_python, rtsys
 from rt_neds.bench import SIZES as SERVED
 from rt_neds.model.neds import NEDS, SCHEMES, SPIKES, ModelConfig
 from rt_neds.model.readout import Behaviour
+from rt_neds.model.rounding import round_trunk, trunk_weights
 from rt_neds.stream.binner import CHUNK
 from rt_neds.stream.fused import FusedStep
 from rt_neds.stream.fused_kernel import fused_step
@@ -91,8 +92,10 @@ def streamed(step: FusedStep, counts_TN, observed_T):
     "wanted", [NAMES, ["licks"], ["position", "speed"], ["choice"] * 7], ids=len
 )
 @pytest.mark.parametrize("some_missing", [False, True])
-def test_equals_forward(size, wanted, some_missing):
+@pytest.mark.parametrize("rounded", [False, True])
+def test_equals_forward(size, wanted, some_missing, rounded):
     model = random_model(size, seed=len(wanted))
+    model = round_trunk(model) if rounded else model
     counts_TN, observed_T, missing_N = random_stream(model, 120)
     missing_N = missing_N if some_missing else None
     step = FusedStep(model, "a", wanted, missing_N)
@@ -123,8 +126,10 @@ def test_equals_step_by_step(first_bin, shown):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("wanted", [NAMES, ["licks"]], ids=len)
 @pytest.mark.parametrize("shown", [0.2, 0.8])
-def test_bins_together_give_the_same_bits_as_one_by_one(size, wanted, shown):
+@pytest.mark.parametrize("rounded", [False, True])
+def test_bins_together_give_the_same_bits_as_one_by_one(size, wanted, shown, rounded):
     model = random_model(size)
+    model = round_trunk(model) if rounded else model
     counts_TN, observed_T, missing_N = random_stream(model, 150, shown=shown)
     step = FusedStep(model, "a", wanted, missing_N)
     for first_bin in (0, 987_654_321):
@@ -137,6 +142,16 @@ def test_bins_together_give_the_same_bits_as_one_by_one(size, wanted, shown):
             got.append(step.steps(counts_TN[cut], observed_T[cut]).copy())
             t = cut.stop
         np.testing.assert_array_equal(np.concatenate(got), expected_TO)
+
+
+def test_rounded_weights_are_read_in_two_bytes():
+    model = random_model((64, 2, 3, 10, (1, 3), 2, 5))
+    whole = FusedStep(model, "a", NAMES).nbytes
+    trunk = sum(w.numel() for _, w in trunk_weights(model))
+    assert whole - FusedStep(round_trunk(model), "a", NAMES).nbytes == 2 * trunk
+    with torch.no_grad():  # one weight that does not fit, and all are kept whole
+        model.layers[1].narrow.weight[3, 5] = 1 + 2**-12
+    assert FusedStep(model, "a", NAMES).nbytes == whole
 
 
 def test_forgets_when_told():
@@ -186,7 +201,7 @@ def test_does_not_drift():
 )
 def test_hours_of_a_served_size_stay_equal_to_forward(size, bins):
     torch.manual_seed(0)
-    model = NEDS(ModelConfig(**SERVED[size]), BEHAVIOURS, {"a": 400}).eval()
+    model = round_trunk(NEDS(ModelConfig(**SERVED[size]), BEHAVIOURS, {"a": 400}).eval())
     rng = np.random.default_rng(0)
     tail, block = model.config.receptive_field + 50, 10_000
     step, worst = FusedStep(model, "a", NAMES), 0.0
@@ -262,7 +277,8 @@ def test_is_compiled_once_whatever_it_is_given():
     ]:
         step.reset(np.int64(0))
         np.testing.assert_array_equal(step.step(counts, yes), expected_O)
-    FusedStep(random_model(SIZES[3]), "a", ["choice"]).step(np.zeros(3, np.float32), True)
+    other = round_trunk(random_model(SIZES[3]))
+    FusedStep(other, "a", ["choice"]).step(np.zeros(3, np.float32), True)
     assert len(fused_step.signatures) == 1
 
 

@@ -3,9 +3,9 @@
 Equal to ``NEDS.step`` for one stream that shows spikes and asks for behaviours. Both read every
 weight once per bin; what this saves is everything around that:
 
-* Weights lie in one array in the order they are read; most spikes' weights are not read at all.
-* Scales, shifts and means (of the norms, of the standardisation, of missing units, of the softmax)
-  are folded into the linear maps at load.
+* Weights lie in one array in the order they are read, those of the trunk in two bytes each where
+  they fit, as a bundle's do; weights of units that were silent are not read at all.
+* Standardisation, and what stands in for missing units, are folded into the read-in at load.
 
 When the loop is behind the clock, a few bins go through one call: a weight is then read once for
 all of them.

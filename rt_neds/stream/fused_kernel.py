@@ -357,7 +357,11 @@ def place(output, i, outputs, inputs):  # type: ignore[no-untyped-def]
 @_plain
 def _remember(qkv_T3D, bins, bin_, observed_T, width, rows, keys_HX, values_HX):  # type: ignore[no-untyped-def]
     """Put keys and values of the spike tokens into a layer's ring; nobody sees them yet."""
-    D, R, V = qkv_T3D.shape[1] // 3, keys_HX.shape[1] // (1 + width), values_HX.shape[1] // (1 + rows)
+    D, R, V = (
+        qkv_T3D.shape[1] // 3,
+        keys_HX.shape[1] // (1 + width),
+        values_HX.shape[1] // (1 + rows),
+    )
     for t in range(bins):
         row = (bin_ + t) % (rows - 1)
         for head in range(len(keys_HX)):
