@@ -7,7 +7,9 @@ many bytes come back from memory. The row "bytes read" only sums an array as lar
 weights, keys and values: no float32 step of this model can be much faster. "In a queue" is the
 fused step when eight closed bins wait, for each of them. A GRU and a ridge filter stand beside them
 because they are cheaper, and nobody should think otherwise; POYO, where `pytorch-brain` is
-installed, because it is the peer.
+installed, because it is the peer. "Window again" is what a decoder without a cache does at each
+bin: this network's 100 tokens, or the paper's (one for spikes and each behaviour, and full
+attention).
 
     python benchmarks/kernels.py [--json FILE] [what ...]
 """
@@ -34,10 +36,12 @@ from rich.console import Console
 from rich.table import Table
 
 from rt_neds.frames import SPIKE_DTYPE, DecodedFrame, SpikeBatch
-from rt_neds.model.neds import NEDS, SCHEMES, ModelConfig
+from rt_neds.model.neds import NEDS, ModelConfig
 from rt_neds.model.readout import Behaviour
+from rt_neds.model.rounding import round_trunk
 from rt_neds.stream.binner import CHUNK, Binner, count_spikes
 from rt_neds.stream.fused import FusedStep
+from rt_neds.stream.graph import GraphStep
 from rt_neds.wire import pack_decoded, pack_spikes, unpack_decoded, unpack_spikes
 
 UNITS = 400
@@ -54,7 +58,8 @@ BEHAVIOURS = (
     Behaviour(name="licks", kind="poisson"),
     Behaviour(name="position", kind="continuous"),
 )
-FUSED, EAGER, RERUN, READ = "fused step", "eager step", "window again", "bytes read"
+FUSED, EAGER, READ = "fused step", "PyTorch step", "bytes read"
+RERUN, PAPER = "window again", "window again, paper's tokens"
 QUEUE = "in a queue of 8"
 GRU, RIDGE, POYO = "GRU of 64", "ridge", "POYO"
 
@@ -191,10 +196,16 @@ def make_contestants(
     model: NEDS, wanted: list[str], counts_TN: NDArray[np.float32]
 ) -> tuple[dict[str, Contestant], int]:
     """The contestants, and how many bytes one step reads; checks first that they agree."""
-    step, state = FusedStep(model, "a", wanted), model.start("a")
+    step = FusedStep(model, "a", wanted)
+    torch_step = GraphStep(model, "a", wanted, device="cpu", captured=False)
+    paper = NEDS(
+        msgspec.structs.replace(model.config, attention="full", tokens="modality"),
+        BEHAVIOURS,
+        {"a": counts_TN.shape[1]},
+    ).eval()
     queued = FusedStep(model, "a", wanted)
     bytes_as_floats = np.ones(step.nbytes // 4, np.float32)
-    scheme = torch.tensor([SCHEMES.index("decoding")])
+    scheme = torch.zeros(1, dtype=torch.int64)  # decoding
     observed = torch.zeros(1, WINDOW, len(model.modalities), dtype=torch.bool)
     observed[..., 0] = True
     values, counts = torch.zeros(observed.shape), torch.from_numpy(counts_TN)[None, :WINDOW]
@@ -210,22 +221,18 @@ def make_contestants(
     def queue() -> NDArray[np.float32]:
         return queued.steps(counts_TN[:CHUNK], (True,) * CHUNK)
 
-    def eager() -> dict[str, torch.Tensor]:
-        t = next_bin(EAGER)
-        new = torch.from_numpy(counts_TN[t])[None, None]
-        one = values[:, :1], observed[:, :1], scheme
-        return model.step("a", state, new, *one, wanted=wanted)
+    def eager() -> NDArray[np.float32]:
+        return torch_step.step(counts_TN[next_bin(EAGER)], True)
 
     @torch.no_grad()
-    def rerun() -> dict[str, torch.Tensor]:
-        return model("a", counts, values, observed, scheme, wanted=wanted)
+    def rerun(who: NEDS) -> dict[str, torch.Tensor]:
+        return who("a", counts, values, observed, scheme, wanted=wanted)
 
     for _ in range(WINDOW + 10):
-        raw_O, expected = fused(), eager()
-    expected_O = torch.cat([expected[name][0, 0] for name in wanted]).numpy()
-    np.testing.assert_allclose(raw_O, expected_O, atol=1e-5)
+        np.testing.assert_allclose(fused(), eager(), atol=1e-5)
     read(bytes_as_floats)
-    everyone: dict[str, Contestant] = {FUSED: fused, QUEUE: queue, EAGER: eager, RERUN: rerun}
+    everyone: dict[str, Contestant] = {FUSED: fused, QUEUE: queue, EAGER: eager}
+    everyone |= {RERUN: lambda: rerun(model), PAPER: lambda: rerun(paper)}
     everyone[READ] = lambda: read(bytes_as_floats)
     return {**everyone, **make_peers(len(wanted))}, step.nbytes
 
@@ -249,14 +256,24 @@ def make_model(config: ModelConfig, units: int) -> tuple[NEDS, NDArray[np.float3
     rng = np.random.default_rng(0)
     per_bin_N = rng.lognormal(np.log(0.3), 1.0, units)  # half of the units below 15 spikes/s
     counts_TN = rng.poisson(per_bin_N, (4 * WINDOW, units)).astype(np.float32)
-    return NEDS(config, BEHAVIOURS, {"a": units}).eval(), counts_TN
+    return round_trunk(NEDS(config, BEHAVIOURS, {"a": units}).eval()), counts_TN
 
 
 def bench_decoding(size: str, rounds: int, bins: int) -> list[dict[str, object]]:
     """One size of model, and everyone else."""
     model, counts_TN = make_model(SIZES[size], UNITS)
     everyone, nbytes = make_contestants(model, [b.name for b in BEHAVIOURS], counts_TN)
-    runs = {FUSED: 20, QUEUE: 5, EAGER: 12, RERUN: 1, READ: 10, GRU: 20, RIDGE: 20, POYO: 1}
+    runs = {
+        FUSED: 20,
+        QUEUE: 5,
+        EAGER: 12,
+        RERUN: 1,
+        PAPER: 1,
+        READ: 10,
+        GRU: 20,
+        RIDGE: 20,
+        POYO: 1,
+    }
     hot = take_turns({who: (everyone[who], runs[who]) for who in everyone}, rounds)
     hot[QUEUE] = hot[QUEUE] / CHUNK
     paced = pace({who: everyone[who] for who in (FUSED, EAGER, READ, GRU, RIDGE)}, bins)

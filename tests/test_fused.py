@@ -145,7 +145,7 @@ def test_bins_together_give_the_same_bits_as_one_by_one(size, wanted, shown, rou
 
 
 def test_rounded_weights_are_read_in_two_bytes():
-    model = random_model((64, 2, 3, 10, (1, 3), 2, 5))
+    model = random_model((64, 2, 3, 10, (1, 3), 2, 5, 9))
     whole = FusedStep(model, "a", NAMES).nbytes
     trunk = sum(w.numel() for _, w in trunk_weights(model))
     assert whole - FusedStep(round_trunk(model), "a", NAMES).nbytes == 2 * trunk
