@@ -71,11 +71,9 @@ def count_spikes(records_S2, row_of_unit_U, ring_RC, first_bin, end_bin, width, 
     """
     rows = ring_RC.shape[0]
     units = ring_RC.shape[1] - 2
-    row, low, high = (
-        0,
-        np.int64(0),
-        np.int64(0),
-    )  # bounds of the bin last seen: most spikes share it
+    # Bounds of the bin last seen, which most spikes share, and how many of them it had since.
+    row, low, high = 0, np.int64(0), np.int64(0)
+    known = unknown = np.float32(0)
     start, stop = first_bin * width, end_bin * width
     for i in range(records_S2.shape[0]):
         sample = records_S2[i, 0]
@@ -86,15 +84,20 @@ def count_spikes(records_S2, row_of_unit_U, ring_RC, first_bin, end_bin, width, 
             tally[1] += 1
             continue
         if sample < low or sample >= high:
+            ring_RC[row, units] += unknown
+            ring_RC[row, units + 1] += known
+            known = unknown = np.float32(0)
             bin_ = sample // width
             low, high, row = bin_ * width, (bin_ + 1) * width, bin_ % rows
         unit = records_S2[i, 1] & 0xFFFFFFFF
         column = row_of_unit_U[unit] if unit < row_of_unit_U.shape[0] else -1
         if column >= 0:
-            ring_RC[row, column] += 1.0
-            ring_RC[row, units + 1] += 1.0
+            ring_RC[row, column] += np.float32(1)
+            known += np.float32(1)
         else:
-            ring_RC[row, units] += 1.0
+            unknown += np.float32(1)
+    ring_RC[row, units] += unknown
+    ring_RC[row, units + 1] += known
 
 
 def as_pairs(records_S: NDArray[np.void]) -> NDArray[np.int64]:
