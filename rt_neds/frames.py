@@ -129,7 +129,8 @@ class DecodedFrame:
     flags : int
         Bits of :class:`Flag`.
     stamps : dict of str to int
-        ``sent, received, binned, decoded, published``, host monotonic ns.
+        ``sent, received, binned, decoded, published``, host monotonic ns; and ``ended``, the bin's
+        end by the clock fit, while the stream is known to be real time.
     """
 
     probe: str

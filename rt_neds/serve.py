@@ -95,12 +95,17 @@ class Loaded:
         By folder of the bundle.
     detectors : dict
         By probe, of those that need one.
+    triggers : dict of str to Triggers
+        By probe; none for a probe without rules.
+    actuators : Actuators
     """
 
     configs: list[ServeConfig]
     specs: dict[str, Any]
     models: dict[str, Any]
     detectors: dict[str, Any]
+    triggers: dict[str, Any]
+    actuators: Any
 
 
 def load(config: ServeConfig, say: Callable[[str], None]) -> Loaded:
@@ -126,6 +131,7 @@ def load(config: ServeConfig, say: Callable[[str], None]) -> Loaded:
     # Torch comes in here, so that wrong options are told at once.
     import torch
 
+    from rt_neds.actuators import prepare
     from rt_neds.bundle import build_model, load_spec
     from rt_neds.stream.decoder import Decoder, check_streamable, make_step
     from rt_neds.stream.publisher import check_free
@@ -134,6 +140,7 @@ def load(config: ServeConfig, say: Callable[[str], None]) -> Loaded:
     specs = {one.bundle: load_spec(one.bundle) for one in configs}
     for spec in specs.values():
         check_streamable(spec)
+    triggers, actuators = prepare(configs, specs, say)
     models = {bundle: build_model(bundle, spec) for bundle, spec in specs.items()}
     check_free(config.publish)
     say(f"starting with {', '.join(specs)}; the first start on a machine compiles for some seconds")
@@ -144,7 +151,7 @@ def load(config: ServeConfig, say: Callable[[str], None]) -> Loaded:
         missing_N = np.zeros(len(session.units), bool)
         step = make_step(models[bundle], spec, session, missing_N)
         Decoder(spec, session, step).warm_up(len(session.units), bins=1)
-    return Loaded(configs, specs, models, load_detectors(configs))
+    return Loaded(configs, specs, models, load_detectors(configs), triggers, actuators)
 
 
 def load_detectors(configs: list[ServeConfig]) -> dict[str, Any]:
@@ -178,10 +185,19 @@ def serve(config: ServeConfig, stop: Callable[[], bool], say: Callable[[str], No
     BundleError, ConfigError, StreamError
     """
     loaded = load(config, say)
+    from rt_neds.stream.board import Accounted, Board
     from rt_neds.stream.publisher import Publisher
+    from rt_neds.stream.trigger import Triggered
 
-    publisher = Publisher(config.publish, loaded.configs[0].probe)
-    decode(loaded, publisher, stop, say)
+    probes = [one.probe for one in loaded.configs]
+    board, publisher = Board(probes, 1), Publisher(config.publish, probes[0])
+    _tell_of_triggers(loaded, board)
+    loaded.actuators.start()
+    try:
+        sink = Triggered(Accounted(publisher, board, 0, probes[0]), loaded.triggers, probes[0])
+        decode(loaded, sink, stop, say)
+    finally:
+        loaded.actuators.end()
 
 
 def serve_supervised(
@@ -197,22 +213,28 @@ def serve_supervised(
     from rt_neds.stream.board import Accounted, Board
     from rt_neds.stream.gate import Gate, GateSink, datagrams
     from rt_neds.stream.publisher import Publisher, flush_sockets
+    from rt_neds.stream.trigger import Triggered
     from rt_neds.supervise import Supervisor
 
     probes = [one.probe for one in loaded.configs]
-    board = Board(probes, 3 if config.standby else 1)
+    acts = bool(loaded.actuators)
+    board = Board(probes, (3 if config.standby else 1) + acts)
+    _tell_of_triggers(loaded, board)
+    if acts:
+        loaded.actuators.connect()
     pairs = datagrams(2 if config.standby else 0)
 
     def alone(line: Lifeline) -> None:
         publisher = Publisher(config.publish, probes[0])
-        decode(loaded, Accounted(publisher, board, line.writer, probes[0]), line.stop, say, line)
+        accounted = Accounted(publisher, board, line.writer, probes[0])
+        decode(loaded, Triggered(accounted, loaded.triggers, probes[0]), line.stop, say, line)
         flush_sockets()
 
     def gate(line: Lifeline) -> None:
         halves = {
             one.probe: round(loaded.specs[one.bundle].bin_ms / 2 * 1e6) for one in loaded.configs
         }
-        gate = Gate(config.publish, halves, [ours for ours, _ in pairs], board)
+        gate = Gate(config.publish, halves, [ours for ours, _ in pairs], board, loaded.triggers)
         with quiet_machine(config.realtime):
             gate.run(line.stop)
         flush_sockets()
@@ -224,11 +246,26 @@ def serve_supervised(
 
         return work
 
+    def act(line: Lifeline) -> None:
+        with quiet_machine(config.realtime):
+            loaded.actuators.run(line.stop)
+
     roles: list[tuple[str, Callable[[Lifeline], None]]] = [("decoding worker", alone)]
     if config.standby:
         workers = [("first worker", behind_gate(0)), ("second worker", behind_gate(1))]
         roles = [("gate", gate), *workers]
+    if acts:
+        roles = [("actuators", act), *roles]
     Supervisor(roles, board, config.hang_ms, say).run(stop)
+
+
+def _tell_of_triggers(loaded: Loaded, board: Any) -> None:
+    """Have the status say what has become of rules, where there are any."""
+    if loaded.triggers:
+        board.also["triggers"] = lambda probe: (
+            loaded.triggers[probe].status() if probe in loaded.triggers else {}
+        )
+        board.also["actuators"] = loaded.actuators.status
 
 
 def decode(

@@ -7,6 +7,7 @@ import msgspec
 from rt_neds.errors import ConfigError
 from rt_neds.openephys_wire import is_openephys, parse_url
 from rt_neds.spikeglx_wire import is_spikeglx, parse_spikeglx_url
+from rt_neds.trigger_config import TriggerConfig
 from rt_neds.wire import DEFAULT_DECODED, DEFAULT_SPIKES
 
 LEAST_HANG_MS = 300
@@ -65,6 +66,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     standby : bool
         A second worker decodes the same, and takes over at the next bin that is missed. Costs a
         second core, and every frame a hop between processes.
+    trigger : dict of str to TriggerConfig
+        When to act, by name of the rule.
     """
 
     probe: str = ""
@@ -82,6 +85,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     control: bool = False
     hang_ms: float = 1000.0
     standby: bool = False
+    trigger: dict[str, TriggerConfig] = {}
 
     def __post_init__(self) -> None:
         if self.lateness_ms < 0 or self.stale_ms <= 0 or self.slip_ms <= 0:
@@ -129,11 +133,19 @@ def each_probe(config: ServeConfig) -> list[ServeConfig]:
             f"probes {', '.join(names) or '(none)'}; serve needs --probe NAME and --bundle FOLDER, "
             "each name once, or a --config with them"
         )
+    for rule, trigger in config.trigger.items():
+        if (trigger.probe or len(names) > 1) and trigger.probe not in names:
+            raise ConfigError(
+                f"trigger {rule}: probe {trigger.probe or '(not named)'}; name one of "
+                f"{', '.join(names)}: a rule listens to one probe"
+            )
     configs = []
     for name in names:
         own = msgspec.structs.asdict(config.probes.get(name, ProbeConfig()))
         given = {key: value for key, value in own.items() if value}
-        configs.append(msgspec.structs.replace(config, probe=name, probes={}, **given))
+        rules = {rule: t for rule, t in config.trigger.items() if t.probe in ("", name)}
+        given |= {"probe": name, "probes": {}, "trigger": rules}
+        configs.append(msgspec.structs.replace(config, **given))
         if not configs[-1].bundle:
             raise ConfigError(
                 f"probe {name} has no bundle; serve needs --bundle FOLDER, or a --config with it"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,12 +49,15 @@ class Board:
     ----------
     beats : ndarray of int64, shape (processes,)
         Host time at which each was last seen alive; 0 while it starts.
+    also : dict of str to callable
+        What else the status message says, by key, given the probe.
     """
 
     def __init__(self, probes: Sequence[str], processes: int) -> None:
-        self.beats = _shared(processes, np.dtype(np.int64))
-        self._restarts = _shared(1, np.dtype(np.int64))
-        self._rows = dict(zip(probes, _shared(len(probes), _ROW), strict=True))
+        self.also: dict[str, Callable[[str], Any]] = {}
+        self.beats = shared(processes, np.dtype(np.int64))
+        self._restarts = shared(1, np.dtype(np.int64))
+        self._rows = dict(zip(probes, shared(len(probes), _ROW), strict=True))
 
     @property
     def restarts(self) -> int:
@@ -81,6 +84,13 @@ class Board:
         """Epoch and bin of the frame that went out last, if any did."""
         row = self._rows[probe]
         return (int(row["epoch"]), int(row["bin"])) if row["published_ns"] else None
+
+    def notes(self, probe: str) -> dict[str, Any]:
+        """What the status message says beside what the loop knows."""
+        return {
+            "supervision": self.status(probe),
+            **{key: tell(probe) for key, tell in self.also.items()},
+        }
 
     def status(self, probe: str) -> dict[str, Any]:
         """``supervision`` of the status message.
@@ -132,7 +142,7 @@ class Accounted:
     def note(self, kind: str, fields: dict[str, Any]) -> None:
         """Publish a map."""
         if kind == "status":
-            fields = {**fields, "supervision": self._board.status(self._probe)}
+            fields = {**fields, **self._board.notes(self._probe)}
         self._sink.note(kind, fields)
 
     def beside(self, probe: str) -> Accounted:
@@ -146,5 +156,6 @@ class Accounted:
         self._sink.close()
 
 
-def _shared(count: int, dtype: np.dtype) -> Any:
+def shared(count: int, dtype: np.dtype) -> Any:
+    """Zeros that processes forked after this have in common."""
     return np.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype)

@@ -22,7 +22,8 @@ from rt_neds.clock import monotonic_ns
 from rt_neds.frames import DecodedFrame
 from rt_neds.stream.board import Board
 from rt_neds.stream.publisher import Publisher
-from rt_neds.wire import MAX_HEADER_BYTES, pack_decoded, pack_map
+from rt_neds.stream.trigger import Triggers
+from rt_neds.wire import MAX_HEADER_BYTES, pack_decoded, pack_map, unpack_decoded, unpack_map
 
 _HEAD = struct.Struct("<qqqqq")  # probe, writer, epoch, bin (-1: not a frame), length of the topic
 _MAX_BYTES = 2 * MAX_HEADER_BYTES
@@ -59,7 +60,7 @@ class GateSink:
     def note(self, kind: str, fields: dict[str, Any]) -> None:
         """Hand over a map."""
         if kind == "status":
-            fields = {**fields, "supervision": self._board.status(self._probe)}
+            fields = {**fields, **self._board.notes(self._probe)}
         self._send(pack_map(kind, self._probe, fields), 0, -1)
 
     def beside(self, probe: str) -> GateSink:
@@ -186,6 +187,8 @@ class Gate:
     workers : sequence of socket
         One for each worker.
     board : Board
+    triggers : mapping of str to Triggers
+        By probe. Rules are decided here and not by the workers, so that each frame decides once.
 
     Raises
     ------
@@ -199,7 +202,10 @@ class Gate:
         hold_ns: Mapping[str, int],
         workers: Sequence[socket.socket],
         board: Board,
+        triggers: Mapping[str, Triggers],
     ) -> None:
+        self._triggers = triggers
+        self._schemas: dict[tuple[int, int], dict[str, Any]] = {}  # by probe and writer
         self._probes, self._board, self._workers = list(hold_ns), board, list(workers)
         self._publisher = Publisher(endpoint, self._probes[0])
         self._turns = [Turns(hold, board.last(probe)) for probe, hold in hold_ns.items()]
@@ -233,7 +239,10 @@ class Gate:
         if bin_ >= 0:
             frame = Frame(epoch, bin_, writer, parts)
             self._publish(which, turns.take(place, frame, monotonic_ns()))
-        elif turns.active in (None, place):
+            return
+        if parts[0].startswith(b"schema/") and self._probes[which] in self._triggers:
+            self._schemas[which, writer] = unpack_map(parts[1])
+        if turns.active in (None, place):
             turns.active = place
             self._publisher.pass_on(parts)
 
@@ -241,6 +250,17 @@ class Gate:
         for frame in frames:
             self._publisher.pass_on(frame.parts)
             self._board.note_published(self._probes[which], frame.writer, frame.epoch, frame.bin)
+            if self._probes[which] in self._triggers:
+                self._decide(which, frame)
+
+    def _decide(self, which: int, frame: Frame) -> None:
+        schema, probe = self._schemas.get((which, frame.writer)), self._probes[which]
+        if schema is None:  # we took another gate's place, and have not heard it yet
+            return
+        triggers = self._triggers[probe]
+        triggers.bind(schema)
+        for decided in triggers.take(unpack_decoded(frame.parts[1])):
+            self._publisher.beside(probe).note("trigger", decided)
 
 
 def datagrams(count: int) -> list[tuple[socket.socket, socket.socket]]:

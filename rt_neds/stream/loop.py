@@ -106,6 +106,8 @@ class Loop:
 
     def turn(self, timeout_ms: int) -> bool:
         """Wait for one batch, and do all there is to do; False once the source changed."""
+        if not self._next_note_ns:  # the schema goes out before the first frame
+            self._note_if_due()
         batch = self._source.read(0 if self._closed else timeout_ms)
         announced = self._source.announced
         if announced is not self._heard:  # to compare hundreds of units takes long
@@ -141,8 +143,18 @@ class Loop:
         self, binned: BinnedFrame, flags: int, values_V: NDArray[np.float32], decoded_ns: int
     ) -> None:
         published_ns = monotonic_ns()
-        late = self._validity.lateness(binned.end, published_ns)
+        ended_ns = self._validity.ended_ns(binned.end, published_ns)
+        late = self._validity.lateness(ended_ns, published_ns)
         self._behind = bool(late)
+        stamps = {
+            "sent": binned.sent_ns,
+            "received": binned.received_ns,
+            "binned": binned.binned_ns,
+            "decoded": decoded_ns,
+            "published": published_ns,
+        }
+        if ended_ns is not None:
+            stamps["ended"] = ended_ns
         self._sink.write(
             DecodedFrame(
                 probe=self._probe,
@@ -156,13 +168,7 @@ class Loop:
                 unknown=binned.unknown,
                 lost=binned.lost,
                 model=self._model,
-                stamps={
-                    "sent": binned.sent_ns,
-                    "received": binned.received_ns,
-                    "binned": binned.binned_ns,
-                    "decoded": decoded_ns,
-                    "published": published_ns,
-                },
+                stamps=stamps,
             )
         )
         self._published += 1

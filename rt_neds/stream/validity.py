@@ -88,12 +88,12 @@ class Validity:
         self._began_before = True
         return int(flags)
 
-    def lateness(self, end: int, published_ns: int) -> int:
-        """``Flag.LATE`` if a bin that ended at sample ``end`` comes out more than a bin later.
+    def ended_ns(self, end: int, near_ns: int) -> int | None:
+        """Host time of sample ``end``; None unless the stream runs at the probe's own rate."""
+        return self._fit.host_ns(end, near_ns) if self._fit.realtime else None
 
-        Only a stream at the probe's own rate can be late.
-        """
-        ended_ns = self._fit.host_ns(end, published_ns) if self._fit.realtime else None
+    def lateness(self, ended_ns: int | None, published_ns: int) -> int:
+        """``Flag.LATE`` if a bin that ended at ``ended_ns`` comes out more than a bin later."""
         if ended_ns is None or published_ns - ended_ns <= self._bin_ns:
             return 0
         self.counters["late"] += 1

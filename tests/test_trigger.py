@@ -1,0 +1,342 @@
+"""Rules: what is written is what is meant, and each event is decided once."""
+
+import contextlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rt_neds.condition import MAX_DEPTH, parse_condition, value_names
+from rt_neds.config import parse_config
+from rt_neds.errors import ConfigError
+from rt_neds.frames import DecodedFrame, Flag
+from rt_neds.serve_config import ServeConfig, each_probe
+from rt_neds.stream.trigger import HANDED, NO_AGE, Triggered, Triggers, bins_of
+from rt_neds.trigger_config import TriggerConfig, rules_of
+from tests import naive_trigger
+
+OUTPUTS = [
+    {"name": "wheel_speed", "kind": "continuous", "classes": [], "offset": 0, "size": 2},
+    {"name": "choice", "kind": "categorical", "classes": ["left", "right"], "offset": 2, "size": 2},
+    {"name": "licks", "kind": "poisson", "classes": [], "offset": 4, "size": 1},
+    {"name": "block", "kind": "categorical", "classes": ["0.2", "a b"], "offset": 5, "size": 2},
+]
+SCHEMA = {"outputs": OUTPUTS, "bin_ms": 20.0, "rate": 30_000.0}
+NAMES = value_names(OUTPUTS)
+MS = 1_000_000
+
+
+def test_names_are_those_of_the_schema():
+    assert NAMES == {
+        "wheel_speed": 0, "wheel_speed.sd": 1, "choice.left": 2, "choice.right": 3, "licks": 4,
+        "block.0.2": 5, "block.a b": 6,
+    }  # fmt: skip
+
+
+def made(frames, schema=SCHEMA, **options):
+    """Triggers of one rule, and what it said of some frames."""
+    rules = rules_of({"p": {"go": TriggerConfig(**options)}})
+    triggers = Triggers(rules)
+    triggers.bind(schema)
+    return [triggers.take(frame) for frame in frames], triggers
+
+
+def frame(bin_, values, flags=0, epoch=1, age_ms=None, monkey=0):
+    stamps = {"decoded": 7}
+    if age_ms is not None:
+        stamps["ended"] = monkey - round(age_ms * MS)
+    values_V = np.zeros(7, np.float32)
+    values_V[: len(values)] = values
+    return DecodedFrame(
+        "p", epoch, bin_, 600 * (bin_ + 1), values_V, flags, 0, 0, 0, 0, "m", stamps
+    )
+
+
+# -- the grammar ---------------------------------------------------------------------------------
+
+comparisons = st.tuples(
+    st.sampled_from(["<", "<=", ">", ">="]),
+    st.sampled_from([n for n in NAMES if n[-1] not in "b2"]),
+    st.integers(-2, 2).map(lambda n: n / 2),
+)
+trees = st.recursive(
+    comparisons,
+    lambda inner: st.one_of(
+        st.tuples(st.just("not"), inner),
+        st.tuples(st.sampled_from(["and", "or"]), inner, inner),
+        st.tuples(st.sampled_from(["and", "or"]), inner, inner, inner),
+    ),
+    max_leaves=12,
+)
+values = st.lists(
+    st.one_of(st.integers(-2, 2).map(lambda n: n / 2), st.just(float("nan")), st.just(np.inf)),
+    min_size=7, max_size=7,
+)  # fmt: skip
+
+
+@given(trees, st.lists(values, min_size=1, max_size=5))
+def test_a_condition_means_what_its_tree_means(tree, rows):
+    frames = [frame(2 * n, row) for n, row in enumerate(rows)]  # holes: every bin is an event
+    took, _ = made(frames, when=naive_trigger.written(tree))
+    fired, last = [], False
+    for row, said in zip(rows, took, strict=True):
+        true = naive_trigger.holds(tree, {name: row[at] for name, at in NAMES.items()})
+        fired.append(bool(said))
+        assert bool(said) == (bool(true) and not last)  # decided events end when it is false
+        last = bool(true)
+
+
+@pytest.mark.parametrize(
+    ("text", "values", "true"),
+    [
+        ("wheel_speed<-0.5", [-1], True),
+        ("0.9 < choice.left and wheel_speed <= .5", [0.5, 0, 0.95], True),
+        ("not licks > 1 or choice.left > 2", [], True),
+        ("not (licks > 1 or choice.left > -1)", [], False),
+        # and binds tighter than or, not tighter than and
+        ("licks > 1 and licks > 1 or licks < 1", [], True),
+        ("licks > 1 and (licks > 1 or licks < 1)", [], False),
+        ("not licks > 1 and licks > 1", [], False),
+        ("'block.a b' >= 1e0 and block.0.2 < +2", [0, 0, 0, 0, 0, 1, 1], True),
+        ("wheel_speed.sd > 0.25", [0, 0.5], True),
+    ],
+)
+def test_examples(text, values, true):
+    took, _ = made([frame(0, values)], when=text)
+    assert bool(took[0]) is true
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "nothing at character 1 .*expected an output"),
+        ("whel_speed > 1", "'whel_speed' at character 1 .*one of the outputs wheel_speed, .*licks"),
+        ("choice > 1", "'choice' at character 1 .*choice.left, choice.right"),
+        ("licks > 1 and", "nothing at character 14 .*expected an output"),
+        ("licks > 1 licks < 2", "'licks' at character 11 .*expected and, or, or the end"),
+        ("licks >> 1", "'>' at character 8 .*expected a number"),
+        ("licks = 1", "'= 1' at character 7 .*<, <=, >"),
+        ("licks == 1", "'== 1' at character 7"),
+        ("licks > inf", "'inf' at character 9 .*expected a number"),
+        ("licks > 1e999", "expected a number"),
+        ("licks > nan", "expected a number"),
+        ("licks > 1x", "'1x' at character 9"),
+        ("(licks > 1", "nothing at character 11 .*expected and, or, or \\)"),
+        ("licks > 1)", "'\\)' at character 10"),
+        ("1 < 2", "'2' at character 5 .*expected an output"),
+        ("licks > choice.left", "'choice.left' at character 9 .*expected a number"),
+        ("0 < licks < 1", "'<' at character 11 .*expected and, or, or the end"),
+        ("__import__('os')", "'__import__' at character 1"),
+        ("not " * 30 + "licks > 1", f"at most {MAX_DEPTH} brackets"),
+        ("(" * 600, f"at most {MAX_DEPTH} brackets"),
+        ("licks > 1 or " * 100 + "licks > 2", "at most 1000"),
+        ("and", "'and' at character 1"),
+        ("licks > 1 \x00", "at character 11"),
+    ],
+)
+def test_mistakes_are_told_in_one_line_that_names_the_place(text, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        parse_condition(text, NAMES, "trigger go")
+    assert str(caught.value).startswith("trigger go: ")
+    assert "\n" not in str(caught.value)
+
+
+@given(st.text(max_size=60))
+@settings(max_examples=300)
+def test_no_text_does_anything_but_parse_or_say_why_not(text):
+    with contextlib.suppress(ConfigError):
+        assert parse_condition(text, NAMES, "trigger go")
+
+
+# -- events --------------------------------------------------------------------------------------
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from([1] * 8 + [2, 5]),  # bins further
+        st.sampled_from([0] * 12 + [1]),  # another acquisition
+        st.booleans(),
+        st.sampled_from([0, 0, 0, 2, 36, 128]),
+        st.sampled_from([NO_AGE, 5 * MS, 39 * MS, 41 * MS]),
+    ),
+    max_size=60,
+)
+
+
+@given(
+    steps,
+    st.sampled_from([0, 20, 60, 61]),
+    st.sampled_from([0, 100, 400]),
+    st.sampled_from([0, 40]),
+    st.sampled_from([0, 2 | 4, 255]),
+)
+def test_every_event_is_decided_once_as_the_plain_twin_decides(steps, hold, refractory, age, mask):
+    names = [str(flag.name).lower() for flag in Flag if flag & mask]
+    options = {"hold_ms": hold, "refractory_ms": refractory, "max_age_ms": age, "refuse": names}
+    config = TriggerConfig(when="licks > 0.5", **options)
+    triggers = Triggers(rules_of({"p": {"go": config}}))
+    triggers.bind(SCHEMA)
+    plain, got, epoch, bin_ = [], [], 1, 0
+    for further, another, true, flags, how_old in steps:
+        epoch, bin_ = (epoch + 1, 0) if another else (epoch, bin_ + further)
+        plain.append((epoch, bin_, true, flags, how_old))
+        one = frame(bin_, [0, 0, 0, 0, float(true)], flags, epoch)
+        if how_old != NO_AGE:
+            one.stamps["ended"] = 0
+        got.append(take_at(triggers, one, how_old))
+    expected = naive_trigger.decisions(
+        plain, max(1, bins_of(hold, 20)), bins_of(refractory, 20), age * MS, mask
+    )
+    words = {int(flag): str(flag.name).lower() for flag in Flag}
+    for said, reasons in zip(got, expected, strict=True):
+        if reasons is None:
+            assert said == ()
+        else:
+            assert set(said[0]["refused"]) == {words.get(reason, reason) for reason in reasons}
+    decided = [said[0]["refused"] for said in got if said]
+    status = triggers.status()["go"]
+    assert (status["fired"], status["refused"]) == (decided.count([]), sum(map(bool, decided)))
+
+
+def take_at(triggers, one, now):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rt_neds.stream.trigger.monotonic_ns", lambda: now)
+        return triggers.take(one)
+
+
+def test_a_bin_that_lasts_is_held_for_its_width_and_fires_once():
+    on, off = [0, 0, 0, 0, 1], []
+    took, triggers = made([frame(n, on) for n in range(10)], when="licks > 0.5", hold_ms=60)
+    assert [n for n, said in enumerate(took) if said] == [2]
+    assert took[2] == [
+        {"rule": "go", "epoch": 1, "bin": 2, "sample": 1800, "decoded_ns": 7,
+         "sent_ns": took[2][0]["sent_ns"], "refused": []}
+    ]  # fmt: skip
+    assert triggers.take(frame(10, off)) == ()
+    assert [bool(triggers.take(frame(n, on))) for n in range(11, 15)] == [False, False, True, False]
+
+
+def test_a_refused_event_does_not_fire_later():
+    on = [0, 0, 0, 0, 1]
+    frames = [frame(0, on, Flag.WARMING | Flag.GAP), *(frame(n, on) for n in range(1, 5))]
+    took, _ = made(frames, when="licks > 0.5")
+    assert [said[0]["refused"] if said else None for said in took] == [["gap", "warming"]] + [
+        None
+    ] * 4
+
+
+def test_whoever_decides_next_knows_what_was_decided():
+    """State is in memory that forks share: here another Triggers on the same memory."""
+    on = [0, 0, 0, 0, 1]
+    took, before = made([frame(n, on) for n in range(3)], when="licks > 0.5", refractory_ms=1000)
+    assert took[0]
+    after = Triggers(rules_of({"p": {"go": TriggerConfig(when="licks > 0.5", refractory_ms=1000)}}))
+    after._state_RC, after._stream = before._state_RC, before._stream
+    after.bind(SCHEMA)
+    assert after.take(frame(7, on)) == ()  # the event goes on behind the hole
+    assert after.take(frame(8, [])) == ()
+    assert after.take(frame(9, on))[0]["refused"] == ["refractory"]
+    assert after.take(frame(10, [])) == ()
+    assert after.take(frame(0, on, epoch=2))[0]["refused"] == ["refractory"]
+    assert after.take(frame(1, [], epoch=2)) == ()
+    assert after.take(frame(49 - 11, [], epoch=2)) == ()
+    assert after.take(frame(50 - 11, on, epoch=2))[0]["refused"] == []
+    assert after.status()["go"]["fired"] == 2
+
+
+def test_what_fires_is_handed_over_with_the_time_that_is_left():
+    handed = []
+    configs = {"slow": TriggerConfig(when="licks > 0.5"),
+               "go": TriggerConfig(when="licks > 0.5", max_age_ms=40)}  # fmt: skip
+    triggers = Triggers(rules_of({"p": configs}), handed.append)
+    triggers.bind(SCHEMA)
+    one = frame(0, [0, 0, 0, 0, 1])
+    one.stamps["ended"] = 0
+    said = take_at(triggers, one, 30 * MS)
+    assert [(s["rule"], s["refused"]) for s in said] == [("slow", []), ("go", [])]
+    assert [HANDED.unpack(h) for h in handed] == [
+        (0, 30 * MS, 1030 * MS), (1, 30 * MS, 40 * MS),
+    ]  # fmt: skip
+
+
+def test_frames_before_the_schema_and_of_another_length_decide_nothing():
+    triggers = Triggers(rules_of({"p": {"go": TriggerConfig(when="licks > 0.5")}}))
+    assert triggers.take(frame(0, [0, 0, 0, 0, 1])) == ()
+    triggers.bind(SCHEMA)
+    short = frame(0, [])
+    short.values_V = np.ones(3, np.float32)
+    assert triggers.take(short) == ()
+
+
+def test_the_sink_says_what_was_decided_after_the_frame():
+    came = []
+
+    class Sink:
+        def write(self, frame):
+            came.append(frame.bin)
+
+        def note(self, kind, fields):
+            came.append((kind, fields))
+
+        def beside(self, probe):
+            return self
+
+    triggers = Triggers(rules_of({"p": {"go": TriggerConfig(when="licks > 0.5")}}))
+    sink = Triggered(Sink(), {"p": triggers}, "q")
+    sink.note("schema", SCHEMA)
+    sink.write(frame(0, [0, 0, 0, 0, 1]))
+    assert [c for c in came if c != ("schema", SCHEMA)] == [0]  # no rules of that probe
+    other = sink.beside("p")
+    other.note("schema", SCHEMA)
+    other.write(frame(1, [0, 0, 0, 0, 1]))
+    assert came[-2] == 1
+    assert came[-1][0] == "trigger"
+    assert came[-1][1]["bin"] == 1
+
+
+# -- the configuration ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"when": "a > 1", "refuse": ["lat"]}, "refuse 'lat'; the flags are gap, late, .*"),
+        ({"when": "a > 1", "hold": 3}, "unknown key trigger.go.hold; did you mean .*hold_ms"),
+        ({"when": "a > 1", "hold_ms": -1}, "0 or more"),
+        ({"when": "a > 1", "ttl": {"line": 0}}, ">= 1"),
+        ({"when": "a > 1", "ttl": {"line": 1, "to": "ipc://x"}}, "expected an address"),
+        ({"when": "a > 1", "ttl": {"line": 1, "pulse_ms": 0}}, "pulse_ms 0"),
+        ({"when": "a > 1", "ttl": {"line": 1, "puls_ms": 1}}, "trigger.go.ttl.puls_ms; did you"),
+        ({"when": "a > 1", "nido": {"lines": "a b", "bits": 1}}, "lines 'a b'"),
+        ({"when": "a > 1", "nido": {"lines": "a\nb", "bits": 1}}, "lines 'a"),
+        ({"when": "a > 1", "nido": {"lines": "a", "bits": 1, "to": "host"}}, "HOST:PORT"),
+        ({}, "required field `when`"),
+    ],
+)
+def test_a_table_that_cannot_be_meant_is_refused(table, words):
+    with pytest.raises(ConfigError, match=words):
+        parse_config({"probe": "p", "trigger": {"go": table}}, ServeConfig, "test")
+
+
+def test_a_rule_listens_to_one_probe():
+    table = {"bundle": "b", "probe": "p q", "trigger": {"go": {"when": "a > 1"}}}
+    with pytest.raises(ConfigError, match="trigger go: probe .not named.; name one of p, q"):
+        each_probe(parse_config(table, ServeConfig, "test"))
+    table["trigger"]["go"]["probe"] = "q"
+    first, second = each_probe(parse_config(table, ServeConfig, "test"))
+    assert (list(first.trigger), list(second.trigger)) == ([], ["go"])
+
+
+def test_serve_refuses_a_wrong_rule_before_it_begins(tiny):
+    done = subprocess.run(
+        [sys.executable, "-m", "rt_neds.cli", "serve", "--probe", "p", "--bundle",
+         str(tiny[1] / "bundle"), "--set", "trigger.go.when=spead > 1"],
+        capture_output=True, text=True, timeout=90, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == (
+        "rt-neds: trigger go: 'spead' at character 1 of 'spead > 1'; expected one of the outputs "
+        "speed, speed.sd, choice.left, choice.right\n"
+    )
