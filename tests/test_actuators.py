@@ -1,0 +1,237 @@
+"""Whatever a trigger does is done over the real protocol, late or failed acts are counted."""
+
+import socket
+import socketserver
+import threading
+import time
+
+import pytest
+import zmq
+
+from rt_neds.actuators import WAITING, Actuators
+from rt_neds.errors import ConfigError
+from rt_neds.stream.trigger import HANDED
+from rt_neds.trigger_config import NidoConfig, TriggerConfig, TtlConfig, rules_of
+
+WAIT_S = 20.0
+
+
+def until(true, seconds=WAIT_S):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+class NetworkEvents(threading.Thread):
+    """Answers as the plugin does."""
+
+    def __init__(self, port=0):
+        super().__init__(daemon=True)
+        self.heard, self.at, self.done = [], [], threading.Event()
+        self.socket = zmq.Context.instance().socket(zmq.REP)
+        self.socket.set(zmq.LINGER, 0)
+        self.socket.bind(f"tcp://127.0.0.1:{port or '*'}")
+        self.address = self.socket.get_string(zmq.LAST_ENDPOINT)
+        self.start()
+
+    def run(self):
+        while not self.done.is_set():
+            if self.socket.poll(20):
+                text = self.socket.recv().decode()
+                self.heard.append(text)
+                self.at.append(time.monotonic())
+                words = dict(word.split("=") for word in text.split()[1:])
+                answer = f"TTLHandled: Line={words['Line']} State={words['State']}"
+                self.socket.send_string(answer)
+        self.socket.close()
+
+    def close(self):
+        self.done.set()
+        self.join()
+
+
+class CommandServer(socketserver.ThreadingTCPServer):
+    """Answers as SpikeGLX's command server does: a line in, ``OK`` or ``ERROR ...`` out."""
+
+    allow_reuse_address = daemon_threads = True
+
+    def __init__(self, answer=b"OK\n"):
+        self.heard, self.connections, self.answer = [], 0, answer
+        super().__init__(("127.0.0.1", 0), CommandHandler)
+        self.address = f"127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+
+class CommandHandler(socketserver.StreamRequestHandler):
+    def handle(self):
+        self.server.connections += 1
+        for line in self.rfile:
+            self.server.heard.append(line.decode())
+            self.wfile.write(self.server.answer)
+
+
+@pytest.fixture
+def act():
+    """Start the actuators of one rule; ends them after the test."""
+    running = []
+
+    def act(said=None, **options):
+        rules = rules_of({"p": {"go": TriggerConfig(when="a > 1", **options)}})
+        actuators = Actuators(rules, (said if said is not None else []).append)
+        actuators.start()
+        running.append(actuators)
+        return actuators
+
+    yield act
+    for actuators in running:
+        actuators.end()
+
+
+def fire(actuators, rule=0, left_s=WAIT_S):
+    now = time.monotonic_ns()
+    actuators.hand_over(HANDED.pack(rule, now, now + round(left_s * 1e9)))
+
+
+def test_a_ttl_pulse_is_what_open_ephys_own_client_sends(act):
+    server, said = NetworkEvents(), []
+    actuators = act(said, ttl=TtlConfig(line=3, to=server.address, pulse_ms=30.0))
+    until(lambda: server.heard == ["TTL Line=3 State=0"])  # low, whatever was before
+    for n in (1, 2):
+        fire(actuators)
+        until(lambda n=n: len(server.heard) == 1 + 2 * n)
+    assert server.heard[1:] == ["TTL Line=3 State=1", "TTL Line=3 State=0"] * 2
+    assert server.at[2] - server.at[1] >= 0.025
+    until(lambda: actuators.status("p")["go.ttl"]["done"] == 2)
+    status = actuators.status("p")["go.ttl"]
+    assert (status["late"], status["failed"], status["dropped"]) == (0, 0, 0)
+    assert status["took_ms"] > 0
+    assert said == []
+
+    control = pytest.importorskip("open_ephys.control", reason="no open-ephys-python-tools")
+    client = control.NetworkControl("127.0.0.1", int(server.address.rsplit(":", 1)[1]))
+    client.send_ttl(line=3, state=1)
+    client.send_ttl(line=3, state=0)
+    assert server.heard[-2:] == server.heard[1:3]
+    server.close()
+
+
+def test_nobody_there_is_counted_said_once_and_made_up_for(act):
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        port = holder.getsockname()[1]
+    said = []
+    actuators = act(said, ttl=TtlConfig(line=7, to=f"tcp://127.0.0.1:{port}"))
+    for _ in range(2):
+        fire(actuators)
+    until(lambda: actuators.status("p")["go.ttl"]["failed"] == 2)
+    assert len(said) == 1
+    assert said[0].startswith(f"trigger go.ttl: tcp://127.0.0.1:{port} does not answer")
+    server = NetworkEvents(port)
+    until(lambda: server.heard)  # what could not be put low is put low now
+    assert server.heard[0] == "TTL Line=7 State=0"
+    until(lambda: len(said) == 2)
+    assert said[1] == "trigger go.ttl: answers again"
+    fire(actuators)
+    until(lambda: actuators.status("p")["go.ttl"]["done"] == 1)
+    server.close()
+
+
+def test_the_digital_output_of_spikeglx(act):
+    server = CommandServer()
+    nido = NidoConfig(lines="Dev6/port0/line0:3", bits=5, to=server.address, pulse_ms=5.0)
+    actuators = act(nido=nido)
+    until(lambda: len(server.heard) == 1)
+    fire(actuators)
+    until(lambda: len(server.heard) == 3)
+    off = "NIDOSET Dev6/port0/line0:3 0\n"
+    assert server.heard == [off, "NIDOSET Dev6/port0/line0:3 5\n", off]
+    assert server.connections == 1
+    until(lambda: actuators.status("p")["go.nido"]["done"] == 1)
+    actuators.end()
+    server.shutdown()
+    server.server_close()
+
+
+def test_spikeglx_refuses_or_is_not_there(act):
+    server, said = CommandServer(b"ERROR NIDOSET: no such line\n"), []
+    actuators = act(said, nido=NidoConfig(lines="x", bits=1, to=server.address))
+    fire(actuators)
+    until(lambda: actuators.status("p")["go.nido"]["failed"] == 1)
+    assert len(said) == 1
+    assert "answers 'ERROR NIDOSET: no such line' to NIDOSET x" in said[0]
+    server.shutdown()
+    server.server_close()
+    gone = []
+    actuators = act(gone, nido=NidoConfig(lines="x", bits=1, to=server.address))
+    fire(actuators)
+    until(lambda: actuators.status("p")["go.nido"]["failed"] == 1)
+    assert "is its command server on?" in gone[0]
+
+
+def test_what_comes_too_late_is_not_done(act):
+    server = NetworkEvents()
+    actuators = act(ttl=TtlConfig(line=1, to=server.address))
+    fire(actuators, left_s=-0.001)
+    until(lambda: actuators.status("p")["go.ttl"]["late"] == 1)
+    fire(actuators)
+    until(lambda: actuators.status("p")["go.ttl"]["done"] == 1)
+    assert server.heard.count("TTL Line=1 State=1") == 1
+    server.close()
+
+
+def test_a_pulse_is_ended_before_the_end(act):
+    server = NetworkEvents()
+    actuators = act(ttl=TtlConfig(line=1, to=server.address, pulse_ms=10_000.0))
+    fire(actuators)
+    until(lambda: server.heard[-1:] == ["TTL Line=1 State=1"])
+    actuators.end()
+    assert server.heard[-1] == "TTL Line=1 State=0"
+    server.close()
+
+
+def test_what_waits_is_bounded_and_handing_over_never_waits(act):
+    silent = socket.create_server(("127.0.0.1", 0))  # connects, and never answers
+    to = f"127.0.0.1:{silent.getsockname()[1]}"
+    actuators = act(nido=NidoConfig(lines="x", bits=1, to=to))
+    for _ in range(WAITING + 40):
+        fire(actuators)
+    assert actuators.status("p")["go.nido"]["dropped"] >= 30
+
+    rules = rules_of({"p": {"go": TriggerConfig(when="a > 1", ttl=TtlConfig(line=1))}})
+    apart = Actuators(rules, print)
+    apart.connect()  # and nobody at the other end
+    for _ in range(100_000):
+        fire(apart)
+        if dropped := apart.status("p")["go.ttl"]["dropped"]:
+            break
+    assert dropped == 1
+    silent.close()
+
+
+def test_markers_are_heard_through_liblsl(act):
+    pylsl = pytest.importorskip("pylsl", reason="pylsl is not installed", exc_type=ImportError)
+    actuators = act(lsl="go left!")
+    found = []
+
+    def find():
+        found[:] = pylsl.resolve_byprop("name", "rt-neds-p", timeout=1)
+        return found
+
+    until(find)
+    inlet = pylsl.StreamInlet(found[0], recover=False)
+    inlet.open_stream(timeout=WAIT_S)
+    before = pylsl.local_clock()
+    fire(actuators)
+    sample, stamp = inlet.pull_sample(timeout=WAIT_S)
+    assert sample == ["go left!"]
+    assert before <= stamp <= pylsl.local_clock()
+    assert found[0].type() == "Markers"
+    assert found[0].nominal_srate() == pylsl.IRREGULAR_RATE
+
+
+def test_lsl_without_pylsl_is_told(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    rules = rules_of({"p": {"go": TriggerConfig(when="a > 1", lsl="x")}})
+    with pytest.raises(ConfigError, match=r"trigger go: lsl without pylsl; .*rt-neds\[lsl\]"):
+        Actuators(rules, print)
