@@ -27,6 +27,10 @@ from rt_neds.wire import pack_source, pack_spikes, unpack_decoded
 
 pytestmark = pytest.mark.timeout(400)
 SECONDS = 8
+RULES = ("--set", "trigger.any.when=speed > 7.85", "--set", "trigger.any.refuse=[]",
+         "--set", "trigger.any.refractory_ms=100",
+         "--set", "trigger.clean.when=speed > 7.95 or choice.right > 0.72",
+         "--set", "trigger.clean.hold_ms=40")  # fmt: skip
 
 
 def acquisition(path):
@@ -62,10 +66,12 @@ def rigs(bundle, n):
             stack.callback(listener.close)
             child = stack.enter_context(
                 serving("--probe", "imec0", "--bundle", bundle, "--publish", decoded,
-                        "--source", spikes.replace("tcp", "rtneds"))
+                        "--source", spikes.replace("tcp", "rtneds"), *RULES)
             )  # fmt: skip
-            started.append((child, (spikes, decoded, listener)))
-        for child, (_, _, listener) in started:
+            triggers = DecodedListener(decoded, "imec0", kinds=("trigger",))
+            stack.callback(triggers.close)
+            started.append((child, (spikes, decoded, listener, triggers)))
+        for child, (_, _, listener, _) in started:
             wait_for_schema(listener, child)
         yield [one for _, one in started]
 
@@ -81,6 +87,14 @@ def wait_for_decoded(folder):
     raise AssertionError("it heard nothing of serve")
 
 
+def decided(triggers):
+    """All that was decided, without the times."""
+    out = []
+    while (note := triggers.read(500)) is not None:
+        out.append({k: v for k, v in note.fields.items() if not k.endswith("_ns")})
+    return out
+
+
 def values(frames):
     return [(f.bin, f.end, f.spikes, f.late, f.lost, f.values_V.tobytes()) for f in frames]
 
@@ -89,7 +103,7 @@ def test_replays_of_a_capture_decode_to_the_very_bytes_of_the_experiment(tiny, t
     path, run, _ = tiny
     bundle, folder = str(run / "bundle"), tmp_path / "capture"
     with rigs(bundle, 3) as (first, *others), contextlib.ExitStack() as stack:
-        spikes, decoded, listener = first
+        spikes, decoded, listener, triggers = first
         recording = subprocess.Popen(
             command("record", "--probe", "imec0", "--out", str(folder), "--source", spikes,
                     "--decoded", decoded, "--min-free-gb", "0", "--quiet"),
@@ -111,13 +125,15 @@ def test_replays_of_a_capture_decode_to_the_very_bytes_of_the_experiment(tiny, t
         assert recording.wait(60) == 0
         sender.close()
         again = []
-        for n, (spikes, _, listener) in enumerate(others):
+        fired = [decided(triggers)]
+        for n, (spikes, _, listener, triggers) in enumerate(others):
             out = tmp_path / f"{n}.json"
             options = ("--capture", str(folder), "--bind", spikes, "--speed", "0")
             sending = start_replay(*options, out=out)
             frames, notes = collect(listener, sending)
             assert finish_replay(sending, out)["messages"] == len(sent)
             again.append(values(frames))
+            fired.append(decided(triggers))
 
     reader = Capture(folder)
     messages = list(reader)
@@ -129,6 +145,9 @@ def test_replays_of_a_capture_decode_to_the_very_bytes_of_the_experiment(tiny, t
     assert again[0] == again[1]
     assert again[0] == values(live)
     assert len(live) == SECONDS * 50
+    assert fired[0] == fired[1] == fired[2]
+    for rule in ("any", "clean"):
+        assert {bool(d["refused"]) for d in fired[0] if d["rule"] == rule} == {True, False}
     counters = notes["status"].fields["source_counters"]
     assert min(counters[kind] for kind in ("malformed", "repeated", "lost")) > 0
     assert sum(frame.late for frame in live) > 0
