@@ -55,6 +55,11 @@ def test_a_replacement_waits_behind_the_one_whose_context_is_full():
     turns.take(OTHER, frame(0, OTHER), 0)
     assert turns.take(ACTIVE, frame(1, writer=2), 1) == []
     assert bins(turns.take(OTHER, frame(1, OTHER), 2)) == [(1, 1, OTHER)]
+    assert (turns.speaks(ACTIVE, 2), turns.speaks(OTHER, OTHER)) == (False, True)
+    killed = Turns(HOLD)
+    killed.take(ACTIVE, frame(0), 0)
+    assert killed.speaks(ACTIVE, ACTIVE)
+    assert not killed.speaks(ACTIVE, 2)  # it says its schema before its first frame
     alone = Turns(HOLD)
     alone.take(ACTIVE, frame(0), 0)
     assert bins(alone.take(ACTIVE, frame(5, writer=2), 1)) == [(1, 5, 2)]

@@ -137,6 +137,10 @@ class Turns:
         ]
         return out + self._go([*skipped, frame])
 
+    def speaks(self, place: int, writer: int) -> bool:
+        """Whether notes of a worker are to go out: not those of a replacement before its turn."""
+        return self.active in (None, place) and self._writers.get(place, writer) == writer
+
     def overdue(self, now_ns: int) -> list[Frame]:
         """The frames to publish because the active worker has not; the other is active then."""
         if not self._held or self._held[0][0] > now_ns:
@@ -242,7 +246,7 @@ class Gate:
             return
         if parts[0].startswith(b"schema/") and self._probes[which] in self._triggers:
             self._schemas[which, writer] = unpack_map(parts[1])
-        if turns.active in (None, place):
+        if turns.speaks(place, writer):
             turns.active = place
             self._publisher.pass_on(parts)
 

@@ -119,12 +119,7 @@ class Rig:
 
     def undisturbed(self):
         """Values of every bin, from a loop that nobody disturbed."""
-        spec = load_spec(self.run / "bundle")
-        model = build_model(self.run / "bundle", spec)
-        source, sink = ListSource(batches(self.acquisition.session, 20.0, epoch=1)), ListSink()
-        config = ServeConfig(probe="p", bundle="b")
-        assemble(config, spec, model, source, sink, None).run(lambda: not source.items)
-        return np.stack([frame.values_V for frame in sink.frames])
+        return undisturbed((self.path, self.run))
 
     def check_bins(self):
         bins = [frame.bin for frame in self.frames]
@@ -132,6 +127,17 @@ class Rig:
         assert all(frame.end == (frame.bin + 1) * WIDTH for frame in self.frames)
         assert {frame.epoch for frame in self.frames} == {1}
         return bins
+
+
+def undisturbed(tiny):
+    """Values of every bin of a session, from a loop that nobody disturbed."""
+    path, run = tiny[:2]
+    spec = load_spec(run / "bundle")
+    model = build_model(run / "bundle", spec)
+    source, sink = ListSource(batches(load_session(path), 20.0, epoch=1)), ListSink()
+    config = ServeConfig(probe="p", bundle="b")
+    assemble(config, spec, model, source, sink, None).run(lambda: not source.items)
+    return np.stack([frame.values_V for frame in sink.frames])
 
 
 def children(pid):
