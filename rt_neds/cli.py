@@ -27,6 +27,7 @@ COMMANDS = {
     "record": ("rt_neds.record", "write down what came and what went, byte for byte"),
     "export": ("offline.nwb", "turn what was recorded into NWB"),
     "watch": ("rt_neds.watch", "show what is decoded, with latency, live"),
+    "metrics": ("rt_neds.metrics", "tell Prometheus what is published"),
     "bench": ("rt_neds.bench", "measure this machine: latency, step, soak"),
     "doctor": ("rt_neds.doctor", "say what this machine will hold, and what to change"),
 }
