@@ -327,7 +327,8 @@ def decode(
             with quiet_machine(configs[0].realtime):
                 changed = run_together(loops, wait, stop)
             if changed is not None:
-                loops[changed] = start(changed)
+                before, loops[changed] = loops[changed], start(changed)
+                loops[changed].go_on_from(before)
     finally:
         for receiver in receivers:
             receiver.close()

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 KILLED, HUNG, SLOW = "worker killed", "worker hung", "slow subscriber"
 ROTATION = (
     "dropped", "repeated", KILLED, "garbage", "late", "swapped", "stalled_shortly", "disordered",
-    HUNG, "unknown", "burst", "restarted", SLOW, "absurd", KILLED, "silent", "slipped",
-    "stalled_long",
+    HUNG, "unknown", "burst", "restarted", SLOW, "absurd", "renumbered", KILLED, "silent",
+    "slipped", "stalled_long",
 )  # fmt: skip
 """In this order, over and over. A new worker needs seconds until it can see lateness and slips."""
 

@@ -348,6 +348,14 @@ def restarted(a: Acquisition) -> tuple[int, Expect]:
     }
 
 
+def renumbered(a: Acquisition) -> tuple[int, Expect]:
+    """In the middle of a bin the acquisition says that its units are numbered otherwise."""
+    a.align(7)
+    a.units = [str(unit) for unit in a.rng.permutation(a.units)]
+    a.announce()
+    return 1, {f"{FRAMES}.restarts": 1}
+
+
 def slipped(a: Acquisition) -> tuple[int, Expect]:
     """The sample clock jumps by 20 ms against the host's, this way or that."""
     a.align()
@@ -376,7 +384,7 @@ FAULTS: dict[str, Callable[[Acquisition], tuple[int, Expect]]] = {
     made.__name__: made
     for made in (
         dropped, repeated, swapped, garbage, late, disordered, unknown, absurd, stalled_shortly,
-        stalled_long, silent, restarted, slipped, burst,
+        stalled_long, silent, restarted, renumbered, slipped, burst,
     )
 }  # fmt: skip
 

@@ -154,6 +154,41 @@ def test_a_source_that_changes_units_ends_the_run(tiny):
     assert loop.run(lambda: False) == "source changed"
 
 
+def test_a_source_that_renumbers_its_units_misses_no_bin_and_no_spike(tiny):
+    session, spec = load_session(tiny[0]), load_spec(tiny[1] / "bundle")
+    model = build_model(tiny[1] / "bundle", spec)
+    stream = list(batches(session, 7, epoch=1, end=20 * 30_000))  # a bin has nearly three
+    config, known = ServeConfig(probe="p", bundle="b"), Announcement("tiny", RATE, session.unit_ids)
+    other = Announcement("tiny", RATE, session.unit_ids[::-1])
+
+    def decode(parts):
+        sink, before = ListSink(), None
+        for announced, batches_ in parts:
+            source = ListSource(batches_, announced)
+            loop = assemble(config, spec, model, source, sink, announced)
+            if before is not None:
+                loop.go_on_from(before)
+            loop.run(lambda source=source: not source.items)
+            before = loop
+        return sink.frames, before.status(0)
+
+    undisturbed, _ = decode([(known, stream)])
+    at = 1000  # in the middle of bin 350
+    for batch in stream[at:]:
+        batch.records_S = batch.records_S.copy()
+        batch.records_S["unit"] = len(session.unit_ids) - 1 - batch.records_S["unit"]
+    frames, status = decode([(known, stream[:at]), (other, stream[at:])])
+    assert [f.bin for f in frames] == list(range(1000))
+    assert [f.spikes for f in frames] == [f.spikes for f in undisturbed]
+    assert all(f.flags == 0 for f in frames[CONTEXT:350])
+    assert all(f.flags == Flag.RESTARTED | Flag.WARMING for f in frames[350 : 350 + CONTEXT - 1])
+    assert all(f.flags == 0 for f in frames[350 + CONTEXT :])
+    for a, b in zip(frames[400:], undisturbed[400:], strict=True):
+        np.testing.assert_allclose(a.values_V, b.values_V, atol=1e-5)
+    assert (status["published"], status["frame_counters"]["restarts"]) == (1000, 1)
+    assert status["bin_counters"]["bins"] == 1000
+
+
 def test_a_source_that_speaks_late_is_heard(tiny):
     spec = load_spec(tiny[1] / "bundle")
     model = build_model(tiny[1] / "bundle", spec)

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,8 +37,8 @@ def publishing(*ports):
 class Recording:
     """A ``record`` process and the two streams it hears."""
 
-    def __init__(self, folder, *options, limit=None):
-        self.folder, self.options, self.limit = folder, options, limit
+    def __init__(self, folder, *options, limit=None, prefix=()):
+        self.folder, self.options, self.limit, self.prefix = folder, options, limit, prefix
         self.ports = free_port(), free_port()
 
     def __enter__(self):
@@ -49,9 +50,9 @@ class Recording:
             code += f"import resource as r; r.setrlimit(r.RLIMIT_FSIZE, {limits}); "
         source, decoded = (f"tcp://127.0.0.1:{port}" for port in self.ports)
         self.child = subprocess.Popen(
-            [sys.executable, "-c", code + "sys.exit(main(sys.argv[1:]))", "record", "--probe",
-             "imec0", "--out", str(self.folder), "--source", source, "--decoded", decoded,
-             "--quiet", "--min-free-gb", "0", *self.options],
+            [*self.prefix, sys.executable, "-c", code + "sys.exit(main(sys.argv[1:]))", "record",
+             "--probe", "imec0", "--out", str(self.folder), "--source", source, "--decoded",
+             decoded, "--quiet", "--min-free-gb", "0", *self.options],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         for socket in (self.spikes, self.decoded):
@@ -184,6 +185,43 @@ def test_a_disk_that_takes_no_more_ends_it_in_one_line_and_keeps_the_rest(tmp_pa
     assert [frames[1] for _, frames in messages] == [b"%d" % n for n in range(len(messages))]
     assert 180 <= len(messages) < 200  # each has a little over 1000 bytes
     assert "cut short" in reader.damage
+
+
+FULL_DISK = """
+mount -t tmpfs -o size=400k none "$1" && shift && {
+    folder=$1; shift
+    "$@"; code=$?
+    cp -r "$folder" "$folder.kept"; exit $code
+}
+"""
+
+
+def test_a_disk_that_is_full_ends_it_in_one_line_and_keeps_the_rest(tmp_path):
+    """A real one, of 400 kB, that only this process and its children see."""
+    disk, out = tmp_path / "disk", tmp_path / "c.kept"
+    disk.mkdir()
+    apart = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    trial = ["mount -t tmpfs -o size=4k none $0", str(disk)]
+    if not shutil.which("unshare") or subprocess.run([*apart, *trial], check=False).returncode:
+        pytest.skip("no disk may be mounted here")
+    script = FULL_DISK.replace('"$folder.kept"', f'"{out}"')
+    wrapped = [*apart, script, "sh", str(disk), str(disk / "c")]
+    with Recording(disk / "c", prefix=wrapped) as one:
+        for n in itertools.count():
+            if one.child.poll() is not None:
+                break
+            with contextlib.suppress(zmq.Again):
+                one.spikes.send_multipart([b"spikes/imec0", b"%d" % n, bytes(1000)], zmq.NOBLOCK)
+            time.sleep(0.001)
+        err = one.child.communicate()[1]
+        one.folder = out
+        messages, _ = one.read()
+    assert one.child.returncode == 1
+    assert err.startswith("rt-neds: cannot write to ")
+    assert "No space left" in err
+    assert err.count("\n") == 1
+    assert [frames[1] for _, frames in messages] == [b"%d" % n for n in range(len(messages))]
+    assert 300 < len(messages) < 400
 
 
 def test_at_its_limit_it_ends_in_one_line_and_deletes_nothing(tmp_path):

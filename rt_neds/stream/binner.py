@@ -157,6 +157,19 @@ class Binner:
         self._holes: list[tuple[int, int]] = []  # missing sample ranges that touch open bins
         self._late = self._lost = 0
         self._first_of_run = True
+        self._anew = False  # the decoder has forgotten what came before, the bins have not
+
+    def go_on_from(self, before: Binner) -> None:
+        """Go on in the middle of the bin where another ended that numbered units otherwise.
+
+        Columns are those of the bundle, whatever numbers the stream has for them: what was counted
+        stays counted.
+        """
+        assert before._ring_RC.shape == self._ring_RC.shape
+        self.counters, self._ring_RC = before.counters, before._ring_RC
+        self._epoch, self._next_bin, self._end = before._epoch, before._next_bin, before._end
+        self._holes, self._late, self._lost = before._holes, before._late, before._lost
+        self._first_of_run, self._anew = before._first_of_run, True
 
     def frames(self, batch: SpikeBatch) -> Iterator[BinnedFrame]:
         """Take in a batch and yield the bins it closes; a frame lasts until ``CHUNK`` more came."""
@@ -247,7 +260,7 @@ class Binner:
             unknown=int(row_C[-2]),
             late=self._late,
             lost=self._lost,
-            first_of_run=self._first_of_run,
+            first_of_run=self._first_of_run or self._anew,
             sent_ns=batch.sent_ns,
             received_ns=batch.received_ns,
             binned_ns=monotonic_ns(),
@@ -255,7 +268,7 @@ class Binner:
         row_C[:] = 0.0
         self._next_bin += 1
         self._late = self._lost = 0
-        self._first_of_run = False
+        self._first_of_run = self._anew = False
         self.counters["bins"] += 1
         self.counters["bins_unobserved"] += not observed
         self.counters["spikes"] += frame.spikes

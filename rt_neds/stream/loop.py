@@ -99,6 +99,18 @@ class Loop:
         self._decode()
         return "stopped"
 
+    def go_on_from(self, before: Loop) -> None:
+        """Go on where a loop ended whose source has renamed or renumbered its units.
+
+        Of another session, or at another rate, the bins are others as well: then nothing is kept.
+        """
+        self._published, self._started_ns = before._published, before._started_ns
+        if any(self._schema[key] != before._schema[key] for key in ("session", "rate")):
+            return
+        self._binner.go_on_from(before._binner)
+        self._validity.go_on_from(before._validity)
+        self._last_batch_ns = before._last_batch_ns
+
     @property
     def pending(self) -> bool:
         """Whether closed bins wait to be decoded."""

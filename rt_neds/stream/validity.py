@@ -41,6 +41,13 @@ class Validity:
         self._last_received_ns = 0
         self._stale = False
 
+    def go_on_from(self, before: Validity) -> None:
+        """Go on with the same stream where another ended."""
+        self.counters, self._fit, self._epoch = before.counters, before._fit, before._epoch
+        self._began_before, self._stale = before._began_before, before._stale
+        self._last_received_ns = before._last_received_ns
+        self._bins_since_slip = before._bins_since_slip
+
     @property
     def realtime(self) -> bool:
         """Whether the stream runs at the probe's own rate."""

@@ -28,7 +28,7 @@ def clean(result, unexpected=("stale",)):
 @needs_fork
 @pytest.mark.timeout(400)
 def test_three_faults_are_told_exactly_and_every_bin_is_accounted_for(tiny):
-    kinds = ("dropped", KILLED, "restarted")
+    kinds = ("dropped", "renumbered", KILLED)
     result = soak(
         minutes=0.25, bundle=str(tiny[1] / "bundle"), modes=("cold",), kinds=kinds,
         period_s=5.0, control=False, spikes_per_s=500.0,

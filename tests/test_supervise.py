@@ -1,0 +1,55 @@
+"""A worker that fails by itself is replaced as one that is killed: a GPU that is gone, say."""
+
+import os
+import signal
+
+import pytest
+
+from rt_neds.errors import DeviceError
+from rt_neds.stream.board import Board
+from rt_neds.supervise import CAN_FORK, Supervisor, WorkerError
+
+pytestmark = pytest.mark.skipif(not CAN_FORK, reason="supervision forks, which needs Linux")
+
+
+def test_whatever_a_worker_raises_another_takes_its_place(tmp_path, capfd):
+    board, said = Board(["p"], 1), []
+
+    def work(line):
+        (tmp_path / str(line.writer)).write_text(str(line.restarts))
+        while not line.stop():
+            if line.writer < 2:  # as PyTorch says it
+                raise RuntimeError("CUDA error: device-side assert triggered")
+
+    supervisor = Supervisor([("decoding worker", work)], board, 60_000, said.append)
+    supervisor.run(lambda: (tmp_path / "2").exists())
+    assert [(tmp_path / str(n)).read_text() for n in range(3)] == ["0", "1", "2"]
+    assert board.restarts == 2
+    assert all("exit code 1" in line and "another takes its place" in line for line in said)
+    assert capfd.readouterr().err.count("RuntimeError: CUDA error") == 2
+
+
+def test_what_a_person_must_mend_ends_it(tmp_path):
+    def work(line):
+        raise DeviceError("no such card; expected one: choose device = cpu")
+
+    supervisor = Supervisor([("worker", work)], Board(["p"], 1), 60_000, lambda line: None)
+    with pytest.raises(WorkerError, match="no such card") as caught:
+        supervisor.run(lambda: False)
+    assert caught.value.exit_code == DeviceError.exit_code
+
+
+def test_one_that_is_killed_is_named_with_its_signal(tmp_path):
+    said = []
+
+    def work(line):
+        if line.writer == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        (tmp_path / "lives").touch()
+        while not line.stop():
+            signal.sigtimedwait([signal.SIGUSR1], 0.01)
+
+    supervisor = Supervisor([("worker", work)], Board(["p"], 1), 60_000, said.append)
+    supervisor.run(lambda: (tmp_path / "lives").exists())
+    assert len(said) == 1
+    assert "SIGKILL" in said[0]
