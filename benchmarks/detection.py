@@ -5,12 +5,20 @@ along the probe, noise that neighbours share, spikes whose size varies, rounded 
 probe. The detector is made from the first minutes of it, with the true spikes of *those minutes* in
 place of a sorter's output, and then meets the rest in small chunks, as it would live.
 
-    OMP_NUM_THREADS=1 python benchmarks/detection.py --minutes 10
+    OMP_NUM_THREADS=1 python benchmarks/detection.py --cache /tmp/recording.npy
+
+Generating takes several times as long as the recording is. So accuracy is over ``--seconds`` of
+it, and the ten minutes of the timing are the same samples over and over, their numbers going on.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
+import json
+import sys
 import time
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +33,11 @@ from spikeinterface.core.generate import (
 )
 from spikeinterface.generation import generate_noise
 
+from offline.prepare.recording import Raw, as_raw
+from offline.prepare.templates import calibrate, with_templates
 from rt_neds.frames import SPIKE_DTYPE
-from rt_neds.stream.detector import Detector
+from rt_neds.result import clean, machine
+from rt_neds.stream.detector import Conditioner, Detector
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RATE, UV_PER_BIT = 30_000.0, 2.34375
@@ -61,8 +72,8 @@ class RoundedSegment(BaseRecordingSegment):
         return bits if channel_indices is None else bits[:, channel_indices]
 
 
-def generate(seconds: float, units: int, seed: int) -> tuple[Any, Any]:
-    """A lazily generated recording of 384 channels, and its true spikes."""
+def generate(seconds: float, units: int, seed: int) -> tuple[Any, Any, Any]:
+    """A lazily generated recording of 384 channels, its true spikes and templates in uV."""
     from probeinterface.neuropixels_tools import build_neuropixels_probe
 
     probe = build_neuropixels_probe("NP1000").get_slice(np.arange(384))
@@ -92,8 +103,8 @@ def generate(seconds: float, units: int, seed: int) -> tuple[Any, Any]:
         sorting, templates, nbefore=45, amplitude_factor=sizes, parent_recording=noise
     )
     rounded = Rounded(recording)
-    rounded.set_probe(probe, in_place=True)
-    return rounded, sorting
+    rounded.set_probe(probe)
+    return rounded, sorting, templates
 
 
 def match(true_S: NDArray[np.int64], found_S: NDArray[np.int64]) -> int:
@@ -110,39 +121,201 @@ def match(true_S: NDArray[np.int64], found_S: NDArray[np.int64]) -> int:
     return hits
 
 
-def detect(raw: Any, detector: Detector, first: int, end: int, chunk: int) -> tuple[Any, float]:
-    """Run a detector over samples in chunks; spikes, and the seconds spent inside it."""
-    detector.reset(first)
-    found, inside = [np.empty(0, SPIKE_DTYPE)], 0.0
-    for at, samples_SC in raw.pieces(first, end):
-        for cut in range(0, len(samples_SC), chunk):
-            piece_SC = samples_SC[cut : cut + chunk]
-            began = time.thread_time()
-            spikes, _ = detector.detect(piece_SC, at + cut)
-            inside += time.thread_time() - began
-            found.append(spikes)
-    return np.concatenate(found), inside
+@dataclass(frozen=True)
+class Cached(Raw):
+    """A recording whose samples were written down once."""
+
+    samples_SC: Any = None
+
+    def read(self, first: int, end: int) -> NDArray[np.int16]:
+        return np.ascontiguousarray(self.samples_SC[first:end])
 
 
-def score(sorting: Any, spikes: Any, detector: Detector, noise_uv: float, first: int, end: int):
-    """Recall and precision of each unit."""
+def cached(recording: Any, path: Path) -> Cached:
+    """Write the samples to a file, unless it is there."""
+    raw = as_raw(recording, "generated")
+    shape = (raw.samples, len(raw.channels))
+    if not path.is_file():
+        partial = path.with_suffix(".partial")
+        out_SC = np.lib.format.open_memmap(partial, "w+", np.int16, shape)
+        for at, piece_SC in raw.pieces(0, raw.samples):
+            out_SC[at : at + len(piece_SC)] = piece_SC
+        out_SC.flush()
+        partial.rename(path)
+    samples_SC = np.load(path, mmap_mode="r")
+    if samples_SC.shape != shape:
+        raise SystemExit(f"{path} is of {samples_SC.shape}; expected {shape}: name another --cache")
+    return Cached(**{f.name: getattr(raw, f.name) for f in fields(raw)}, samples_SC=samples_SC)
+
+
+def score(sorting: Any, spikes_S: Any, units: tuple[str, ...], first: int, end: int) -> Any:
+    """Recall and precision of each true unit, in the samples ``[first, end)``."""
     rows = []
     for unit in sorting.unit_ids:
         train = sorting.get_unit_spike_train(unit)
         true_S = train[(train >= first) & (train < end)]
-        if str(unit) in detector.units:
-            mine = spikes["sample"][spikes["unit"] == detector.units.index(str(unit))]
-        else:
-            mine = np.zeros(0, np.int64)
-        hits = match(true_S, mine.astype(np.int64))
+        mine_S = np.zeros(0, np.int64)
+        if str(unit) in units:
+            mine_S = spikes_S["sample"][spikes_S["unit"] == units.index(str(unit))]
+        hits = match(true_S, mine_S)
         rows.append(
             {
                 "unit": str(unit),
                 "spikes": len(true_S),
-                "found": len(mine),
-                "hits": hits,
+                "found": len(mine_S),
                 "recall": hits / max(len(true_S), 1),
-                "precision": hits / max(len(mine), 1),
+                "precision": hits / len(mine_S) if len(mine_S) else None,
             }
         )
     return rows
+
+
+def timing(raw: Raw, detector: Detector, first: int, end: int, minutes: float) -> dict[str, Any]:
+    """Seconds of one core per second of recording, in chunks of 2 ms, and the worst delay."""
+    chunk = round(0.002 * raw.rate)
+    detector.reset(0)
+    detector.detect(raw.read(first, first + chunk), 0)
+    detector.reset(0)
+    wall, cpu, number, total = [], 0.0, 0, round(minutes * 60 * raw.rate)
+    while number < total:
+        for _, samples_SC in raw.pieces(first, end):
+            for cut in range(0, len(samples_SC) - chunk + 1, chunk):
+                piece_SC = samples_SC[cut : cut + chunk]
+                began, spent = time.perf_counter(), time.thread_time()
+                detector.detect(piece_SC, number)
+                cpu += time.thread_time() - spent
+                wall.append(time.perf_counter() - began)
+                number += chunk
+            if number >= total:
+                break
+    wall_ms = np.array(wall) * 1000
+    # Chunks come every 2 ms. A chunk waits for those before it: how late is it done at worst?
+    late_ms = np.zeros(len(wall_ms))
+    behind = 0.0
+    for i, took in enumerate(wall_ms):
+        behind = max(0.0, behind - 2.0) + took
+        late_ms[i] = behind
+    seconds = number / raw.rate
+    return {
+        "minutes": seconds / 60,
+        "times_real_time_cpu": seconds / cpu,
+        "times_real_time_wall": seconds / float(np.sum(wall)),
+        "chunk_ms": {"p50": float(np.median(wall_ms)), "p99": float(np.quantile(wall_ms, 0.99)),
+                     "max": float(wall_ms.max())},
+        "done_after_ms": {"p50": float(np.median(late_ms)),
+                          "p99": float(np.quantile(late_ms, 0.99)),
+                          "p99_9": float(np.quantile(late_ms, 0.999)),
+                          "max": float(late_ms.max())},
+        "counters": dict(detector.counters),
+    }  # fmt: skip
+
+
+def filtering(raw: Raw, spec: Any, arrays: Any, first: int, seconds: int = 10) -> float:
+    """How many times real time the filter and reference alone run at."""
+    front, spent = Conditioner(spec, arrays), 0.0
+    for _, samples_SC in raw.pieces(first, first + round(seconds * raw.rate)):
+        began = time.thread_time()
+        front.rows(samples_SC)
+        spent += time.thread_time() - began
+    return seconds / spent
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Recall and precision of each unit against its SNR."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for axis, what in zip(axes, ("recall", "precision"), strict=True):
+        shown = [row for row in rows if row[what] is not None]
+        missing = len(rows) - len(shown)
+        axis.scatter([row["snr"] for row in shown], [row[what] for row in shown], s=14, alpha=0.7)
+        axis.axhline(0.9, color="grey", lw=0.8, ls="--")
+        axis.axvline(8, color="grey", lw=0.8, ls="--")
+        axis.set(xscale="log", xlabel="SNR of the unit (deepest point / noise)", title=what)
+        axis.set_xticks([2, 4, 8, 16, 32, 64], ["2", "4", "8", "16", "32", "64"])
+        axis.minorticks_off()
+        if missing:
+            axis.text(0.98, 0.05, f"{missing} units never reported", transform=axis.transAxes,
+                      ha="right")  # fmt: skip
+    axes[0].set_ylim(-0.03, 1.03)
+    figure.savefig(path, dpi=110)
+
+
+def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means and shares by SNR."""
+    edges, bands = [0, 4, 5, 6, 8, 12, 20, 1000], []
+    for low, high in itertools.pairwise(edges):
+        band = [row for row in rows if low <= row["snr"] < high]
+        if band:
+            precise = [row["precision"] for row in band if row["precision"] is not None]
+            good = [row["recall"] >= 0.9 and (row["precision"] or 0) >= 0.9 for row in band]
+            bands.append(
+                {
+                    "snr": f"{low}-{high}" if high < 1000 else f"{low}-",
+                    "units": len(band),
+                    "recall": float(np.mean([row["recall"] for row in band])),
+                    "least_recall": min(row["recall"] for row in band),
+                    "precision": float(np.mean(precise)) if precise else None,
+                    "least_precision": min(precise, default=None),
+                    "both_at_least_0.9": float(np.mean(good)),
+                }
+            )
+    return bands
+
+
+def main() -> None:
+    """Generate or reuse, make the detector, score it, time it, draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cache", type=Path, required=True, help="file of the samples")
+    parser.add_argument("--seconds", type=float, default=150.0)
+    parser.add_argument("--baseline", type=float, default=60.0, help="of it, to make the detector")
+    parser.add_argument("--units", type=int, default=250)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=10.0, help="of the timing")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    recording, sorting, templates_UTC = generate(args.seconds, args.units, args.seed)
+    raw = cached(recording, args.cache)
+    first, end = round(args.baseline * raw.rate), raw.samples
+    channel_spec, arrays = calibrate(raw, 0, first)
+    trains = {
+        str(unit): sorting.get_unit_spike_train(unit).astype(np.int64) for unit in sorting.unit_ids
+    }
+    spec, unit_arrays, left_out = with_templates(raw, channel_spec, arrays, trains, 0, first)
+    detector = Detector(spec, unit_arrays)
+    detector.reset(first)
+    found = [np.empty(0, SPIKE_DTYPE)]
+    for at, samples_SC in raw.pieces(first, end):
+        spikes_S, complete = detector.detect(samples_SC, at)
+        found.append(spikes_S)
+    rows = score(sorting, np.concatenate(found), detector.units, first + detector.settle, complete)
+    noise_uv_C = arrays["noise_C"] * raw.uv_per_bit
+    depth_U = (-templates_UTC.min(axis=1) / noise_uv_C).max(axis=1)
+    for row, depth in zip(rows, depth_U, strict=True):
+        row["snr"] = float(depth)
+    result = {
+        "machine": machine(),
+        "command": "python " + " ".join(sys.argv),
+        "seconds": args.seconds - args.baseline,
+        "baseline_s": args.baseline,
+        "templates_without": len(left_out),
+        "counters": dict(detector.counters),
+        "lookahead_ms": {"templates": 1000 * detector.lookahead / raw.rate,
+                         "channels": 1000 * Detector(channel_spec, arrays).lookahead / raw.rate},
+        "by_snr": table(rows),
+        "filter_times_real_time_cpu": filtering(raw, channel_spec, arrays, first),
+        "channels": timing(raw, Detector(channel_spec, arrays), first, end, 1.0),
+        "templates": timing(raw, detector, first, end, args.minutes),
+        "units": rows,
+    }  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "detection.json").write_text(json.dumps(clean(result), indent=1) + "\n")
+    draw(rows, args.out / "detection.png")
+    print(json.dumps(clean({key: result[key] for key in result if key != "units"}), indent=1))
+
+
+if __name__ == "__main__":
+    main()
