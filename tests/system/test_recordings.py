@@ -20,19 +20,20 @@ pytestmark = [pytest.mark.data, pytest.mark.timeout(600)]
 
 
 @pytest.mark.parametrize(
-    ("file", "config_name", "clip_s"),
+    ("file", "config_name", "memory", "clip_s"),
     [
-        ("rat_w_maze.h5", "rat-w-maze.toml", (280.0, 300.0)),
-        ("ibl_probe_30_trials.h5", "ibl-probe.toml", (850.0, 1130.0)),  # spans a hole of 229 s
+        # A memory short enough to be settled within the clip.
+        ("rat_w_maze.h5", "rat-w-maze.toml", 10, (280.0, 300.0)),
+        # Spans a hole of 229 s.
+        ("ibl_probe_30_trials.h5", "ibl-probe.toml", 0, (850.0, 1130.0)),
     ],
 )
 def test_a_recording_replayed_into_serve_equals_offline(
-    data_dir, tmp_path, file, config_name, clip_s
+    data_dir, tmp_path, file, config_name, memory, clip_s
 ):
     path = data_dir / file
-    config = load_config(
-        config_path(config_name), TrainConfig, ["training.steps=3", "training.batch=2"]
-    )
+    changes = ["training.steps=3", "training.batch=2", f"model.memory={memory}"]
+    config = load_config(config_path(config_name), TrainConfig, changes)
     train(config, [str(path)], tmp_path / "run")
     bundle = tmp_path / "run" / "bundle"
     rig = Rig(bundle)
