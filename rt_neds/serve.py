@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from rt_neds.clock import ClockFit, monotonic_ns, samples_per_bin
 from rt_neds.config import load_config
 from rt_neds.errors import ConfigError, StreamError
 from rt_neds.openephys_wire import is_openephys
+from rt_neds.priority import WATCHER, give_back, take_priority, urgent
 from rt_neds.serve_config import ServeConfig, each_probe, source_endpoint
 from rt_neds.spikeglx_wire import is_spikeglx
 from rt_neds.wire import DEFAULT_DECODED
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from rt_neds.supervise import Lifeline
 
 ANNOUNCEMENT_WAIT_S = 2.5
-REALTIME_PRIORITY = 50
 
 
 def open_source(config: ServeConfig, spec: Any, detector: Any = None) -> Any:
@@ -256,7 +255,12 @@ def serve_supervised(
         roles = [("gate", gate), *workers]
     if acts:
         roles = [("actuators", act), *roles]
-    Supervisor(roles, board, config.hang_ms, say).run(stop)
+    # Every process that is begun from here inherits it: a replacement is put together with it.
+    before = take_priority(WATCHER) if config.realtime else {}
+    try:
+        Supervisor(roles, board, config.hang_ms, say).run(stop)
+    finally:
+        give_back(before)
 
 
 def _tell_of_triggers(loaded: Loaded, board: Any) -> None:
@@ -326,9 +330,9 @@ def decode(
         while not stop():
             with quiet_machine(configs[0].realtime):
                 changed = run_together(loops, wait, stop)
-            if changed is not None:
-                before, loops[changed] = loops[changed], start(changed)
-                loops[changed].go_on_from(before)
+                if changed is not None:  # with the same priority: spikes are waiting
+                    before, loops[changed] = loops[changed], start(changed)
+                    loops[changed].go_on_from(before)
     finally:
         for receiver in receivers:
             receiver.close()
@@ -422,23 +426,18 @@ def assemble(
 
 @contextlib.contextmanager
 def quiet_machine(realtime: bool) -> Any:
-    """No garbage collection (one with torch loaded stalls 150 ms); real-time priority if we may."""
+    """No garbage collection (one with torch loaded stalls 150 ms); real-time priority if we may.
+
+    What a supervisor loaded is frozen and must stay so: to look through it all again, in a worker,
+    copies all of it, and takes longer than a worker may be silent.
+    """
     gc.collect()
-    gc.freeze()
     gc.disable()
-    before = None
-    if realtime and hasattr(os, "sched_setscheduler"):
-        with contextlib.suppress(OSError):
-            before = os.sched_getscheduler(0)
-            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(REALTIME_PRIORITY))
     try:
-        yield
+        with urgent(realtime):
+            yield
     finally:
-        if before is not None:
-            with contextlib.suppress(OSError):
-                os.sched_setscheduler(0, before, os.sched_param(0))
         gc.enable()
-        gc.unfreeze()
 
 
 # -- command -------------------------------------------------------------------------------------

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from rt_neds.bench import random_bundle
-from rt_neds.children import free_port, serving, wait_for_schema
+from rt_neds.children import ChildError, free_port, serving, wait_for_schema
 from rt_neds.clock import samples_per_bin
 from rt_neds.errors import ConfigError, RtNedsError
 from rt_neds.frames import DecodedFrame
 from rt_neds.latency import Latency
+from rt_neds.priority import urgent
 from rt_neds.result import machine
-from rt_neds.serve import REALTIME_PRIORITY
 from rt_neds.soak_books import PUBLISHED, UNACCOUNTED, Books
 from rt_neds.soak_faults import ROTATION, Fault, Faults
 from rt_neds.soak_processes import Memory, Sending
@@ -82,17 +82,25 @@ class Watched:
         """Epoch and number of the bin that came last (twice: a range that begins there)."""
         return (*self._at, self._at[1])
 
-    def run(self, seconds: float, kinds: Iterator[str], show: Callable[[Watched], None]) -> None:
-        """Watch for so long, with a fault in each period, and then until all has come."""
+    def run(self, seconds: float, kinds: Sequence[str], show: Callable[[Watched], None]) -> None:
+        """Watch for so long, with a fault in each period, and then until all has come.
+
+        However busy the machine, each kind of fault is injected once, if it takes longer.
+        """
         began = time.monotonic()
         ends, next_fault = began + seconds, began + self.period_s / 3
-        while (now := time.monotonic()) < ends or self.faults.current is not None:
+        done = self.faults.past
+        while (
+            (now := time.monotonic()) < ends
+            or self.faults.current is not None
+            or len(done) < len(kinds)
+        ):
             self._turn()
             if self._served.poll() is not None:
-                return
+                raise ChildError(f"serve ended with {self._served.returncode} in the middle of it")
             if now >= next_fault and self._settled():
-                if now + self.period_s / 2 < ends:
-                    self.faults.inject(next(kinds), now - began)
+                if now + self.period_s / 2 < ends or len(done) < len(kinds):
+                    self.faults.inject(kinds[len(done) % len(kinds)], now - began)
                 next_fault += self.period_s
             show(self)
         self.sending.order("stop")
@@ -164,24 +172,8 @@ def _watched(
              "spikes_per_s": settings["spikes_per_s"], "width": width, "seed": settings["seed"]}
         )  # fmt: skip
         stack.callback(sending.close)
-        with _priority():
+        with urgent(children=False):  # listen in time, if we may
             yield Watched(mode, decoded, sending, served, listener, control, settings["period_s"])
-
-
-@contextlib.contextmanager
-def _priority() -> Iterator[None]:
-    """Listen in time, if we may; the processes we start do not inherit it."""
-    if not hasattr(os, "sched_setscheduler"):
-        yield
-        return
-    with contextlib.suppress(OSError):
-        policy = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
-        os.sched_setscheduler(0, policy, os.sched_param(REALTIME_PRIORITY - 1))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def soak(
@@ -250,7 +242,7 @@ def soak(
                 with _watched(mode, path, session.units, session.id, width,
                               {**settings, "seed": number}) as watched:  # fmt: skip
                     runs.append(watched)
-                    watched.run(each_s, _over_and_over(kinds), show)
+                    watched.run(each_s, kinds, show)
             except RtNedsError as error:
                 if not runs:
                     raise
@@ -268,11 +260,6 @@ def soak(
         "ended_early": ended_early,
         **report(runs, width),
     }
-
-
-def _over_and_over(kinds: Sequence[str]) -> Iterator[str]:
-    while True:
-        yield from kinds
 
 
 def report(runs: list[Watched], width: int) -> dict[str, Any]:

@@ -171,7 +171,8 @@ class Faults:
     def _end(self, fault: Fault) -> None:
         if fault.bins is not None:
             epoch, first, last = fault.bins
-            if fault.kind not in OF_THE_ACQUISITION:
+            # What serve does about a fault goes on when the acquisition has done with it.
+            if fault.kind not in OF_THE_ACQUISITION or fault.kind == "renumbered":
                 last = self.watched.at_bin()[1]
             self.watched.books.touched.append((epoch, first, last + MARGIN_BINS))
         self.past.append(fault)

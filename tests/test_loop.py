@@ -174,6 +174,8 @@ def test_a_source_that_renumbers_its_units_misses_no_bin_and_no_spike(tiny):
 
     undisturbed, _ = decode([(known, stream)])
     at = 1000  # in the middle of bin 350
+    for n, batch in enumerate(stream):  # a second passes while it is put together anew
+        batch.received_ns = 1 + n * 1000 + (n >= at) * 1000 * MS
     for batch in stream[at:]:
         batch.records_S = batch.records_S.copy()
         batch.records_S["unit"] = len(session.unit_ids) - 1 - batch.records_S["unit"]
@@ -186,6 +188,7 @@ def test_a_source_that_renumbers_its_units_misses_no_bin_and_no_spike(tiny):
     for a, b in zip(frames[400:], undisturbed[400:], strict=True):
         np.testing.assert_allclose(a.values_V, b.values_V, atol=1e-5)
     assert (status["published"], status["frame_counters"]["restarts"]) == (1000, 1)
+    assert status["frame_counters"]["stale"] == 0
     assert status["bin_counters"]["bins"] == 1000
 
 

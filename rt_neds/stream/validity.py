@@ -42,10 +42,9 @@ class Validity:
         self._stale = False
 
     def go_on_from(self, before: Validity) -> None:
-        """Go on with the same stream where another ended."""
+        """Go on with the same stream where another ended; what was silent meanwhile were we."""
         self.counters, self._fit, self._epoch = before.counters, before._fit, before._epoch
         self._began_before, self._stale = before._began_before, before._stale
-        self._last_received_ns = before._last_received_ns
         self._bins_since_slip = before._bins_since_slip
 
     @property

@@ -33,8 +33,7 @@ def test_three_faults_are_told_exactly_and_every_bin_is_accounted_for(tiny):
         minutes=0.25, bundle=str(tiny[1] / "bundle"), modes=("cold",), kinds=kinds,
         period_s=5.0, control=False, spikes_per_s=500.0,
     )  # fmt: skip
-    assert [fault["kind"] for fault in result["fault_log"]] == list(kinds)[: len(result["faults"])]
-    assert KILLED in {fault["kind"] for fault in result["fault_log"]}
+    assert [fault["kind"] for fault in result["fault_log"]][:3] == list(kinds)
     clean(result)
     assert result["recovery_ms"]["cold"] > 0
     assert result["bins_published"] > 500

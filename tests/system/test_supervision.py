@@ -145,6 +145,11 @@ def children(pid):
     return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def policies(pid):
+    """Scheduling policies of all threads of a process."""
+    return {os.sched_getscheduler(int(task.name)) for task in Path(f"/proc/{pid}/task").iterdir()}
+
+
 def wait_for_end_of(pid):
     deadline, path = time.monotonic() + 30, Path(f"/proc/{pid}/stat")
     while path.exists() and path.read_text().rpartition(") ")[2][0] != "Z":
@@ -158,6 +163,7 @@ def test_a_killed_and_a_hung_worker_are_replaced_and_bins_keep_their_numbers(tin
             wait_for_schema(rig.listener, child)
             rig.hear_frames(20)
             first = rig.hear_status()
+            assert len(policies(first["pid"])) == 1  # sockets' threads as the loop
             assert first["supervision"]["restarts"] == 0
             assert first["supervision"]["recovery_ms"] is None
             killed = rig.restarted(rig.signal(first["pid"], signal.SIGKILL, FULL + 10))
