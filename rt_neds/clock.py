@@ -61,6 +61,8 @@ class ClockFit:
         replay at another speed is not late, it is not real time.
     slips : int
         Slips seen so far.
+    last_slip_ms : float
+        By how much the offset changed at the last of them; 0 before the first.
     """
 
     BUCKET_NS = 1_000_000_000
@@ -71,7 +73,7 @@ class ClockFit:
 
     def __init__(self, rate: float, slip_ms: float = 5.0) -> None:
         self.rate = rate
-        self.slips = 0
+        self.slips, self.last_slip_ms = 0, 0.0
         self._slip_ns = slip_ms * 1e6
         self.restart()
 
@@ -103,10 +105,11 @@ class ClockFit:
     def _close_bucket(self, finished: tuple[int, int]) -> bool:
         slipped = False
         if self._fitted and self.realtime:
-            off = abs(finished[1] - self._offset_at(finished[0])) > self._slip_ns
+            moved_ns = finished[1] - self._offset_at(finished[0])
+            off = abs(moved_ns) > self._slip_ns
             self._off_by_one_way = self._off_by_one_way + 1 if off else 0
             if self._off_by_one_way >= self.PATIENCE:
-                self.slips += 1
+                self.slips, self.last_slip_ms = self.slips + 1, moved_ns / 1e6
                 slipped = True
                 self._minima = self._minima[-(self.PATIENCE - 1) :]
                 self._off_by_one_way = 0
@@ -130,6 +133,21 @@ class ClockFit:
         self._slope = slope if settled else 0.0
         self._intercept = float(offset[0]) + float(np.min(relative - self._slope * elapsed))
         self._fitted = True
+
+    def status(self) -> dict[str, float | bool]:
+        """``clock`` of the status message.
+
+        Returns
+        -------
+        dict
+            ``realtime``; ``ppm``: how much slower than nominal the probe's clock runs by the
+            host's, 0 until it can be told; ``last_slip_ms``.
+        """
+        return {
+            "realtime": self.realtime,
+            "ppm": round(1e6 * self._slope, 2),
+            "last_slip_ms": round(self.last_slip_ms, 3),
+        }
 
     def _offset_at(self, host_ns: int) -> float:
         return self._intercept + self._slope * (host_ns - self._origin_ns)

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from rt_neds.clock import ClockFit, monotonic_ns, samples_per_bin
+from rt_neds.assemble import assemble, is_rig, open_source
+from rt_neds.clock import monotonic_ns
 from rt_neds.config import load_config
-from rt_neds.errors import ConfigError, StreamError
-from rt_neds.openephys_wire import is_openephys
+from rt_neds.errors import ConfigError
 from rt_neds.priority import WATCHER, give_back, take_priority, urgent
 from rt_neds.serve_config import ServeConfig, each_probe, source_endpoint
 from rt_neds.spikeglx_wire import is_spikeglx
@@ -33,53 +32,6 @@ if TYPE_CHECKING:
     from rt_neds.supervise import Lifeline
 
 ANNOUNCEMENT_WAIT_S = 2.5
-
-
-def open_source(config: ServeConfig, spec: Any, detector: Any = None) -> Any:
-    """The source that a URL names; rigs do not say which session is on, so we do."""
-    from rt_neds.stream.receiver import Announcement, Receiver
-
-    endpoint = source_endpoint(config.source)
-    if not is_rig(config.source):
-        return Receiver(endpoint, config.probe)
-    session = spec.session(config.session or None)
-    if is_spikeglx(config.source):
-        from rt_neds.stream.spikeglx import SpikeGLXSource
-
-        return SpikeGLXSource(endpoint, session.id, detector)
-    from rt_neds.stream.openephys import OpenEphysSource
-
-    known = Announcement(session.id, session.rate, tuple(session.units))
-    return OpenEphysSource(endpoint, known, config.lateness_ms)
-
-
-def is_rig(url: str) -> bool:
-    """Whether a source is an acquisition program, which names no sessions and no runs."""
-    return is_openephys(url) or is_spikeglx(url)
-
-
-def unit_map(announced: tuple[str, ...] | None, known: list[str]) -> NDArray[np.int32]:
-    """For each unit number of the stream, its place in the bundle, or -1.
-
-    A stream that announces nothing is taken to number units as the bundle does.
-
-    Raises
-    ------
-    StreamError
-        If not one announced unit is known to the bundle.
-    """
-    if announced is None:
-        return np.arange(len(known), dtype=np.int32)
-    place = {unit: index for index, unit in enumerate(known)}
-    rows = np.array([place.get(unit, -1) for unit in announced], dtype=np.int32)
-    if not (rows >= 0).any():
-        came = ", ".join(announced[:3]) or "none"
-        raise StreamError(
-            f"the stream announces units {came} ... and the bundle knows "
-            f"{', '.join(known[:3])} ...: none in common; serve the bundle of this session "
-            "or fine-tune one on it"
-        )
-    return rows
 
 
 @dataclass(frozen=True)
@@ -350,78 +302,6 @@ def _wait_for_announcement(receiver: Any, stop: Callable[[], bool]) -> None:
             break
         if receiver.peek_spikes(50):
             break
-
-
-def assemble(
-    config: ServeConfig,
-    spec: Any,
-    model: Any,
-    source: Any,
-    sink: Any,
-    announced: Any,
-    say: Callable[[str], None] = lambda line: None,
-    restarts: int = 0,
-) -> Any:
-    """Put the parts of the loop together for what the source announced.
-
-    ``restarts`` is how many processes ended before this one took their place.
-    """
-    import torch
-
-    from rt_neds.stream.binner import Binner
-    from rt_neds.stream.decoder import Decoder, Silence, make_step, schema_outputs
-    from rt_neds.stream.loop import Loop
-    from rt_neds.stream.receiver import Announcement
-    from rt_neds.stream.validity import Validity
-
-    torch.set_num_threads(1)
-    wanted = config.session or None
-    if wanted is None and announced and any(s.id == announced.session for s in spec.sessions):
-        wanted = announced.session
-    session = spec.session(wanted)
-    rate = announced.rate if announced else session.rate
-    width = samples_per_bin(spec.bin_ms, rate)
-    rows = unit_map(announced.units if announced else None, session.units)
-    missing_N = np.ones(len(session.units), bool)
-    missing_N[rows[rows >= 0]] = False
-    if config.control:
-        step: Any = Silence(sum(b.outputs for b in spec.behaviours))
-    else:
-        step = make_step(model, spec, session, missing_N, config.device, say)
-    decoder = Decoder(spec, session, step)
-    decoder.warm_up(len(session.units))
-    fit = ClockFit(rate, config.slip_ms)
-    # Sources of rigs hold back what may not be complete, not the binner.
-    held = 0.0 if is_rig(config.source) else config.lateness_ms
-    lateness = round(held / 1000 * rate)
-    validity = Validity(
-        spec.model.context,
-        round(width / rate * 1e9),
-        fit,
-        config.stale_ms,
-        bool(missing_N.any()),
-    )
-    validity.counters["restarts"] = restarts
-    return Loop(
-        probe=config.probe,
-        model=spec.name,
-        source=source,
-        binner=Binner(rows, len(session.units), width, spec.model.context, lateness),
-        decoder=decoder,
-        validity=validity,
-        sink=sink,
-        # A source that says nothing is taken for the session itself; it may yet say otherwise.
-        assumed=announced or Announcement(session.id, rate, tuple(session.units)),
-        schema={
-            "probe": config.probe,
-            "bin_ms": spec.bin_ms,
-            "rate": rate,
-            "model": spec.name,
-            "session": session.id,
-            "bundle": str(config.bundle),
-            "outputs": schema_outputs(spec, session),
-        },
-    )
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import time
 from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console, Group
@@ -14,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rt_neds.errors import ConfigError
-from rt_neds.frames import DecodedFrame, Flag
+from rt_neds.frames import DecodedFrame
+from rt_neds.health import Health, counter
 from rt_neds.latency import Latency
 from rt_neds.stream.publisher import DecodedListener, Note
 from rt_neds.wire import DEFAULT_DECODED
@@ -23,16 +26,9 @@ REFRESH_HZ = 8
 TRACE_BINS = 400
 SPARKS = " ▁▂▃▄▅▆▇█"
 
-WORDS = {
-    Flag.GAP: "samples are missing in the context",
-    Flag.LATE: "frames come out late",
-    Flag.WARMING: "the context is not yet full",
-    Flag.STALE: "the source fell silent",
-    Flag.SLIPPED: "the sample clock jumped",
-    Flag.RESTARTED: "the acquisition began anew",
-    Flag.UNKNOWN_UNITS: "spikes of units the bundle does not know",
-    Flag.MISSING_UNITS: "units of the bundle are not in the stream",
-}
+STYLES = {"wrong": "red", "doubtful": "yellow", "note": "dim"}
+SHOWN = 6
+"""Findings on the screen; more would push the values off it."""
 
 
 class View:
@@ -46,7 +42,7 @@ class View:
     def __init__(self, probe: str) -> None:
         self.probe = probe
         self.schema: dict[str, Any] | None = None
-        self.status: dict[str, Any] = {}
+        self.health = Health()
         self.frames = 0
         self.holes = 0
         self.receive_to_publish = Latency()
@@ -57,10 +53,9 @@ class View:
 
     def take(self, message: DecodedFrame | Note | None) -> None:
         """Take in one message."""
+        self.health.take(message, time.monotonic_ns())
         if isinstance(message, Note) and message.kind == "schema":
             self.schema = message.fields
-        elif isinstance(message, Note) and message.kind == "status":
-            self.status = message.fields
         elif isinstance(message, DecodedFrame):
             self._take_frame(message)
 
@@ -135,27 +130,41 @@ class View:
         return table
 
     def _health(self) -> Panel:
-        flags = Flag(self._last.flags) if self._last is not None else Flag(0)
-        troubles = [words for flag, words in WORDS.items() if flags & flag]
-        if self.status.get("source") == "silent":
-            troubles.append("no spikes are arriving: is the acquisition running?")
-        if self.status.get("trouble"):
-            troubles.append(str(self.status["trouble"])[:200])
-        if self.holes:
-            troubles.append(f"{self.holes} bins never reached this screen")
-        if self._last is None:
-            troubles.append("nothing decoded yet")
-        text = "; ".join(troubles) if troubles else "all well: a frame to act on"
-        source = self.status.get("source_counters", {})
-        bins = self.status.get("bin_counters", {})
-        counters = (
-            f"bins {bins.get('bins', 0)}  lost messages {source.get('lost', 0)}  "
-            f"malformed {source.get('malformed', 0)}  late spikes {bins.get('spikes_late', 0)}  "
-            f"unknown {bins.get('spikes_unknown', 0)}  "
-            f"restarts {self.status.get('frame_counters', {}).get('restarts', 0)}"
-        )
-        style = "yellow" if troubles else "green"
-        return Panel(Text(f"{text}\n{counters}"), title="health", border_style=style)
+        findings = self.health.findings(time.monotonic_ns())
+        lines = [
+            Text.assemble(
+                (finding.says, STYLES[finding.level]), (f": {finding.do}" * bool(finding.do), "dim")
+            )
+            for finding in findings[:SHOWN]
+        ]
+        if len(findings) > SHOWN:
+            lines.append(Text(f"and {len(findings) - SHOWN} more", style="dim"))
+        if not findings:
+            lines.append(Text("all well: a frame to act on", style="green"))
+        worst = STYLES[findings[0].level] if findings else "green"
+        lines += [*self._triggers(), Text(self._counters(), style="dim")]
+        return Panel(Group(*lines), title="health", border_style=worst)
+
+    def _triggers(self) -> Iterator[Text]:
+        now = time.monotonic_ns()
+        for rule, of in (self.health.status.get("triggers") or {}).items():
+            ago = f", the last {(now - of['fired_ns']) / 1e9:.1f} s ago" * bool(of["fired_ns"])
+            yield Text(f"trigger {rule}: fired {of['fired']}{ago}; refused {of['refused']}")
+
+    def _counters(self) -> str:
+        status = self.health.status
+        named = {
+            "bins": "bin_counters.bins",
+            "lost messages": "source_counters.lost",
+            "malformed": "source_counters.malformed*",
+            "late spikes": "bin_counters.spikes_late",
+            "unknown": "bin_counters.spikes_unknown",
+            "late frames": "frame_counters.late",
+            "slips": "frame_counters.slips",
+            "restarts": "frame_counters.restarts",
+        }
+        since = "  ".join(f"{name} {counter(status, path)}" for name, path in named.items())
+        return f"since the start: {since}"
 
     def summary(self) -> dict[str, Any]:
         """For --json: what was seen."""
@@ -164,7 +173,8 @@ class View:
             "frames": self.frames,
             "holes": self.holes,
             "receive_to_publish_ms": self.receive_to_publish.percentiles_ms(),
-            "status": self.status,
+            "status": self.health.status,
+            "findings": [asdict(one) for one in self.health.findings(time.monotonic_ns())],
         }
 
 

@@ -8,7 +8,7 @@ from offline.config import TrainConfig
 from offline.sweep import SweepConfig
 from rt_neds.config import config_path, load_config
 from rt_neds.errors import ConfigError
-from rt_neds.serve import ServeConfig, source_endpoint
+from rt_neds.serve_config import ServeConfig, source_endpoint
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ENOUGH = '[behaviour.x]\nsource = "position.x"\n'

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
+from rt_neds.assemble import assemble, unit_map
 from rt_neds.bundle import build_model, load_spec
 from rt_neds.clock import ClockFit, samples_per_bin
 from rt_neds.errors import ConfigError, StreamError
 from rt_neds.frames import SPIKE_DTYPE, Flag, SpikeBatch
 from rt_neds.replay import batches
-from rt_neds.serve import ServeConfig, assemble, unit_map
+from rt_neds.serve_config import ServeConfig
 from rt_neds.session import load_session
 from rt_neds.stream.binner import CHUNK
 from rt_neds.stream.decoder import Decoder

@@ -9,11 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rt_neds.stream.openephys as module
+from rt_neds.assemble import unit_map
 from rt_neds.children import free_port
 from rt_neds.errors import ConfigError, StreamError
 from rt_neds.openephys_emulator import Emulator, next_port, pieces, send_session
 from rt_neds.replay import batches
-from rt_neds.serve import unit_map
 from rt_neds.session import load_session
 from rt_neds.stream.binner import Binner
 from rt_neds.stream.openephys import MAX_CHANNELS, UNKNOWN, OpenEphysSource

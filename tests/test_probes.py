@@ -6,13 +6,15 @@ import time
 import numpy as np
 import pytest
 
+from rt_neds.assemble import assemble
 from rt_neds.bundle import build_model, load_spec
 from rt_neds.children import free_port
 from rt_neds.config import parse_config
 from rt_neds.errors import ConfigError
 from rt_neds.frames import DecodedFrame
 from rt_neds.replay import batches
-from rt_neds.serve import ServeConfig, assemble, each_probe, serve
+from rt_neds.serve import serve
+from rt_neds.serve_config import ServeConfig, each_probe
 from rt_neds.session import load_session
 from rt_neds.stream.loop import run_together
 from rt_neds.stream.publisher import DecodedListener, Note

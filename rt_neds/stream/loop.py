@@ -8,7 +8,7 @@ long as more is there to be read. All of them are published.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -60,6 +60,9 @@ class Loop:
         What the schema message says; published at the start and once a second.
     assumed : Announcement
         Who the parts were put together for.
+    units : mapping of str to int
+        What the status says of units: of the ``bundle``, of these ``missing`` in the stream, and
+        ``unknown`` ones of the stream.
     """
 
     def __init__(
@@ -74,11 +77,12 @@ class Loop:
         sink: Sink,
         schema: dict[str, Any],
         assumed: Announcement,
+        units: Mapping[str, int] | None = None,
     ) -> None:
         self._source, self._binner, self._decoder = source, binner, decoder
         self._validity, self._sink, self._schema = validity, sink, schema
         self._probe, self._model = probe, model
-        self._assumed = assumed
+        self._assumed, self._units = assumed, dict(units or {})
         self._heard: Announcement | None = None
         self._closed: list[tuple[BinnedFrame, int]] = []  # with their flags; not yet decoded
         self._behind = False
@@ -209,6 +213,8 @@ class Loop:
             "trouble": getattr(self._source, "trouble", ""),
             "published": self._published,
             "realtime": self._validity.realtime,
+            "clock": self._validity.clock(),
+            "units": self._units,
             "source_counters": self._source.counters,
             "bin_counters": self._binner.counters,
             "frame_counters": self._validity.counters,

@@ -52,6 +52,10 @@ class Validity:
         """Whether the stream runs at the probe's own rate."""
         return self._fit.realtime
 
+    def clock(self) -> dict[str, float | bool]:
+        """The clock fit, as the status message says it."""
+        return self._fit.status()
+
     def take(self, batch: SpikeBatch) -> None:
         """Look at a batch before its bins."""
         silent_ns = batch.received_ns - self._last_received_ns

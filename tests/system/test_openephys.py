@@ -5,6 +5,7 @@ import subprocess
 import numpy as np
 import pytest
 
+from rt_neds.assemble import assemble
 from rt_neds.bundle import build_model, load_spec
 from rt_neds.children import (
     collect,
@@ -16,7 +17,7 @@ from rt_neds.children import (
     wait_for_schema,
 )
 from rt_neds.replay import batches
-from rt_neds.serve import ServeConfig, assemble
+from rt_neds.serve_config import ServeConfig
 from rt_neds.session import load_session
 from rt_neds.stream.publisher import DecodedListener
 from tests.test_loop import ListSink, ListSource

@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rt_neds.assemble import assemble
 from rt_neds.bundle import build_model, load_spec
 from rt_neds.children import ChildError, free_port, serving, wait_for_schema
 from rt_neds.config import parse_config
 from rt_neds.errors import ConfigError
 from rt_neds.frames import DecodedFrame, Flag
 from rt_neds.replay import batches
-from rt_neds.serve import ServeConfig, assemble, load
+from rt_neds.serve import load
+from rt_neds.serve_config import ServeConfig
 from rt_neds.session import load_session
 from rt_neds.stream.publisher import DecodedListener
 from rt_neds.stream.sender import Sender

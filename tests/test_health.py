@@ -1,0 +1,155 @@
+"""What is said in words is what frames and counters say in numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rt_neds.frames import DecodedFrame, Flag
+from rt_neds.health import FLAGS, GREW, RECENT_NS, Health, counter
+from rt_neds.stream.publisher import Note
+
+S = 1_000_000_000
+
+
+def frame(bin_: int, flags: int = 0, epoch: int = 1) -> DecodedFrame:
+    return DecodedFrame(
+        probe="imec0",
+        epoch=epoch,
+        bin=bin_,
+        end=bin_ * 600,
+        values_V=np.zeros(2, np.float32),
+        flags=flags,
+        spikes=0,
+        late=0,
+        unknown=0,
+        lost=0,
+        model="m",
+        stamps={},
+    )
+
+
+def status(uptime_s: float = 100, source: str = "streaming", **more: Any) -> Note:
+    return Note("status", {"source": source, "uptime_ns": int(uptime_s * S), **more})
+
+
+def said(health: Health, now_ns: int) -> str:
+    return "; ".join(finding.says for finding in health.findings(now_ns))
+
+
+def test_all_well_says_nothing():
+    health = Health()
+    for second in range(20):
+        health.take(status(second, source_counters={"lost": 3}), second * S)
+        health.take(frame(second), second * S)
+    assert health.findings(19 * S) == []
+
+
+def test_nobody_heard_and_no_longer_heard():
+    health = Health()
+    assert "no serve heard" in said(health, 0)
+    health.take(status(), S)
+    assert health.findings(2 * S) == []
+    assert "not heard for 9 s" in said(health, 10 * S)
+
+
+@pytest.mark.parametrize("flag", list(FLAGS))
+def test_every_flag_of_the_last_frame_has_a_sentence(flag):
+    health = Health()
+    health.take(frame(1, int(flag)), S)
+    assert FLAGS[flag][0] in said(health, S)
+    health.take(frame(2), S)
+    assert health.findings(S) == []
+
+
+def test_flags_are_all_known():
+    assert set(FLAGS) == set(Flag)
+
+
+@pytest.mark.parametrize("path", list(GREW))
+def test_what_grew_is_said_for_ten_seconds_and_then_no_more(path):
+    group, name = path.split(".")
+    name = name.replace("*", "_header")
+    health = Health()
+    health.take(status(1, **{group: {name: 7}}), S)
+    health.take(status(2, **{group: {name: 12}}), 2 * S)
+    assert GREW[path].says.format(n=5) in said(health, 2 * S)
+    after = 2 + RECENT_NS // S + 1
+    for second in range(3, after + 1):
+        health.take(status(second, **{group: {name: 12}}), second * S)
+    assert health.findings(after * S) == []
+
+
+def test_another_process_counts_anew():
+    health = Health()
+    health.take(status(500, source_counters={"lost": 2}), S)
+    health.take(status(1, source_counters={"lost": 9}), 2 * S)
+    assert health.findings(2 * S) == []
+
+
+def test_bins_that_never_came():
+    health = Health()
+    for bin_ in (1, 2, 6):
+        health.take(frame(bin_), S)
+    assert "3 bins were not heard" in said(health, S)
+    health.take(frame(900, epoch=2), S)  # another acquisition is no hole
+    assert "3 bins" in said(health, S)
+
+
+def test_source_units_triggers_and_drift():
+    health = Health()
+    rule = {"fired": 1, "refused": 0, "fired_ns": 5, "why": []}
+    hand = {"done": 1, "late": 0, "failed": 0, "dropped": 0, "took_ms": 0.1}
+    units = {"bundle": 300, "missing": 12, "unknown": 0}
+    health.take(status(1, triggers={"go": rule}, actuators={"go.ttl": hand}), S)
+    health.take(
+        status(
+            2,
+            "silent",
+            units=units,
+            triggers={"go": rule | {"refused": 2, "why": ["late"]}},
+            actuators={"go.ttl": hand | {"failed": 1}},
+            drift={"drifted": True, "bits_per_spike": 0.2, "expected": 1.1},
+        ),
+        2 * S,
+    )
+    health.take(frame(1, Flag.MISSING_UNITS), 2 * S)
+    findings = health.findings(2 * S)
+    text = said(health, 2 * S)
+    for words in (
+        "no spikes are arriving",
+        "12 of 300 units",
+        "trigger go held, and was refused: late",
+        "go.ttl: 1 failed",
+        "0.20 bits per spike, 1.10",
+    ):
+        assert words in text
+    levels = [finding.level for finding in findings]
+    assert levels == sorted(levels, key=["wrong", "doubtful", "note"].index)
+
+
+def test_trouble_of_a_source_is_said_in_its_own_words():
+    health = Health()
+    health.take(status(1, "waiting", trouble="nothing listens at 127.0.0.1:4142"), S)
+    assert said(health, S) == "nothing listens at 127.0.0.1:4142"
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=30))
+def test_whatever_a_counter_does_only_its_growth_is_said(values):
+    health = Health()
+    for second, value in enumerate(values, start=1):
+        health.take(status(second, source_counters={"lost": value}), second * S)
+    window = values[-1 - min(len(values) - 1, RECENT_NS // S) :]
+    grew = window[-1] - window[0]
+    expected = [f"{grew} messages of the source lost just now"] if grew > 0 else []
+    assert [finding.says for finding in health.findings(len(values) * S)] == expected
+
+
+def test_counters_of_one_beginning_are_summed():
+    of = {"source_counters": {"malformed_header": 2, "malformed_spike": 3, "messages": 9}}
+    assert counter(of, "source_counters.malformed*") == 5
+    assert counter(of, "source_counters.none") == 0
