@@ -25,6 +25,7 @@ from offline.beginning import build
 from offline.cache import kept
 from offline.checkpoint import load_checkpoint, save_checkpoint
 from offline.config import TrainConfig, TrainingConfig
+from offline.expectation import expectation_of
 from offline.finetune import begin_at_bundle, refuse_other_units, trunk
 from offline.losses import loss_of, spikes_loss
 from offline.processes import Processes, join, leave
@@ -148,7 +149,7 @@ def train(
                         "config": as_json,
                     },
                 )
-    average.mean.load_state_dict(best)
+    average.mean.cpu().load_state_dict(best)
     summary = {
         "bundle": str(out / "bundle"),
         "steps": step,
@@ -163,7 +164,7 @@ def train(
             out / "bundle",
             average.mean,
             bin_ms=config.data.bin_ms,
-            sessions=[_bundle_session(subject, config) for subject in subjects],
+            sessions=[_bundle_session(average.mean, subject, config) for subject in subjects],
             training={"config": as_json, **{k: summary[k] for k in ("steps", "best_step", "val")}},
         )
     processes.wait()
@@ -203,13 +204,14 @@ def open_log(out: Path, resume: bool, processes: Processes) -> TextIO:
     return path.open("a" if resume else "w", encoding="utf-8")
 
 
-def _bundle_session(subject: Subject, config: TrainConfig) -> BundleSession:
+def _bundle_session(model: NEDS, subject: Subject, config: TrainConfig) -> BundleSession:
     return BundleSession(
         id=subject.id,
         units=subject.units,
         rate=subject.rate,
         scales=dict(zip(config.behaviour, subject.scales, strict=True)),
         behaviours=list(subject.present),
+        expectation=expectation_of(model, subject.binned, config),
     )
 
 

@@ -98,7 +98,7 @@ def assemble(
         step: Any = Silence(sum(b.outputs for b in spec.behaviours))
     else:
         step = make_step(model, spec, session, missing_N, config.device, say)
-    decoder = Decoder(spec, session, step)
+    decoder = Decoder(spec, session, step, missing_N)
     decoder.warm_up(len(session.units))
     fit = ClockFit(rate, config.slip_ms)
     # Sources of rigs hold back what may not be complete, not the binner.

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rt_neds import __version__
+from rt_neds.drift import Expectation
 from rt_neds.errors import BundleError
 from rt_neds.model.neds import NEDS, ModelConfig
 from rt_neds.model.readout import Behaviour, Scale
@@ -39,6 +40,8 @@ class BundleSession(msgspec.Struct, frozen=True, kw_only=True):
         Of each behaviour, from the training split.
     behaviours : list of str
         What was recorded, and so learned, in this session.
+    expectation : Expectation or None
+        How well its spikes are predicted as long as nothing has drifted.
     """
 
     id: str
@@ -46,6 +49,7 @@ class BundleSession(msgspec.Struct, frozen=True, kw_only=True):
     rate: float
     scales: dict[str, Scale]
     behaviours: list[str]
+    expectation: Expectation | None = None
 
 
 class BundleSpec(msgspec.Struct, frozen=True, kw_only=True):

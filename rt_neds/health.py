@@ -205,7 +205,8 @@ class Health:
         if drift.get("drifted"):
             yield Finding(
                 "doubtful",
-                f"the units do not fire as the bundle expects: {drift['bits_per_spike']:.2f} bits "
-                f"per spike, {drift['expected']:.2f} when it was trained",
-                "fine-tune the bundle on today's recording",
+                "units do not fire as the bundle expects: spikes of the last "
+                f"{drift['seconds']:.0f} s are {abs(drift['surprise']):.0f} standard deviations "
+                "from the usual",
+                "if it stays so, look at the sorting, or fine-tune on today's recording",
             )

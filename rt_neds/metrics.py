@@ -129,6 +129,10 @@ class Metrics:
             buckets=SECONDS,
         )
         self._realtime = make(gauge, "realtime", "Whether the stream runs at the probe's own rate")
+        self._surprise = make(
+            gauge, "surprise", "How far spikes are from what is foreseen, standard deviations"
+        )
+        self._surprise.set(float("nan"))
         self._source = make(gauge, "source_state", "1 for the state of the source", "state")
         silent = make(gauge, "heard_seconds_ago", "Since anything was heard of serve")
         silent.set_function(
@@ -197,6 +201,8 @@ class Metrics:
         self._advance(self._worker, _whole(own), pid, uptime, now)
         self._advance(self._serve, _whole(shared), 0, 0, now)  # outlives the workers
         self._realtime.set(bool(fields.get("realtime")))
+        surprise = _table(fields.get("drift")).get("surprise")
+        self._surprise.set(surprise if isinstance(surprise, float) else float("nan"))
         for state in ("waiting", "streaming", "silent"):
             self._source.labels(self._probe, state).set(fields.get("source") == state)
 

@@ -1,5 +1,7 @@
 """Slow, obvious twins of everything fast: the test is that fast equals naive."""
 
+import math
+
 import numpy as np
 
 
@@ -33,3 +35,16 @@ def bits_per_spike_of_unit(counts, rates):
     mean = sum(counts) / len(counts)
     null = negative_log_likelihood([mean] * len(counts))
     return (null - negative_log_likelihood(rates)) / (sum(counts) * log(2))
+
+
+def surprise_and_bits(counts, rates, usual):
+    """Standardised log-likelihood, and its gain over constant rates per spike, term by term."""
+    score, variance, gain, spikes = 0.0, 0.0, 0.0, 0.0
+    for count_N, rate_N in zip(counts, rates, strict=True):
+        for count, rate, constant in zip(count_N, rate_N, usual, strict=True):
+            score += (count - rate) * math.log(rate)
+            variance += rate * math.log(rate) ** 2
+            gain += count * (math.log2(rate) - math.log2(constant))
+            gain -= (rate - constant) / math.log(2)
+            spikes += count
+    return score / math.sqrt(variance), gain / spikes

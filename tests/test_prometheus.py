@@ -1,5 +1,6 @@
 """What Prometheus is told is what was published: exactly."""
 
+import math
 import signal
 import socket
 import subprocess
@@ -164,6 +165,22 @@ def test_what_breaks_the_rules_is_not_counted_and_does_not_grow():
     assert ("rtneds_serve_total", "bins.c") in names
     assert ("rtneds_serve_total", "bins.a") not in names
     assert len(names) < 3 * MOST_NAMES
+
+
+def test_surprise_is_told_once_it_is_known():
+    metrics = Metrics("p")
+
+    def told():
+        return metrics.registry.get_sample_value("rtneds_surprise", {"probe": "p"})
+
+    assert math.isnan(told())
+    for drift, expected in (
+        ({"surprise": 5.5}, 5.5),
+        ({"surprise": None}, math.nan),
+        ({}, math.nan),
+    ):
+        metrics.take(Note("status", {"pid": 1, "uptime_ns": 1, "drift": drift}))
+        assert told() == pytest.approx(expected, nan_ok=True)
 
 
 def test_mistakes_are_told(capsys, monkeypatch):

@@ -43,6 +43,8 @@ section 3). Each says what is hidden (``offline.masking``)."""
 SPIKES = "spikes"
 AHEAD = "ahead"
 """Output: log-rates of each bin's spikes, read from what the bin before it knew."""
+NEXT = "next"
+"""The same a bin earlier: log-rates of the spikes of the bin after each."""
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -234,7 +236,7 @@ class NEDS(nn.Module):
             Units to replace by their learned stand-in; broadcasts over bins.
         wanted : sequence of str, optional
             Modalities to read out; all by default. ``"ahead"`` reads each bin's spikes from the
-            token of the bin before it.
+            token of the bin before it, ``"next"`` those of the bin after it from its own.
 
         Returns
         -------
@@ -275,7 +277,7 @@ class NEDS(nn.Module):
 
     def _asker(self, name: str) -> int:
         """Which token of a bin an output is read from."""
-        apart = self.config.tokens == "modality" and name != AHEAD
+        apart = self.config.tokens == "modality" and name not in (AHEAD, NEXT)
         return self.modalities.index(name) if apart else 0
 
     def _tokens(
@@ -343,7 +345,9 @@ class NEDS(nn.Module):
         parts, x_BTMD, outputs = self.parts(session), self.norm(x_BTMD), {}
         for name, token in token_of.items():
             x_BTD = x_BTMD[:, :, token]
-            if name == AHEAD:
+            if name == NEXT:
+                outputs[name] = parts.spikes_out(self.next(x_BTD))
+            elif name == AHEAD:
                 before_BTD = nnf.pad(self.next(x_BTD)[:, :-1], (0, 0, 1, 0))
                 outputs[name] = parts.spikes_out(before_BTD)
             else:

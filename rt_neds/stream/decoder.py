@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from rt_neds.bundle import BundleSession, BundleSpec
+from rt_neds.drift import Drift
 from rt_neds.errors import BundleError
 from rt_neds.frames import BinnedFrame
-from rt_neds.model.neds import NEDS, SCHEMES
+from rt_neds.model.neds import NEDS, NEXT, SCHEMES
 from rt_neds.stream.binner import CHUNK
 from rt_neds.stream.fused import FusedStep
 from rt_neds.stream.graph import GraphStep
@@ -33,6 +34,9 @@ class Step(Protocol):
     ) -> NDArray[np.float32]:
         """Raw outputs (T, O) of the next 1 to ``CHUNK`` bins; overwritten by the next call."""
 
+    def next_TN(self) -> NDArray[np.float32]:
+        """Log-rates (T, N) of the spikes of the bin after each of those last decoded."""
+
 
 class EagerStep:
     """The network's own ``step``, in PyTorch: slow, plain, and what every other must equal."""
@@ -46,6 +50,7 @@ class EagerStep:
         device: torch.device | str = "cpu",
     ) -> None:
         self._model, self._session, self._wanted = model.to(device), session, tuple(wanted)
+        self._next_TN = np.zeros((0, model.parts(session).units), np.float32)
         self._device = torch.device(device)
         modalities = len(model.modalities)
         self._values = torch.zeros(1, CHUNK, modalities, device=device)
@@ -78,9 +83,14 @@ class EagerStep:
             self._observed[:, :bins],
             self._scheme,
             missing_BTN=self._missing,
-            wanted=self._wanted,
+            wanted=(*self._wanted, NEXT),
         )
+        self._next_TN = outputs[NEXT][0].cpu().numpy()
         return torch.cat([outputs[name][0] for name in self._wanted], dim=1).cpu().numpy()
+
+    def next_TN(self) -> NDArray[np.float32]:
+        """Log-rates of the spikes of the bin after each of those last decoded."""
+        return self._next_TN
 
 
 class Silence:
@@ -98,6 +108,10 @@ class Silence:
         """Zeros."""
         return self._raw_TO[: len(counts_TN)]
 
+    def next_TN(self) -> NDArray[np.float32]:
+        """Nothing is expected of anything."""
+        return np.zeros((0, 0), np.float32)
+
 
 class Decoder:
     """Decodes one session's stream with a bundle's network.
@@ -109,6 +123,8 @@ class Decoder:
         Whose units arrive.
     step : Step
         How; see :func:`make_step`.
+    missing_N : ndarray of bool, optional
+        Units that are not in the stream.
 
     Attributes
     ----------
@@ -117,8 +133,18 @@ class Decoder:
         the next.
     """
 
-    def __init__(self, spec: BundleSpec, session: BundleSession, step: Step) -> None:
-        self.session = session
+    def __init__(
+        self,
+        spec: BundleSpec,
+        session: BundleSession,
+        step: Step,
+        missing_N: NDArray[np.bool_] | None = None,
+    ) -> None:
+        self.session, self._drift = session, None
+        if (usual := session.expectation) is not None:
+            bins = round(1000 * usual.seconds / spec.bin_ms)
+            known_N = None if missing_N is None else ~missing_N
+            self._drift = Drift(usual.rates, bins, known_N)
         behaviours = outputs_of(spec, session)
         self._values = Values(behaviours, [session.scales[b.name] for b in behaviours], CHUNK)
         self._step = step
@@ -136,6 +162,26 @@ class Decoder:
             [frame.counts_N for frame in frames], [frame.observed for frame in frames]
         )
         return self._values.of(raw_TO)
+
+    def look_back(self, frames: Sequence[BinnedFrame] = ()) -> None:
+        """Compare the bins last decoded with what was expected of them; none breaks the thread.
+
+        Time for it is when they have gone out.
+        """
+        if self._drift is None:
+            return
+        for frame, next_N in zip(frames, self._step.next_TN() if frames else (), strict=False):
+            if frame.first_of_run:
+                self._drift.expect(None)
+            self._drift.take(frame.counts_N, frame.observed)
+            self._drift.expect(next_N)
+        if not frames:
+            self._drift.expect(None)
+
+    def drift(self) -> dict[str, float | bool | None]:
+        """``drift`` of the status message; empty if the bundle does not know what is usual."""
+        usual = self.session.expectation
+        return self._drift.status(usual) if self._drift is not None and usual is not None else {}
 
     def warm_up(self, units: int, bins: int = 20) -> None:
         """Run the whole step on silence, so that the first real bin is not the slow one."""

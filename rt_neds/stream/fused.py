@@ -192,7 +192,13 @@ class FusedStep:
         self._unseen_X = [place(r, -1, R, width) for r in range(R) if r != rows - 1]
         self._memory_D = _zeros(D)
         self.nbytes = weights.nbytes + self._keys_LHX.nbytes + self._values_LHX.nbytes
-        inputs = self._sums_KN.size + 4
+        inputs, work_4TD = self._sums_KN.size + 4, _zeros(4, T, D + PANEL)
+        self._token_TD = work_4TD[1, :, : c.dim]  # what is read out
+        weight_DD, bias_D = _map(model.next)
+        weight_ND, bias_N = _map(parts.spikes_out.linear)
+        self._next_DN = np.ascontiguousarray((weight_ND @ weight_DD).T, np.float32)
+        self._next_N = (weight_ND @ bias_D + bias_N).astype(np.float32)
+        self._bins = 0
         self._arguments = (
             self._counts_TN,
             self._observed_T,
@@ -217,7 +223,7 @@ class FusedStep:
             self._memory_D,
             np.zeros(1, np.int64),  # dark_1
             _zeros(T, 2, width // 2),  # turn_T2F
-            _zeros(4, T, D + PANEL),  # work_4TD
+            work_4TD,
             _zeros(T, 3 * D),  # qkv_T3D
             _zeros(T, _up(c.widen * c.dim)),  # wide_TG
             _zeros(1, R),  # scores_1R
@@ -263,4 +269,16 @@ class FusedStep:
             self._observed_T[t] = observed_T[t]
         fused_step(bins, self._bin, *self._arguments)
         self._bin += bins
+        self._bins = bins
         return self._raw_TO[:bins]
+
+    def next_TN(self) -> F4:
+        """Log-rates of the spikes of the bin after each of those last decoded.
+
+        Computed when it is asked for: it can wait until the bins have gone out.
+
+        Returns
+        -------
+        ndarray of float32, shape (bins, units)
+        """
+        return self._token_TD[: self._bins] @ self._next_DN + self._next_N

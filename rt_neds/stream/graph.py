@@ -8,7 +8,8 @@ buffer, the number of the bin is counted on the device, and the outputs come dow
 The same function runs uncaptured on tensors of any device.
 
 Shape suffixes: T bins, N units, K boxcar widths, C bins of the longest boxcar, D model width, H
-heads, F width of a head, R rows of the ring and the sink, O numbers read out.
+heads, F width of a head, R rows of the ring and the sink, O numbers read out (of
+behaviours, then log-rates of the next bin's spikes).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from rt_neds.errors import BundleError
 from rt_neds.model.attention import NEVER, ROTARY_BASE, rotate
 from rt_neds.model.memory import Memory
 from rt_neds.model.neds import NEDS, SCHEMES
+from rt_neds.stream.binner import CHUNK
 
 F4 = NDArray[np.float32]
 WARM_UPS = 3
@@ -83,8 +85,13 @@ class GraphStep:
         self._set_read_in(model.parts(session), missing_N)
         parts: Any = model.parts(session)
         heads = [parts.behaviour_out[name].linear for name in wanted]
-        self._head_OD = torch.cat([head.weight for head in heads])
-        self._bias_O = torch.cat([head.bias for head in heads])
+        self._outputs = sum(head.out_features for head in heads)
+        spikes = parts.spikes_out.linear  # of the next bin: two maps in a row are one
+        next_ND, next_N = spikes.weight @ model.next.weight, spikes(model.next.bias)
+        self._head_OD = torch.cat([*(head.weight for head in heads), next_ND])
+        self._bias_O = torch.cat([*(head.bias for head in heads), next_N])
+        self._next_TN = np.zeros((CHUNK, units), np.float32)
+        self._bins = 0
         self._set_state(c, units)
         self._set_transfers(units, c.dim // c.heads, captured)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -162,10 +169,16 @@ class GraphStep:
         -------
         ndarray of float32, shape (bins, numbers of all wanted outputs)
         """
-        raw_TO = np.empty((len(counts_TN), len(self._raw_O)), np.float32)
+        raw_TO = np.empty((len(counts_TN), self._outputs), np.float32)
         for t in range(len(counts_TN)):
             raw_TO[t] = self.step(counts_TN[t], observed_T[t])
+            self._next_TN[t] = self._raw_O[self._outputs :]
+        self._bins = len(counts_TN)
         return raw_TO
+
+    def next_TN(self) -> F4:
+        """Log-rates of the spikes of the bin after each of those last decoded."""
+        return self._next_TN[: self._bins]
 
     def step(self, counts_N: F4, observed: bool) -> F4:
         """Decode the next bin; the array is overwritten by the one after it."""
@@ -183,7 +196,7 @@ class GraphStep:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
         self._bin += 1
-        return self._raw_O
+        return self._raw_O[: self._outputs]
 
     # -- what is captured ------------------------------------------------------------------------
 

@@ -153,6 +153,8 @@ class Loop:
         decoded_ns = monotonic_ns()
         for (binned, flags), values_V in zip(self._closed, values_TV, strict=True):
             self._publish(binned, flags, values_V, decoded_ns)
+        # Behind the clock there is no time to look back.
+        self._decoder.look_back([] if self._behind else [binned for binned, _ in self._closed])
         self._closed.clear()
 
     def _publish(
@@ -215,6 +217,7 @@ class Loop:
             "realtime": self._validity.realtime,
             "clock": self._validity.clock(),
             "units": self._units,
+            "drift": self._decoder.drift(),
             "source_counters": self._source.counters,
             "bin_counters": self._binner.counters,
             "frame_counters": self._validity.counters,

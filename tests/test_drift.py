@@ -1,0 +1,162 @@
+"""Running bits per spike: by the formula, in the stream as offline, and low when units changed."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offline.expectation import expectation_of, mean_counts_N
+from offline.predict import ahead_spans
+from offline.train import train
+from offline.windows import bin_session
+from rt_neds.assemble import assemble
+from rt_neds.bundle import build_model, load_spec
+from rt_neds.drift import LEAST_RATE, Drift, Expectation
+from rt_neds.model.neds import AHEAD
+from rt_neds.replay import batches
+from rt_neds.serve_config import ServeConfig
+from rt_neds.session import load_session
+from rt_neds.stream.decoder import EagerStep
+from rt_neds.stream.fused import FusedStep
+from rt_neds.stream.graph import GraphStep
+from tests.making import tiny_config, write_session
+from tests.naive import surprise_and_bits
+from tests.test_fused import NAMES, SCHEME, SIZES, random_model, random_stream, shown_to_torch
+from tests.test_loop import ListSink, ListSource
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(10, 60), st.floats(0.3, 1.0))
+@settings(deadline=None, max_examples=30)
+def test_is_the_formula_over_the_last_stretch(seed, bins, share):
+    rng = np.random.default_rng(seed)
+    bins -= bins % Drift.PARTS
+    T, N = 3 * bins, 5
+    rates_N = rng.uniform(0.1, 2, N)
+    counts_TN = rng.poisson(rates_N, (T, N)).astype(np.float32)
+    log_rate_TN = rng.normal(0, 1, (T, N)).astype(np.float32)
+    observed_T, known_N = rng.random(T) < share, rng.random(N) < 0.7
+    drift, used = Drift(rates_N, bins, known_N), []
+    for t in range(T):
+        drift.expect(log_rate_TN[t] if rng.random() < 0.9 else None)
+        if drift._log_rate_N is not None and observed_T[t]:
+            used.append(t)
+        drift.take(counts_TN[t], bool(observed_T[t]))
+    whole = len(used) - len(used) % (bins // Drift.PARTS)
+    if whole < bins or not counts_TN[used[whole - bins : whole]][:, known_N].any():
+        assert math.isnan(drift.now()[1])
+        return
+    rows = np.ix_(used[whole - bins : whole], np.flatnonzero(known_N))
+    expected = surprise_and_bits(counts_TN[rows], np.exp(log_rate_TN[rows]), rates_N[known_N])
+    assert drift.now() == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+def test_a_unit_that_was_silent_in_training_is_no_infinite_news():
+    drift = Drift([0.0], 10)
+    for _ in range(10):
+        drift.expect(np.zeros(1, np.float32))
+        drift.take(np.ones(1, np.float32), True)
+    expected = -math.log2(LEAST_RATE) - (1 - LEAST_RATE) / math.log(2)
+    assert drift.now()[1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_verdict_needs_a_whole_stretch_and_four_deviations():
+    usual = Expectation(rates=[1.0], surprise=0.5, sd=0.1, bits_per_spike=0.5, seconds=0.2)
+    for log_rate, drifted in ((math.log(0.2), True), (math.log(40), True), (math.log(4), False)):
+        drift = Drift(usual.rates, 10)
+        for _ in range(10):
+            assert drift.status(usual)["bits_per_spike"] is None
+            assert not drift.status(usual)["drifted"]
+            drift.expect(np.full(1, log_rate, np.float32))
+            drift.take(np.full(1, 4, np.float32), True)
+        assert drift.status(usual)["drifted"] is drifted
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_step_expects_of_the_next_bin_what_forward_asks_ahead(size):
+    model = random_model(size)
+    counts_TN, observed_T, missing_N = random_stream(model, 40)
+    shown = shown_to_torch(model, counts_TN, observed_T)
+    with torch.no_grad():
+        missing = torch.from_numpy(missing_N)[None, None]
+        ahead = model("a", *shown, SCHEME, missing_BTN=missing, wanted=(AHEAD,))[AHEAD][0].numpy()
+    steps = [
+        EagerStep(model, "a", NAMES, missing_N),
+        FusedStep(model, "a", NAMES, missing_N),
+        GraphStep(model, "a", NAMES, missing_N, "cpu", captured=False),
+    ]
+    for step in steps:
+        got, at = [], 0
+        for bins in (1, 1, 8, 3, 1, 8, 8, 8, 2):
+            step.steps(list(counts_TN[at : at + bins]), list(observed_T[at : at + bins]))
+            got.append(step.next_TN().copy())
+            at += bins
+        assert at == len(counts_TN)
+        np.testing.assert_allclose(np.concatenate(got)[:-1], ahead[1:], atol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def foreseeing(tmp_path_factory):
+    """A session, its configuration, and a bundle that was taught to foresee spikes."""
+    folder = tmp_path_factory.mktemp("foreseeing")
+    session = write_session(folder / "s.h5", seconds=400, units=12)
+    config = tiny_config(
+        data={"fractions": [0.5, 0.3, 0.2]},
+        masking={"schemes": {"decoding": 1.0}, "ahead": True},
+        training={"steps": 150, "validate_every": 150, "learning_rate": 5e-3},
+    )
+    train(config, [str(session)], folder / "run")
+    return session, config, folder / "run" / "bundle"
+
+
+def served(bundle, items, announced=None):
+    spec = load_spec(bundle)
+    source, sink = ListSource(items, announced), ListSink()
+    loop = assemble(
+        ServeConfig(probe="p", bundle="b"), spec, build_model(bundle, spec), source, sink, announced
+    )
+    loop.run(lambda: not source.items)
+    return loop.status(0)["drift"]
+
+
+def test_the_stream_says_what_is_usual_as_offline_and_notices_units_that_fell_silent(foreseeing):
+    path, config, bundle = foreseeing
+    session = load_session(path)
+    usual = load_spec(bundle).sessions[0].expectation
+    assert usual is not None
+    assert min(usual.bits_per_spike, usual.sd) > 0
+    assert abs(usual.surprise) < 10
+    binned = bin_session(session, config.data, config.behaviour)
+    np.testing.assert_allclose(usual.rates, mean_counts_N(binned), atol=1e-6)
+
+    calm = served(bundle, list(batches(session, 20.0, epoch=1)))
+    assert not calm["drifted"]
+    # The last stretch of the session, offline, is what the stream said last.
+    bins = round(1000 * usual.seconds / config.data.bin_ms)
+    T = binned.bins
+    rate_TN = ahead_spans(build_model(bundle, load_spec(bundle)), binned, [(0, T)])
+    drift = Drift(usual.rates, bins)
+    for t in range(T):
+        drift.expect(np.log(rate_TN[t]) if t else None)
+        drift.take(binned.counts_TN(t, t + 1)[0], bool(binned.scored_TM[t, 0]))
+    assert calm["bits_per_spike"] == pytest.approx(drift.now()[1], abs=2e-3)
+
+    lost = list(batches(session, 20.0, epoch=1))
+    for batch in lost:  # announced as ever, and silent
+        batch.records_S = batch.records_S[batch.records_S["unit"] % 3 > 0]
+    wrong = served(bundle, lost)
+    assert wrong["drifted"], (wrong, calm)
+
+
+def test_nothing_is_usual_without_having_been_taught_or_held_out(foreseeing, tiny):
+    path, _, bundle = foreseeing
+    assert load_spec(tiny[1] / "bundle").sessions[0].expectation is None
+    model = build_model(bundle, load_spec(bundle))
+    refit = tiny_config(
+        data={"fractions": [0.5, 0.3, 0.2], "refit": True},
+        masking={"schemes": {"decoding": 1.0}, "ahead": True},
+    )
+    binned = bin_session(load_session(path), refit.data, refit.behaviour)
+    assert expectation_of(model, binned, refit) is None
