@@ -26,7 +26,7 @@ from offline.predict import ahead_spans
 from offline.streamed import offline_values
 from offline.windows import BinnedSession, bin_session
 from rt_neds.bundle import build_model, load_spec
-from rt_neds.drift import UNUSUAL_SDS, Drift, Expectation
+from rt_neds.drift import UNUSUAL, Drift, Expectation
 from rt_neds.model.neds import NEDS
 from rt_neds.result import machine, write_json
 from rt_neds.session import load_session
@@ -84,7 +84,7 @@ def spoilings(units: int, seed: int) -> dict[str, Spoil]:
 def stretches(
     model: NEDS, binned: Any, spans: list[tuple[int, int]], usual: Expectation, bin_s: float
 ) -> NDArray[np.float64]:
-    """Surprise, in deviations from the usual, and bits per spike of each stretch, shape (X, 2)."""
+    """Surprise and bits per spike of each stretch, shape (X, 2)."""
     drift, found = Drift(usual.rates, round(usual.seconds / bin_s)), []
     kept_T = np.concatenate([np.arange(a, b) for a, b in spans])
     rate_TN = ahead_spans(model, binned, spans)
@@ -92,8 +92,8 @@ def stretches(
         drift.expect(np.log(np.maximum(rate_N, 1e-12)))
         drift.take(binned.counts_TN(bin_, bin_ + 1)[0], bool(binned.scored_TM[bin_, 0]))
         if drift.complete:
-            surprise, bits = drift.now()
-            found.append(((surprise - usual.surprise) / max(usual.sd, 1.0), bits))
+            said = drift.status(usual)
+            found.append((said["surprise"], said["bits_per_spike"]))
             drift.forget()
     return np.array(found)
 
@@ -138,20 +138,20 @@ def main() -> None:
             row["bits_per_spike"] += found_X2[:, 1].round(3).tolist()
             row["r2"].append(decoded(model, spec, spoilt, config.data.window_bins))
     for name, row in table.items():
-        off = np.abs(row["surprise"])
-        row["drifted"] = float((off > UNUSUAL_SDS).mean())
+        surprise_X = np.array(row["surprise"])
+        row["drifted"] = float((surprise_X > UNUSUAL).mean())
         scores = {
             key: round(float(np.mean([of[key] for of in row["r2"]])), 3) for key in row["r2"][0]
         }
         bits = np.median(row["bits_per_spike"])
-        print(f"{name:45} said {row['drifted']:5.0%}  |surprise| median {np.median(off):6.1f}  "
+        print(f"{name:45} said {row['drifted']:5.0%}  surprise {np.median(surprise_X):5.1f}  "
               f"bits per spike {bits:6.2f}  R2 {scores}")  # fmt: skip
     if args.json:
         write_json(
             str(args.json),
             {
                 "session": args.session.name,
-                "usual": msgspec.to_builtins(usual) | {"rates": len(usual.rates)},
+                "bits_per_spike": usual.bits_per_spike,
                 "table": table,
                 "machine": machine(),
             },

@@ -5,6 +5,8 @@ Shape suffixes: T bins, N units, X stretches.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -45,24 +47,27 @@ def expectation_of(model: NEDS, binned: BinnedSession, config: TrainConfig) -> E
     drift = Drift(rates_N, round(seconds / bin_s))
     kept_T = np.concatenate([np.arange(a, b) for a, b in spans])
     log_rate_TN = np.log(np.maximum(ahead_spans(model, binned, spans), 1e-12))
-    stretches = []
+    stretches: list[Any] = []
     for bin_, log_rate_N in zip(kept_T, log_rate_TN, strict=True):
         drift.expect(log_rate_N)
         drift.take(binned.counts_TN(bin_, bin_ + 1)[0], bool(binned.scored_TM[bin_, 0]))
         if drift.complete:
             stretches.append(drift.now())
             drift.forget()
-    stretches = [stretch for stretch in stretches if np.isfinite(stretch).all()]
     if len(stretches) < LEAST_STRETCHES - 1:
         return None
-    surprise_X, bits_X = np.array(stretches).T
+    surprise_XN = np.stack([surprise_N for surprise_N, _ in stretches])
     return Expectation(
-        rates=[round(float(rate), 6) for rate in rates_N],
-        surprise=float(surprise_X.mean()),
-        sd=float(surprise_X.std(ddof=1)),
-        bits_per_spike=float(bits_X.mean()),
+        rates=_short(rates_N),
+        surprise=_short(surprise_XN.mean(axis=0)),
+        sd=_short(surprise_XN.std(axis=0, ddof=1)),
+        bits_per_spike=float(np.mean([bits for _, bits in stretches])),
         seconds=seconds,
     )
+
+
+def _short(array_N: NDArray) -> list[float]:
+    return [round(float(number), 6) for number in array_N]
 
 
 def mean_counts_N(binned: BinnedSession) -> NDArray[np.float64]:

@@ -6,14 +6,13 @@ never did: what comes is then less likely (or, where units fell silent, more lik
 prediction than it says itself. What is decoded then is not to be believed either. The same few
 lines run over the validation split once, for what is usual, and over the stream.
 
-Two numbers, over the last stretch of time. With counts ``y`` and predicted rates ``r``:
+Of the last stretch of time, with counts ``y`` and predicted rates ``r`` of a unit:
 
-* ``surprise``: the log-likelihood less what it should be if the prediction were true, in standard
-  deviations: ``sum((y - r) log r) / sqrt(sum(r log(r)^2))``.
-* ``bits_per_spike``: the log-likelihood less that of the constant rates of training, per spike
-  (NEDS, arXiv 2504.08201, section 4). For people: it does **not** tell drift, for when units are
-  lost or exchanged the constant rates suffer more than the network, and it rises
-  (``docs/decisions/0020``).
+* its ``surprise`` is its log-likelihood less what that should be if the prediction were true, in
+  standard deviations: ``sum((y - r) log r) / sqrt(sum(r log(r)^2))``; of all units together, the
+  root mean square of these over what was usual of each. About 1 is as it should be.
+* ``bits_per_spike`` is the log-likelihood less that of the constant rates of training, per spike
+  (NEDS, arXiv 2504.08201, section 4). For people: it does **not** tell drift (decision 0020).
 
 Shape suffixes: N units.
 """
@@ -29,8 +28,8 @@ from numpy.typing import NDArray
 
 from rt_neds.model.readout import LOG_RATE_RANGE
 
-UNUSUAL_SDS = 4.0
-"""Standard deviations from the usual surprise that count as drifted."""
+UNUSUAL = 2.0
+"""Surprise that counts as drifted."""
 LEAST_RATE = 1e-4
 """Spikes per bin of a unit that was silent in training; of none, a single spike would be infinite
 news."""
@@ -43,9 +42,9 @@ class Expectation(msgspec.Struct, frozen=True):
     ----------
     rates : list of float
         Mean count per bin of each unit in the training split.
-    surprise, sd : float
-        Mean and spread of the surprise over stretches of the validation split; by its definition
-        they are 0 and 1 for a network that knows all that can be known.
+    surprise, sd : list of float
+        Mean and spread of each unit's surprise over stretches of the validation split; by its
+        definition they are 0 and 1 for a network that knows all that can be known.
     bits_per_spike : float
         Mean over the same stretches.
     seconds : float
@@ -53,8 +52,8 @@ class Expectation(msgspec.Struct, frozen=True):
     """
 
     rates: list[float]
-    surprise: float
-    sd: float
+    surprise: list[float]
+    sd: list[float]
     bits_per_spike: float
     seconds: float
 
@@ -79,12 +78,16 @@ class Drift:
     ) -> None:
         usual_N = np.maximum(np.asarray(rates_N, np.float32), np.float32(LEAST_RATE))
         self._known_N = np.ones(len(usual_N), bool) if known_N is None else known_N
-        self._log_usual_N = np.log(usual_N[self._known_N])
-        self._usual = float(usual_N[self._known_N].sum())
+        self._usual_N = usual_N[self._known_N]
+        self._log_usual_N = np.log(self._usual_N)
         self._part = max(1, -(-bins // self.PARTS))
         self._parts: deque[NDArray[np.float64]] = deque(maxlen=self.PARTS)
-        self._sums, self._bins = np.zeros(4), 0
         self._log_rate_N: NDArray[np.float32] | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """A new part: of each unit score, variance, gain and spikes."""
+        self._sums_4N, self._bins = np.zeros((4, len(self._log_usual_N))), 0
 
     def expect(self, log_rate_N: NDArray[np.float32] | None) -> None:
         """Take in the log-rates predicted for the next bin; None if nobody knows."""
@@ -98,36 +101,32 @@ class Drift:
             return
         counts_N, log_rate_N = counts_N[self._known_N], self._log_rate_N
         rate_N = np.exp(log_rate_N)
-        weight_N = rate_N * log_rate_N
-        likely = float(counts_N @ log_rate_N)
-        self._sums += (
-            likely - float(weight_N.sum()),
-            float(weight_N @ log_rate_N),
-            likely - float(counts_N @ self._log_usual_N) - float(rate_N.sum()) + self._usual,
-            float(counts_N.sum()),
-        )
+        self._sums_4N[0] += (counts_N - rate_N) * log_rate_N
+        self._sums_4N[1] += rate_N * log_rate_N**2
+        self._sums_4N[2] += counts_N * (log_rate_N - self._log_usual_N) - rate_N + self._usual_N
+        self._sums_4N[3] += counts_N
         self._bins += 1
         if self._bins == self._part:
-            self._parts.append(self._sums)
-            self._sums, self._bins = np.zeros(4), 0
+            self._parts.append(self._sums_4N)
+            self._begin()
 
     def forget(self) -> None:
         """Begin a new stretch."""
         self._parts.clear()
-        self._sums, self._bins = np.zeros(4), 0
+        self._begin()
 
     @property
     def complete(self) -> bool:
         """Whether the last bin completed a part of a stretch."""
         return self._bins == 0 and len(self._parts) == self.PARTS
 
-    def now(self) -> tuple[float, float]:
-        """Surprise and bits per spike of the last stretch; NaN before one is over."""
+    def now(self) -> tuple[NDArray[np.float64], float] | None:
+        """Surprise of each known unit and bits per spike of the last stretch; None before."""
         if len(self._parts) < self.PARTS:
-            return math.nan, math.nan
-        score, variance, gain, spikes = np.sum(self._parts, axis=0).tolist()
-        surprise = score / math.sqrt(variance) if variance else math.nan
-        return surprise, gain / math.log(2) / spikes if spikes else math.nan
+            return None
+        score_N, variance_N, gain_N, spikes_N = np.sum(self._parts, axis=0)
+        bits = gain_N.sum() / math.log(2) / max(1.0, spikes_N.sum())
+        return score_N / np.sqrt(np.maximum(variance_N, LEAST_RATE)), float(bits)
 
     def status(self, usual: Expectation) -> dict[str, float | bool | None]:
         """``drift`` of the status message.
@@ -135,16 +134,22 @@ class Drift:
         Returns
         -------
         dict
-            ``surprise`` of the last ``seconds``, in standard deviations from the usual, and
-            ``bits_per_spike``, None before they are over; ``expected``: the usual bits per spike;
-            ``drifted``.
+            ``surprise`` of the last ``seconds``, about 1 if all is as usual, and
+            ``bits_per_spike``, both None before they are over; ``expected``: the usual bits per
+            spike; ``drifted``.
         """
-        surprise, bits = self.now()
-        off = (surprise - usual.surprise) / max(usual.sd, 1.0)
+        now = self.now()
+        surprise = None if now is None else self.compare(now[0], usual)
         return {
-            "surprise": None if math.isnan(off) else round(off, 2),
-            "bits_per_spike": None if math.isnan(bits) else round(bits, 4),
+            "surprise": None if surprise is None else round(surprise, 2),
+            "bits_per_spike": None if now is None else round(now[1], 4),
             "expected": round(usual.bits_per_spike, 4),
             "seconds": round(usual.seconds, 2),
-            "drifted": abs(off) > UNUSUAL_SDS,
+            "drifted": surprise is not None and surprise > UNUSUAL,
         }
+
+    def compare(self, surprise_N: NDArray[np.float64], usual: Expectation) -> float:
+        """Surprise of all known units together, against the usual of each."""
+        mean_N, sd_N = np.array([usual.surprise, usual.sd])[:, self._known_N]
+        off_N = (surprise_N - mean_N) / np.maximum(sd_N, 1.0)
+        return float(np.sqrt(np.mean(off_N**2)))

@@ -205,8 +205,7 @@ class Health:
         if drift.get("drifted"):
             yield Finding(
                 "doubtful",
-                "units do not fire as the bundle expects: spikes of the last "
-                f"{drift['seconds']:.0f} s are {abs(drift['surprise']):.0f} standard deviations "
-                "from the usual",
+                "units do not fire as the bundle expects: in the last "
+                f"{drift['seconds']:.0f} s {drift['surprise']:.1f} times as far from it as usual",
                 "if it stays so, look at the sorting, or fine-tune on today's recording",
             )

@@ -130,7 +130,7 @@ class Metrics:
         )
         self._realtime = make(gauge, "realtime", "Whether the stream runs at the probe's own rate")
         self._surprise = make(
-            gauge, "surprise", "How far spikes are from what is foreseen, standard deviations"
+            gauge, "surprise", "How far spikes are from what is foreseen; about 1 is usual"
         )
         self._surprise.set(float("nan"))
         self._source = make(gauge, "source_state", "1 for the state of the source", "state")

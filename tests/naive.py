@@ -38,13 +38,15 @@ def bits_per_spike_of_unit(counts, rates):
 
 
 def surprise_and_bits(counts, rates, usual):
-    """Standardised log-likelihood, and its gain over constant rates per spike, term by term."""
-    score, variance, gain, spikes = 0.0, 0.0, 0.0, 0.0
+    """Standardised log-likelihood of each unit, and the gain over constant rates, term by term."""
+    units = len(usual)
+    score, variance, gain, spikes = [0.0] * units, [0.0] * units, 0.0, 0.0
     for count_N, rate_N in zip(counts, rates, strict=True):
-        for count, rate, constant in zip(count_N, rate_N, usual, strict=True):
-            score += (count - rate) * math.log(rate)
-            variance += rate * math.log(rate) ** 2
+        for n in range(units):
+            count, rate, constant = float(count_N[n]), float(rate_N[n]), float(usual[n])
+            score[n] += (count - rate) * math.log(rate)
+            variance[n] += rate * math.log(rate) ** 2
             gain += count * (math.log2(rate) - math.log2(constant))
             gain -= (rate - constant) / math.log(2)
             spikes += count
-    return score / math.sqrt(variance), gain / spikes
+    return [s / math.sqrt(v) for s, v in zip(score, variance, strict=True)], gain / spikes

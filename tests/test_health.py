@@ -113,7 +113,7 @@ def test_source_units_triggers_and_drift():
             units=units,
             triggers={"go": rule | {"refused": 2, "why": ["late"]}},
             actuators={"go.ttl": hand | {"failed": 1}},
-            drift={"drifted": True, "surprise": -12.3, "seconds": 30.0},
+            drift={"drifted": True, "surprise": 3.21, "seconds": 30.0},
         ),
         2 * S,
     )
@@ -125,7 +125,7 @@ def test_source_units_triggers_and_drift():
         "12 of 300 units",
         "trigger go held, and was refused: late",
         "go.ttl: 1 failed",
-        "12 standard deviations",
+        "3.2 times as far",
     ):
         assert words in text
     levels = [finding.level for finding in findings]
