@@ -5,9 +5,11 @@ Shape suffixes: T bins, N units, X stretches.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from offline.config import TrainConfig
@@ -17,11 +19,16 @@ from rt_neds.drift import Drift, Expectation
 from rt_neds.model.neds import NEDS
 
 STRETCH_S = 30.0
-LEAST_STRETCHES = 6
+LEAST_STRETCHES, MOST_STRETCHES = 6, 20
 SHORTEST_S = 5.0
 
 
-def expectation_of(model: NEDS, binned: BinnedSession, config: TrainConfig) -> Expectation | None:
+def expectation_of(
+    model: NEDS,
+    binned: BinnedSession,
+    config: TrainConfig,
+    device: torch.device | str = "cpu",
+) -> Expectation | None:
     """Surprise and bits per spike over stretches of the validation split.
 
     Parameters
@@ -29,6 +36,8 @@ def expectation_of(model: NEDS, binned: BinnedSession, config: TrainConfig) -> E
     model : NEDS
     binned : BinnedSession
     config : TrainConfig
+    device : torch device
+        Where the model is.
 
     Returns
     -------
@@ -43,10 +52,11 @@ def expectation_of(model: NEDS, binned: BinnedSession, config: TrainConfig) -> E
     seconds = min(STRETCH_S, sum(b - a for a, b in spans) * bin_s / LEAST_STRETCHES)
     if seconds < SHORTEST_S:
         return None
+    spans = list(_first(spans, round(MOST_STRETCHES * seconds / bin_s)))
     rates_N = mean_counts_N(binned)
     drift = Drift(rates_N, round(seconds / bin_s))
     kept_T = np.concatenate([np.arange(a, b) for a, b in spans])
-    log_rate_TN = np.log(np.maximum(ahead_spans(model, binned, spans), 1e-12))
+    log_rate_TN = np.log(np.maximum(ahead_spans(model, binned, spans, device), 1e-12))
     stretches: list[Any] = []
     for bin_, log_rate_N in zip(kept_T, log_rate_TN, strict=True):
         drift.expect(log_rate_N)
@@ -64,6 +74,14 @@ def expectation_of(model: NEDS, binned: BinnedSession, config: TrainConfig) -> E
         bits_per_spike=float(np.mean([bits for _, bits in stretches])),
         seconds=seconds,
     )
+
+
+def _first(spans: list[tuple[int, int]], bins: int) -> Iterator[tuple[int, int]]:
+    """The first bins of all spans: many sessions shall not be gone through whole."""
+    for a, b in spans:
+        if bins > 0:
+            yield a, min(b, a + bins)
+        bins -= b - a
 
 
 def _short(array_N: NDArray) -> list[float]:

@@ -235,7 +235,10 @@ def forecast_spans(
 
 
 def ahead_spans(
-    model: NEDS, binned: BinnedSession, spans: Iterable[tuple[int, int]]
+    model: NEDS,
+    binned: BinnedSession,
+    spans: Iterable[tuple[int, int]],
+    device: torch.device | str = "cpu",
 ) -> NDArray[np.float32]:
     """Predicted counts of every bin from the spikes of strictly earlier bins; causal models only.
 
@@ -246,7 +249,7 @@ def ahead_spans(
     pieces = []
     for kept_S, start, end in _segments(model, spans, SEGMENT):
         arrays = _spikes_alone(binned, [(start, end)])
-        raw = _forward(model, binned, *arrays, "decoding", [AHEAD])[AHEAD]
+        raw = _forward(model, binned, *arrays, "decoding", [AHEAD], device)[AHEAD]
         pieces.append(_counts(raw[0, kept_S]))
     return np.concatenate(pieces)
 

@@ -149,7 +149,7 @@ def train(
                         "config": as_json,
                     },
                 )
-    average.mean.cpu().load_state_dict(best)
+    average.mean.load_state_dict(best)
     summary = {
         "bundle": str(out / "bundle"),
         "steps": step,
@@ -164,7 +164,10 @@ def train(
             out / "bundle",
             average.mean,
             bin_ms=config.data.bin_ms,
-            sessions=[_bundle_session(average.mean, subject, config) for subject in subjects],
+            sessions=[
+                _bundle_session(average.mean, subject, config, processes.device)
+                for subject in subjects
+            ],
             training={"config": as_json, **{k: summary[k] for k in ("steps", "best_step", "val")}},
         )
     processes.wait()
@@ -204,14 +207,16 @@ def open_log(out: Path, resume: bool, processes: Processes) -> TextIO:
     return path.open("a" if resume else "w", encoding="utf-8")
 
 
-def _bundle_session(model: NEDS, subject: Subject, config: TrainConfig) -> BundleSession:
+def _bundle_session(
+    model: NEDS, subject: Subject, config: TrainConfig, device: torch.device
+) -> BundleSession:
     return BundleSession(
         id=subject.id,
         units=subject.units,
         rate=subject.rate,
         scales=dict(zip(config.behaviour, subject.scales, strict=True)),
         behaviours=list(subject.present),
-        expectation=expectation_of(model, subject.binned, config),
+        expectation=expectation_of(model, subject.binned, config, device),
     )
 
 
