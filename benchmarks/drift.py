@@ -71,7 +71,7 @@ def spoilings(units: int, seed: int) -> dict[str, Spoil]:
         return spoil
 
     found: dict[str, Spoil] = {"as recorded": lambda counts_TN: counts_TN}
-    for percent in (4, 8, 20, 40):
+    for percent in (4, 20, 40):
         count = max(1, round(percent / 100 * units))
         found[f"{count} of {units} units silent"] = lost(count)
         if count > 1:

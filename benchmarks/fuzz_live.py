@@ -171,7 +171,8 @@ def live(folder: Path, messages: int, seed: int, say: Callable[[str], None]) -> 
                 if name == "native":
                     told[name] = spoil(rig, native_stream(rng, 1), native_may_go, native_total,
                                        messages // 2, rng)  # fmt: skip
-                    good = until(native_stream(rng, 1 << 40), AFTER_BINS * WIDTH // 30 + 40)
+                    # It may begin anew in between, which cuts two bins short.
+                    good = until(native_stream(rng, 1 << 40), AFTER_BINS * WIDTH // 30 + 200)
                 else:
                     told[name] = spoil(rig, interface_stream(rng), interface_may_go,
                                        interface_total, messages // 2, rng)  # fmt: skip

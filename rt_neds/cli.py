@@ -6,8 +6,10 @@ import argparse
 import contextlib
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 from rt_neds import __version__
 from rt_neds.errors import RtNedsError
@@ -61,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         advice = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(COMMANDS)}"
         return _fail(f"no command {argv[0]}; {advice}", 2)
     try:
-        return _run(argv[0], argv[1:])
+        with _ended_gently():
+            return _run(argv[0], argv[1:])
     except RtNedsError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -70,6 +73,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone; Python would complain once more while closing it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+class _Terminated(BaseException):
+    """A SIGTERM came."""
+
+
+@contextlib.contextmanager
+def _ended_gently() -> Iterator[None]:
+    """Clean up on a SIGTERM, then die of it: processes of ours would be left behind."""
+
+    def terminated(*_: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        yield
+    except _Terminated:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(name: str, argv: Sequence[str]) -> int:
