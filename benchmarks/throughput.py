@@ -4,6 +4,8 @@ Windows of 100 bins, 5 layers of width 256, batch 16, float32, dropout 0.4. Ours
 of the trainer: drawing and binning windows, masks, forward, losses, backward, AdamW, running
 average. The original's is its encoder stack alone (forward, backward, AdamW), on as many tokens as
 its tokenizers would give; it is left out unless a checkout of it is named, and needs its packages.
+*Products* are the matrix products of our layers alone, forwards and backwards: what no float32
+training of this network on this core can do without.
 
     python benchmarks/throughput.py --original ../NEDS --rounds 8
 """
@@ -101,6 +103,29 @@ def original(checkout: Path, tokens_per_bin: int) -> Callable[[], None]:
     return step
 
 
+def products() -> Callable[[], None]:
+    """The matrix products of one step of ours: of each layer, and of attention in whole windows."""
+    tokens, heads = BATCH * BINS, 8
+    maps = [
+        (torch.randn(tokens, n), torch.randn(n, m), torch.randn(tokens, m))
+        for n, m in ((WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, 2 * WIDTH), (2 * WIDTH, WIDTH))
+    ]
+    q_HTF = torch.randn(BATCH * heads, BINS, WIDTH // heads)
+    score_HTT = q_HTF @ q_HTF.mT
+
+    def step() -> None:
+        for _ in range(LAYERS):
+            for x, weight, out in maps:
+                x @ weight
+                out @ weight.T
+                x.T @ out
+            for _ in range(3):  # scores and mixture: forwards once, backwards twice
+                q_HTF @ q_HTF.mT
+                score_HTT @ q_HTF
+
+    return step
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--original", type=Path, help="a checkout of the original NEDS")
@@ -112,7 +137,7 @@ def main() -> None:
         session = Path(folder) / "s.h5"
         simulate_file(session, units=300, minutes=5.0, seed=0)
         for case, tokens in CASES.items():
-            steps = {"ours": ours(session, tokens)}
+            steps = {"ours": ours(session, tokens), "products": products()}
             if args.original:
                 steps["original"] = original(args.original, tokens)
             seconds: dict[str, list[float]] = {name: [] for name in steps}

@@ -22,7 +22,7 @@ from rt_neds.latency import Latency
 from rt_neds.stream.publisher import DecodedListener, Note
 from rt_neds.wire import DEFAULT_DECODED
 
-REFRESH_HZ = 8
+REFRESH_HZ = 4
 TRACE_BINS = 400
 SPARKS = " ▁▂▃▄▅▆▇█"
 
