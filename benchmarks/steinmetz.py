@@ -308,11 +308,14 @@ def by_transfer(
     return task.test.side_K, {name: METHODS[name](task) for name in names}
 
 
-def run(sessions: list[Trials], ms: int, names: list[str]) -> dict[str, list[Scored]]:
+def run(
+    sessions: list[Trials], ms: int, names: list[str], transfer_only: bool = False
+) -> dict[str, list[Scored]]:
     """Scores of every protocol with spikes up to so long after the stimulus, by session."""
-    cut = [trials.until(ms) for trials in sessions]
-    found = {f"folds/{ms}ms": [by_folds(trials, names) for trials in cut]}
-    found[f"equal_contrast/{ms}ms"] = [equal_contrasts(cut, found[f"folds/{ms}ms"])]
+    cut, found = [trials.until(ms) for trials in sessions], {}
+    if not transfer_only:
+        found[f"folds/{ms}ms"] = [by_folds(trials, names) for trials in cut]
+        found[f"equal_contrast/{ms}ms"] = [equal_contrasts(cut, found[f"folds/{ms}ms"])]
     past, new = tuple(cut[:PAST_SESSIONS]), cut[PAST_SESSIONS:]
     for k in LABELLED:
         protocol = f"transfer/{ms}ms/k={k or 'all'}"
@@ -388,12 +391,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of session01..12.h5")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--transfer-only", action="store_true", help="a third of the time")
     args = parser.parse_args()
     sessions = [load_trials(args.data / f"session{n:02d}.h5") for n in range(1, 13)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[Scored]] = {}
     for ms in UNTIL_MS:  # written at each, so that a long run cut short leaves what it had
-        found |= run(sessions, ms, args.methods)
+        found |= run(sessions, ms, args.methods, args.transfer_only)
         write_json(str(args.out), {**summarise(found), "machine": machine()})
         print(f"spikes up to {ms} ms: written to {args.out}", flush=True)
 
