@@ -1,8 +1,10 @@
-"""Does surprise tell when decoding is not to be believed? On a recording whose units we spoil.
+"""What is left of decoding when units are no longer what they were, and who notices?
 
 A bundle trained with ``masking.ahead`` decodes the test split of its own recording, and of copies
-of it in which units fell silent, were exchanged, or got another's spikes added; beside the R2 that
-is left stands in how many stretches of half a minute ``drifted`` would have been said.
+of it in which units fell silent, were exchanged, or got another's spikes added. ``believed`` is the
+R2 that is left if every announced unit is believed; ``served`` that of the stream, which takes a
+unit for missing once it has fallen silent for long, those seconds included. Beside it stands in how
+many stretches of half a minute ``drifted`` would have been said, were every unit believed.
 
     python benchmarks/drift.py --session rat_w_maze.h5 --bundle RUN/bundle --json results/drift.json
 """
@@ -27,9 +29,12 @@ from offline.streamed import offline_values
 from offline.windows import BinnedSession, bin_session
 from rt_neds.bundle import build_model, load_spec
 from rt_neds.drift import UNUSUAL, Drift, Expectation
+from rt_neds.frames import BinnedFrame
 from rt_neds.model.neds import NEDS
 from rt_neds.result import machine, write_json
 from rt_neds.session import load_session
+from rt_neds.stream.decoder import Decoder, make_step
+from rt_neds.stream.silent import FallenSilent
 
 Spoil = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
@@ -110,6 +115,35 @@ def decoded(model: NEDS, spec: Any, binned: Any, window: int) -> dict[str, float
     return scores
 
 
+def served(model: NEDS, spec: Any, binned: Any) -> tuple[dict[str, float], int]:
+    """R2 of each behaviour on the test split, streamed; how many units fell silent at the most."""
+    of_bundle, bin_s = spec.session(binned.session.id), spec.bin_ms / 1e3
+    step = make_step(model, spec, of_bundle, np.zeros(len(of_bundle.units), bool))
+    decoder = Decoder(spec, of_bundle, step)
+    silent = FallenSilent(of_bundle.longest_silence, bin_s, max(spec.model.history))
+    true: dict[str, list] = {b.name: [] for b in spec.behaviours}
+    guess: dict[str, list] = {b.name: [] for b in spec.behaviours}
+    most = 0
+    for first, stop in binned.spans("test"):
+        start = max(0, first - spec.model.receptive_field)
+        for bin_, counts_N in enumerate(binned.counts_TN(start, stop), start=start):
+            shown = bool(binned.shown_TM[bin_, 0])
+            frame = BinnedFrame(0, bin_, 0, counts_N, shown, 0, 0, 0, 0, bin_ == start, 0, 0)
+            silent.take(frame)
+            value_V = decoder.decode(frame)
+            most = max(most, 0 if frame.silent_N is None else int(frame.silent_N.sum()))
+            for m, b in enumerate(spec.behaviours, start=1):
+                if bin_ >= first and binned.scored_TM[bin_, m]:
+                    true[b.name].append(binned.values_TM[bin_, m])
+                    guess[b.name].append(value_V[2 * (m - 1)])
+    return {name: r2(np.array(true[name]), np.array(guess[name])) for name in true}, most
+
+
+def means(scores: list[dict[str, float]]) -> dict[str, float]:
+    """Mean over draws."""
+    return {key: round(float(np.mean([of[key] for of in scores])), 3) for key in scores[0]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--session", type=Path, required=True)
@@ -133,19 +167,21 @@ def main() -> None:
             found_X2 = stretches(
                 model, spoilt, binned.spans("test"), usual, config.data.bin_ms / 1e3
             )
-            row = table.setdefault(name, {"surprise": [], "bits_per_spike": [], "r2": []})
+            keys = ("surprise", "bits_per_spike", "r2", "served", "silent")
+            row = table.setdefault(name, {key: [] for key in keys})
             row["surprise"] += found_X2[:, 0].round(2).tolist()
             row["bits_per_spike"] += found_X2[:, 1].round(3).tolist()
             row["r2"].append(decoded(model, spec, spoilt, config.data.window_bins))
+            scores, most = served(model, spec, spoilt)
+            row["served"].append(scores)
+            row["silent"].append(most)
     for name, row in table.items():
         surprise_X = np.array(row["surprise"])
         row["drifted"] = float((surprise_X > UNUSUAL).mean())
-        scores = {
-            key: round(float(np.mean([of[key] for of in row["r2"]])), 3) for key in row["r2"][0]
-        }
         bits = np.median(row["bits_per_spike"])
         print(f"{name:45} said {row['drifted']:5.0%}  surprise {np.median(surprise_X):5.1f}  "
-              f"bits per spike {bits:6.2f}  R2 {scores}")  # fmt: skip
+              f"bits per spike {bits:6.2f}  R2 {means(row['r2'])}  served {means(row['served'])}  "
+              f"silent {row['silent']}")  # fmt: skip
     if args.json:
         write_json(
             str(args.json),

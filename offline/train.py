@@ -30,6 +30,7 @@ from offline.finetune import begin_at_bundle, refuse_other_units, trunk
 from offline.losses import loss_of, spikes_loss
 from offline.processes import Processes, join, leave
 from offline.progress import progress
+from offline.silence import longest_silences
 from offline.validation import mean_score, validate
 from rt_neds.bundle import BundleSession, save_bundle
 from rt_neds.config import load_config
@@ -217,6 +218,7 @@ def _bundle_session(
         scales=dict(zip(config.behaviour, subject.scales, strict=True)),
         behaviours=list(subject.present),
         expectation=expectation_of(model, subject.binned, config, device),
+        longest_silence=longest_silences(subject.binned),
     )
 
 

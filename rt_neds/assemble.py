@@ -82,6 +82,7 @@ def assemble(
     from rt_neds.stream.decoder import Decoder, Silence, make_step, schema_outputs
     from rt_neds.stream.loop import Loop
     from rt_neds.stream.receiver import Announcement
+    from rt_neds.stream.silent import FallenSilent
     from rt_neds.stream.validity import Validity
 
     torch.set_num_threads(1)
@@ -136,4 +137,7 @@ def assemble(
             "missing": int(missing_N.sum()),
             "unknown": int((rows < 0).sum()),
         },
+        silent=FallenSilent(
+            session.longest_silence, spec.bin_ms / 1000, max(spec.model.history), missing_N
+        ),
     )

@@ -42,6 +42,8 @@ class BundleSession(msgspec.Struct, frozen=True, kw_only=True):
         What was recorded, and so learned, in this session.
     expectation : Expectation or None
         How well its spikes are predicted as long as nothing has drifted.
+    longest_silence : list of float
+        Seconds for which each unit was silent in training, at the most; empty if that is not known.
     """
 
     id: str
@@ -50,6 +52,7 @@ class BundleSession(msgspec.Struct, frozen=True, kw_only=True):
     scales: dict[str, Scale]
     behaviours: list[str]
     expectation: Expectation | None = None
+    longest_silence: list[float] = []
 
 
 class BundleSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -128,8 +128,16 @@ class Drift:
         bits = gain_N.sum() / math.log(2) / max(1.0, spikes_N.sum())
         return score_N / np.sqrt(np.maximum(variance_N, LEAST_RATE)), float(bits)
 
-    def status(self, usual: Expectation) -> dict[str, float | bool | None]:
+    def status(
+        self, usual: Expectation, silent_N: NDArray[np.bool_] | None = None
+    ) -> dict[str, float | bool | None]:
         """``drift`` of the status message.
+
+        Parameters
+        ----------
+        usual : Expectation
+        silent_N : ndarray of bool, optional
+            Units already taken for missing, and so left out.
 
         Returns
         -------
@@ -139,7 +147,7 @@ class Drift:
             spike; ``drifted``.
         """
         now = self.now()
-        surprise = None if now is None else self.compare(now[0], usual)
+        surprise = None if now is None else self.compare(now[0], usual, silent_N)
         return {
             "surprise": None if surprise is None else round(surprise, 2),
             "bits_per_spike": None if now is None else round(now[1], 4),
@@ -148,8 +156,15 @@ class Drift:
             "drifted": surprise is not None and surprise > UNUSUAL,
         }
 
-    def compare(self, surprise_N: NDArray[np.float64], usual: Expectation) -> float:
+    def compare(
+        self,
+        surprise_N: NDArray[np.float64],
+        usual: Expectation,
+        silent_N: NDArray[np.bool_] | None = None,
+    ) -> float:
         """Surprise of all known units together, against the usual of each."""
         mean_N, sd_N = np.array([usual.surprise, usual.sd])[:, self._known_N]
         off_N = (surprise_N - mean_N) / np.maximum(sd_N, 1.0)
-        return float(np.sqrt(np.mean(off_N**2)))
+        if silent_N is not None:
+            off_N = off_N[~silent_N[self._known_N]]
+        return float(np.sqrt(np.mean(off_N**2))) if len(off_N) else 0.0

@@ -101,6 +101,9 @@ class BinnedFrame:
     first_of_run : bool
         True for the first bin after a start, a restart or a gap longer than the context: nothing
         from before can matter any more.
+    silent_N : ndarray of bool or None
+        Units that have fallen silent, to be taken for missing; None for none. The same array as in
+        the bin before, unless it changed.
     """
 
     epoch: int
@@ -116,6 +119,7 @@ class BinnedFrame:
     sent_ns: int
     received_ns: int
     binned_ns: int = 0
+    silent_N: NDArray[np.bool_] | None = None
 
 
 @dataclass(slots=True)

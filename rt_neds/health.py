@@ -168,8 +168,20 @@ class Health:
         for flag, (says, do) in FLAGS.items():
             if not flags & flag:
                 continue
-            if flag is Flag.MISSING_UNITS and units.get("missing"):
-                says = f"{units['missing']} of {units['bundle']} " + says
+            if flag is Flag.MISSING_UNITS:
+                yield from self._units_gone(units, says, do)
+                continue
+            yield Finding("wrong", says, do)
+
+    @staticmethod
+    def _units_gone(units: Mapping[str, Any], says: str, do: str) -> Iterator[Finding]:
+        if silent := list(units.get("silent") or ()):
+            names = ", ".join(silent[:3]) + (" ..." if len(silent) > 3 else "")
+            fell = f"{len(silent)} of {units['bundle']} units have fallen silent ({names})"
+            yield Finding("wrong", fell, "look at the sorting; their stand-ins are used meanwhile")
+        if units.get("missing"):
+            yield Finding("wrong", f"{units['missing']} of {units['bundle']} {says}", do)
+        elif not silent:
             yield Finding("wrong", says, do)
 
     def _grown(self) -> Iterator[Finding]:

@@ -133,6 +133,7 @@ class Metrics:
             gauge, "surprise", "How far spikes are from what is foreseen; about 1 is usual"
         )
         self._surprise.set(float("nan"))
+        self._silent = make(gauge, "units_silent", "Units that have fallen silent")
         self._source = make(gauge, "source_state", "1 for the state of the source", "state")
         silent = make(gauge, "heard_seconds_ago", "Since anything was heard of serve")
         silent.set_function(
@@ -203,6 +204,7 @@ class Metrics:
         self._realtime.set(bool(fields.get("realtime")))
         surprise = _table(fields.get("drift")).get("surprise")
         self._surprise.set(surprise if isinstance(surprise, float) else float("nan"))
+        self._silent.set(len((fields.get("units") or {}).get("silent") or ()))
         for state in ("waiting", "streaming", "silent"):
             self._source.labels(self._probe, state).set(fields.get("source") == state)
 

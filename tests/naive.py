@@ -50,3 +50,25 @@ def surprise_and_bits(counts, rates, usual):
             gain -= (rate - constant) / math.log(2)
             spikes += count
     return [s / math.sqrt(v) for s, v in zip(score, variance, strict=True)], gain / spikes
+
+
+def fallen_silent(counts_TN, observed_T, limit_N):
+    """Which units were silent for more observed bins than their limit, at each bin."""
+    T, N = counts_TN.shape
+    out_TN = np.zeros((T, N), bool)
+    for n in range(N):
+        silent = 0
+        for t in range(T):
+            if observed_T[t]:
+                silent = 0 if counts_TN[t, n] > 0 else silent + 1
+            out_TN[t, n] = silent > limit_N[n]
+    return out_TN
+
+
+def longest_silence(fired_T):
+    """Bins of the longest run without a spike."""
+    longest = now = 0
+    for fired in fired_T:
+        now = 0 if fired else now + 1
+        longest = max(longest, now)
+    return longest

@@ -125,7 +125,7 @@ def served(bundle, items, announced=None):
     return loop.status(0)["drift"]
 
 
-def test_the_stream_says_what_is_usual_as_offline_and_notices_units_that_fell_silent(foreseeing):
+def test_the_stream_says_what_is_usual_as_offline_and_notices_exchanged_units(foreseeing):
     path, config, bundle = foreseeing
     session = load_session(path)
     usual = load_spec(bundle).sessions[0].expectation
@@ -147,10 +147,11 @@ def test_the_stream_says_what_is_usual_as_offline_and_notices_units_that_fell_si
         drift.take(binned.counts_TN(t, t + 1)[0], bool(binned.scored_TM[t, 0]))
     assert calm["bits_per_spike"] == pytest.approx(drift.now()[1], abs=2e-3)
 
-    lost = list(batches(session, 20.0, epoch=1))
-    for batch in lost:  # announced as ever, and silent
-        batch.records_S = batch.records_S[batch.records_S["unit"] % 3 > 0]
-    wrong = served(bundle, lost)
+    exchanged = list(batches(session, 20.0, epoch=1))
+    for batch in exchanged:  # those that follow speed and those that follow choice
+        batch.records_S = batch.records_S.copy()
+        batch.records_S["unit"] = (batch.records_S["unit"] + 6) % 12
+    wrong = served(bundle, exchanged)
     assert wrong["drifted"], (wrong, calm)
 
 

@@ -5,6 +5,7 @@ Shape suffixes: T bins, N units, O raw outputs of the network, V published value
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -37,6 +38,12 @@ class Step(Protocol):
     def next_TN(self) -> NDArray[np.float32]:
         """Log-rates (T, N) of the spikes of the bin after each of those last decoded."""
 
+    def miss(self, silent_N: NDArray[np.bool_] | None) -> None:
+        """From the next bin on take these units, too, for missing, until others are named.
+
+        None of them may have fired within the read-in's history.
+        """
+
 
 class EagerStep:
     """The network's own ``step``, in PyTorch: slow, plain, and what every other must equal."""
@@ -56,9 +63,9 @@ class EagerStep:
         self._values = torch.zeros(1, CHUNK, modalities, device=device)
         self._observed = torch.zeros(1, CHUNK, modalities, dtype=torch.bool, device=device)
         self._scheme = torch.tensor([SCHEMES.index("decoding")], device=device)
-        self._missing = None
-        if missing_N is not None and missing_N.any():
-            self._missing = torch.from_numpy(missing_N)[None, None].to(device)
+        never_N = np.zeros(model.parts(session).units, bool)
+        self._missing_N = never_N if missing_N is None else missing_N
+        self.miss(None)
         self.reset()
 
     def reset(self, first_bin: int = 0) -> None:
@@ -92,6 +99,11 @@ class EagerStep:
         """Log-rates of the spikes of the bin after each of those last decoded."""
         return self._next_TN
 
+    def miss(self, silent_N: NDArray[np.bool_] | None) -> None:
+        """From the next bin on take these units, too, for missing."""
+        missing_N = self._missing_N if silent_N is None else self._missing_N | silent_N
+        self._missing = torch.from_numpy(missing_N)[None, None].to(self._device)
+
 
 class Silence:
     """Decodes nothing: what is left of the latency is the machine's and the transport's own."""
@@ -111,6 +123,9 @@ class Silence:
     def next_TN(self) -> NDArray[np.float32]:
         """Nothing is expected of anything."""
         return np.zeros((0, 0), np.float32)
+
+    def miss(self, silent_N: NDArray[np.bool_] | None) -> None:
+        """Nobody is listened to anyhow."""
 
 
 class Decoder:
@@ -148,6 +163,8 @@ class Decoder:
         behaviours = outputs_of(spec, session)
         self._values = Values(behaviours, [session.scales[b.name] for b in behaviours], CHUNK)
         self._step = step
+        self._silent_N: NDArray[np.bool_] | None = None
+        self._next_before: list[NDArray[np.float32]] = []
         self.values_V = self._values.values_TV[0]
 
     def decode(self, frame: BinnedFrame) -> NDArray[np.float32]:
@@ -158,10 +175,29 @@ class Decoder:
         """Decode at most ``CHUNK`` bins, to shape (T, V); only the first may begin a run."""
         if frames[0].first_of_run:
             self._step.reset(frames[0].bin)
-        raw_TO = self._step.steps(
+        return self._values.of(self._raw_TO(frames))
+
+    def _raw_TO(self, frames: Sequence[BinnedFrame]) -> NDArray[np.float32]:
+        """Raw outputs; the step is told of units that fall silent, or fire again, in between."""
+        before: list[NDArray[np.float32]] = []
+        self._next_before.clear()
+        first = 0
+        for t, frame in enumerate(frames):
+            if frame.silent_N is self._silent_N:
+                continue
+            if t > first:
+                before.append(self._steps(frames[first:t]).copy())
+                if self._drift is not None:
+                    self._next_before.append(self._step.next_TN().copy())
+            self._step.miss(frame.silent_N)
+            self._silent_N, first = frame.silent_N, t
+        last_TO = self._steps(frames[first:])
+        return np.concatenate([*before, last_TO]) if before else last_TO
+
+    def _steps(self, frames: Sequence[BinnedFrame]) -> NDArray[np.float32]:
+        return self._step.steps(
             [frame.counts_N for frame in frames], [frame.observed for frame in frames]
         )
-        return self._values.of(raw_TO)
 
     def look_back(self, frames: Sequence[BinnedFrame] = ()) -> None:
         """Compare the bins last decoded with what was expected of them; none breaks the thread.
@@ -170,7 +206,8 @@ class Decoder:
         """
         if self._drift is None:
             return
-        for frame, next_N in zip(frames, self._step.next_TN() if frames else (), strict=False):
+        next_TN = itertools.chain(*self._next_before, self._step.next_TN() if frames else ())
+        for frame, next_N in zip(frames, next_TN, strict=False):
             if frame.first_of_run:
                 self._drift.expect(None)
             self._drift.take(frame.counts_N, frame.observed)
@@ -181,7 +218,9 @@ class Decoder:
     def drift(self) -> dict[str, float | bool | None]:
         """``drift`` of the status message; empty if the bundle does not know what is usual."""
         usual = self.session.expectation
-        return self._drift.status(usual) if self._drift is not None and usual is not None else {}
+        if self._drift is None or usual is None:
+            return {}
+        return self._drift.status(usual, self._silent_N)
 
     def warm_up(self, units: int, bins: int = 20) -> None:
         """Run the whole step on silence, so that the first real bin is not the slow one."""

@@ -105,6 +105,16 @@ def _of_root_sums(
     return weight_EI * scale_KN.ravel(), bias_E + weight_EI @ constant_KN.ravel()
 
 
+def _instead(read_in: Any, missing_N: NDArray[np.bool_] | None) -> F8:
+    """What each unit's stand-in adds to the read-in over its silence; zero for missing ones."""
+    mean_KN, sd_KN, stand_in_KN = map(_f8, (read_in.mean_KN, read_in.sd_KN, read_in.missing_KN))
+    weight_EKN = _f8(read_in.linear.weight).reshape(-1, *mean_KN.shape)
+    instead_ND = np.einsum("ekn,kn->ne", weight_EKN, stand_in_KN + mean_KN / sd_KN)
+    if missing_N is not None:
+        instead_ND[missing_N] = 0.0
+    return instead_ND
+
+
 def _blocks(model: Any, parts: Any, spikes_D: F8, missing_N: Any, half: bool) -> Iterator[Any]:
     """All weights in the order they are read; ``spikes_D`` is added to the spike token."""
     read_in = _map(parts.spikes_in.linear)
@@ -196,6 +206,9 @@ class FusedStep:
         self._token_TD = work_4TD[1, :, : c.dim]  # what is read out
         weight_DD, bias_D = _map(model.next)
         weight_ND, bias_N = _map(parts.spikes_out.linear)
+        # Weights of a silent unit are not read: to take it for missing is to change the bias.
+        self._bias_D, self._instead_ND = weights[: c.dim], _instead(parts.spikes_in, missing_N)
+        self._believed_D = self._bias_D.astype(np.float64)
         self._next_DN = np.ascontiguousarray((weight_ND @ weight_DD).T, np.float32)
         self._next_N = (weight_ND @ bias_D + bias_N).astype(np.float32)
         self._bins = 0
@@ -271,6 +284,14 @@ class FusedStep:
         self._bin += bins
         self._bins = bins
         return self._raw_TO[:bins]
+
+    def miss(self, silent_N: NDArray[np.bool_] | None) -> None:
+        """From the next bin on take these units, too, for missing, until others are named.
+
+        None of them may have fired within the read-in's history.
+        """
+        instead_ND = self._instead_ND[:0] if silent_N is None else self._instead_ND[silent_N]
+        self._bias_D[:] = self._believed_D + instead_ND.sum(axis=0)
 
     def next_TN(self) -> F4:
         """Log-rates of the spikes of the bin after each of those last decoded.

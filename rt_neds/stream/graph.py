@@ -104,7 +104,9 @@ class GraphStep:
         missing = torch.from_numpy(np.zeros(parts.units, bool) if missing_N is None else missing_N)
         self._history_K1 = torch.tensor(read_in.history, device=self._device)[:, None]
         self._mean_KN, self._sd_KN = read_in.mean_KN, read_in.sd_KN
-        self._missing_N, self._stand_in_KN = missing.to(self._device), read_in.missing_KN
+        self._never_N = missing.numpy()  # not in the stream
+        self._missing_N = missing.clone().to(self._device)
+        self._stand_in_KN = read_in.missing_KN
         self._read_in = read_in.linear
 
     def _set_state(self, config: Any, units: int) -> None:
@@ -179,6 +181,11 @@ class GraphStep:
     def next_TN(self) -> F4:
         """Log-rates of the spikes of the bin after each of those last decoded."""
         return self._next_TN[: self._bins]
+
+    def miss(self, silent_N: NDArray[np.bool_] | None) -> None:
+        """From the next bin on take these units, too, for missing."""
+        missing_N = self._never_N if silent_N is None else self._never_N | silent_N
+        self._missing_N.copy_(torch.from_numpy(missing_N))  # in place: the graph has its address
 
     def step(self, counts_N: F4, observed: bool) -> F4:
         """Decode the next bin; the array is overwritten by the one after it."""

@@ -19,6 +19,7 @@ from rt_neds.frames import BinnedFrame, DecodedFrame, SpikeBatch
 from rt_neds.stream.binner import CHUNK, Binner
 from rt_neds.stream.decoder import Decoder
 from rt_neds.stream.receiver import Announcement
+from rt_neds.stream.silent import FallenSilent
 from rt_neds.stream.validity import Validity
 
 NOTE_NS = 1_000_000_000
@@ -63,6 +64,8 @@ class Loop:
     units : mapping of str to int
         What the status says of units: of the ``bundle``, of these ``missing`` in the stream, and
         ``unknown`` ones of the stream.
+    silent : FallenSilent, optional
+        Notices units that fall silent.
     """
 
     def __init__(
@@ -78,11 +81,13 @@ class Loop:
         schema: dict[str, Any],
         assumed: Announcement,
         units: Mapping[str, int] | None = None,
+        silent: FallenSilent | None = None,
     ) -> None:
         self._source, self._binner, self._decoder = source, binner, decoder
         self._validity, self._sink, self._schema = validity, sink, schema
         self._probe, self._model = probe, model
         self._assumed, self._units = assumed, dict(units or {})
+        self._silent = silent
         self._heard: Announcement | None = None
         self._closed: list[tuple[BinnedFrame, int]] = []  # with their flags; not yet decoded
         self._behind = False
@@ -112,6 +117,8 @@ class Loop:
         if any(self._schema[key] != before._schema[key] for key in ("session", "rate")):
             return
         self._binner.go_on_from(before._binner)
+        if self._silent is not None and before._silent is not None:
+            self._silent.go_on_from(before._silent)
         self._validity.go_on_from(before._validity)
         self._last_batch_ns = before._last_batch_ns
 
@@ -144,6 +151,8 @@ class Loop:
         for binned in self._binner.frames(batch):
             if binned.first_of_run or len(self._closed) == CHUNK:
                 self._decode()
+            if self._silent is not None:
+                self._silent.take(binned)
             self._closed.append((binned, self._validity.flags(binned)))
 
     def _decode(self) -> None:
@@ -216,12 +225,18 @@ class Loop:
             "published": self._published,
             "realtime": self._validity.realtime,
             "clock": self._validity.clock(),
-            "units": self._units,
+            "units": {**self._units, "silent": self._fallen_silent()},
             "drift": self._decoder.drift(),
             "source_counters": self._source.counters,
             "bin_counters": self._binner.counters,
             "frame_counters": self._validity.counters,
         }
+
+    def _fallen_silent(self) -> list[str]:
+        """Ids of units that have fallen silent."""
+        now_N = self._silent.now_N if self._silent is not None else None
+        units = self._decoder.session.units
+        return [] if now_N is None else [units[n] for n in np.flatnonzero(now_N)]
 
 
 def run_together(

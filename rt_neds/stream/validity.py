@@ -91,7 +91,7 @@ class Validity:
             flags |= Flag.SLIPPED
         if frame.unknown:
             flags |= Flag.UNKNOWN_UNITS
-        if self.units_missing:
+        if self.units_missing or frame.silent_N is not None:
             flags |= Flag.MISSING_UNITS
         if frame.late:
             flags |= Flag.LATE
