@@ -126,7 +126,8 @@ def served(model: NEDS, spec: Any, binned: Any) -> tuple[dict[str, float], int]:
     most = 0
     for first, stop in binned.spans("test"):
         start = max(0, first - spec.model.receptive_field)
-        for bin_, counts_N in enumerate(binned.counts_TN(start, stop), start=start):
+        counts_TN = np.ascontiguousarray(binned.counts_TN(start, stop))
+        for bin_, counts_N in enumerate(counts_TN, start=start):
             shown = bool(binned.shown_TM[bin_, 0])
             frame = BinnedFrame(0, bin_, 0, counts_N, shown, 0, 0, 0, 0, bin_ == start, 0, 0)
             silent.take(frame)
