@@ -20,7 +20,8 @@ Shape suffixes: K trials, T bins of a trial, N units, F features, B bootstrap dr
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -40,6 +41,9 @@ BIN_S, BINS = 0.02, 20
 UNTIL_MS = (100, 200, 300, 400)
 LABELLED = (8, 16, 32, None)
 """Labelled trials of a new session; None for all of the 60 %."""
+
+PROTOCOLS = ("folds", "transfer")
+"""What can be run; trials of equal contrast are scored with the folds."""
 
 OUTER_FOLDS, INNER_FOLDS, PAST_SESSIONS, DRAWS = 5, 4, 9, 2000
 REFERENCE = "logistic"
@@ -309,15 +313,15 @@ def by_transfer(
 
 
 def run(
-    sessions: list[Trials], ms: int, names: list[str], transfer_only: bool = False
+    sessions: list[Trials], ms: int, names: list[str], protocols: Collection[str] = PROTOCOLS
 ) -> dict[str, list[Scored]]:
-    """Scores of every protocol with spikes up to so long after the stimulus, by session."""
+    """Scores of the protocols with spikes up to so long after the stimulus, by session."""
     cut, found = [trials.until(ms) for trials in sessions], {}
-    if not transfer_only:
+    if "folds" in protocols:
         found[f"folds/{ms}ms"] = [by_folds(trials, names) for trials in cut]
         found[f"equal_contrast/{ms}ms"] = [equal_contrasts(cut, found[f"folds/{ms}ms"])]
     past, new = tuple(cut[:PAST_SESSIONS]), cut[PAST_SESSIONS:]
-    for k in LABELLED:
+    for k in LABELLED if "transfer" in protocols else ():
         protocol = f"transfer/{ms}ms/k={k or 'all'}"
         found[protocol] = [by_transfer(trials, past, k, names) for trials in new]
     return found
@@ -386,19 +390,26 @@ def summarise(found: dict[str, list[Scored]]) -> dict[str, Any]:
     return {**scores, "intervals": intervals}
 
 
+def beside_others(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
+    """Scores, beside those in a file of protocols that were not run now."""
+    old = json.loads(path.read_text()) if path.is_file() else {}
+    intervals = {**old.get("intervals", {}), **scores["intervals"]}
+    return {**old, **scores, "intervals": intervals, "machine": machine()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of session01..12.h5")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--transfer-only", action="store_true", help="a third of the time")
+    parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS))
     args = parser.parse_args()
     sessions = [load_trials(args.data / f"session{n:02d}.h5") for n in range(1, 13)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[Scored]] = {}
     for ms in UNTIL_MS:  # written at each, so that a long run cut short leaves what it had
-        found |= run(sessions, ms, args.methods, args.transfer_only)
-        write_json(str(args.out), {**summarise(found), "machine": machine()})
+        found |= run(sessions, ms, args.methods, args.protocols)
+        write_json(str(args.out), beside_others(args.out, summarise(found)))
         print(f"spikes up to {ms} ms: written to {args.out}", flush=True)
 
 
