@@ -97,7 +97,7 @@ def stretches(
         drift.expect(np.log(np.maximum(rate_N, 1e-12)))
         drift.take(binned.counts_TN(bin_, bin_ + 1)[0], bool(binned.scored_TM[bin_, 0]))
         if drift.complete:
-            said = drift.status(usual)
+            said = drift.status(usual, binned.session.unit_ids)
             found.append((said["surprise"], said["bits_per_spike"]))
             drift.forget()
     return np.array(found)

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -30,6 +32,8 @@ from rt_neds.model.readout import LOG_RATE_RANGE
 
 UNUSUAL = 2.0
 """Surprise that counts as drifted."""
+MOST_OFF = 5
+"""Units that are named, at the most."""
 LEAST_RATE = 1e-4
 """Spikes per bin of a unit that was silent in training; of none, a single spike would be infinite
 news."""
@@ -129,13 +133,18 @@ class Drift:
         return score_N / np.sqrt(np.maximum(variance_N, LEAST_RATE)), float(bits)
 
     def status(
-        self, usual: Expectation, silent_N: NDArray[np.bool_] | None = None
-    ) -> dict[str, float | bool | None]:
+        self,
+        usual: Expectation,
+        units: Sequence[str],
+        silent_N: NDArray[np.bool_] | None = None,
+    ) -> dict[str, Any]:
         """``drift`` of the status message.
 
         Parameters
         ----------
         usual : Expectation
+        units : sequence of str
+            Ids of all units.
         silent_N : ndarray of bool, optional
             Units already taken for missing, and so left out.
 
@@ -144,27 +153,36 @@ class Drift:
         dict
             ``surprise`` of the last ``seconds``, about 1 if all is as usual, and
             ``bits_per_spike``, both None before they are over; ``expected``: the usual bits per
-            spike; ``drifted``.
+            spike; ``drifted``; and ``units``: ids of those that are off by most, if it has drifted.
         """
         now = self.now()
-        surprise = None if now is None else self.compare(now[0], usual, silent_N)
+        off_N = None if now is None else self._off_N(now[0], usual, silent_N)
+        surprise = None if off_N is None else float(np.sqrt(np.nanmean(off_N**2)))
+        drifted = surprise is not None and surprise > UNUSUAL
         return {
             "surprise": None if surprise is None else round(surprise, 2),
             "bits_per_spike": None if now is None else round(now[1], 4),
             "expected": round(usual.bits_per_spike, 4),
             "seconds": round(usual.seconds, 2),
-            "drifted": surprise is not None and surprise > UNUSUAL,
+            "drifted": drifted,
+            "units": self._most_off(off_N, units) if off_N is not None and drifted else [],
         }
 
-    def compare(
+    def _off_N(
         self,
         surprise_N: NDArray[np.float64],
         usual: Expectation,
-        silent_N: NDArray[np.bool_] | None = None,
-    ) -> float:
-        """Surprise of all known units together, against the usual of each."""
-        mean_N, sd_N = np.array([usual.surprise, usual.sd])[:, self._known_N]
-        off_N = (surprise_N - mean_N) / np.maximum(sd_N, 1.0)
+        silent_N: NDArray[np.bool_] | None,
+    ) -> NDArray[np.float64] | None:
+        """How far each unit is from its usual, in spreads; NaN for those left out, None if all."""
+        off_N = np.full(len(self._known_N), np.nan)
+        off_N[self._known_N] = surprise_N
+        off_N = (off_N - usual.surprise) / np.maximum(usual.sd, 1.0)
         if silent_N is not None:
-            off_N = off_N[~silent_N[self._known_N]]
-        return float(np.sqrt(np.mean(off_N**2))) if len(off_N) else 0.0
+            off_N[silent_N] = np.nan
+        return None if np.isnan(off_N).all() else off_N
+
+    @staticmethod
+    def _most_off(off_N: NDArray[np.float64], units: Sequence[str]) -> list[str]:
+        size_N = np.nan_to_num(np.abs(off_N))
+        return [units[n] for n in np.argsort(-size_N)[:MOST_OFF] if size_N[n] > UNUSUAL]

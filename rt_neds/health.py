@@ -218,6 +218,7 @@ class Health:
             yield Finding(
                 "doubtful",
                 "units do not fire as the bundle expects: in the last "
-                f"{drift['seconds']:.0f} s {drift['surprise']:.1f} times as far from it as usual",
+                f"{drift['seconds']:.0f} s {drift['surprise']:.1f} times as far from it as usual"
+                + (f" ({', '.join(drift['units'][:3])} the most)" if drift.get("units") else ""),
                 "if it stays so, look at the sorting, or fine-tune on today's recording",
             )

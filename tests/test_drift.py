@@ -71,11 +71,14 @@ def test_the_verdict_needs_a_whole_stretch_and_twice_the_usual():
     for log_rate, drifted in ((math.log(0.2), True), (math.log(40), True), (math.log(4), False)):
         drift = Drift(usual.rates, 10)
         for _ in range(10):
-            assert drift.status(usual)["bits_per_spike"] is None
-            assert not drift.status(usual)["drifted"]
+            assert drift.status(usual, ["u"])["bits_per_spike"] is None
+            assert not drift.status(usual, ["u"])["drifted"]
             drift.expect(np.full(1, log_rate, np.float32))
             drift.take(np.full(1, 4, np.float32), True)
-        assert drift.status(usual)["drifted"] is drifted
+        said = drift.status(usual, ["u"])
+        assert said["drifted"] is drifted
+        assert said["units"] == (["u"] if drifted else [])
+        assert drift.status(usual, ["u"], np.array([True]))["surprise"] is None  # all left out
 
 
 @pytest.mark.parametrize("size", SIZES)

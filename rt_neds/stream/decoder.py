@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -215,12 +215,12 @@ class Decoder:
         if not frames:
             self._drift.expect(None)
 
-    def drift(self) -> dict[str, float | bool | None]:
+    def drift(self) -> dict[str, Any]:
         """``drift`` of the status message; empty if the bundle does not know what is usual."""
         usual = self.session.expectation
         if self._drift is None or usual is None:
             return {}
-        return self._drift.status(usual, self._silent_N)
+        return self._drift.status(usual, self.session.units, self._silent_N)
 
     def warm_up(self, units: int, bins: int = 20) -> None:
         """Run the whole step on silence, so that the first real bin is not the slow one."""
