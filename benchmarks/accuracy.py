@@ -301,7 +301,7 @@ def summarise(by_seed: list[list[Fold]], names: list[str]) -> dict[str, Any]:
         entry[key] = [float(np.mean(values)), float(np.std(values))]
 
     for name in names if names[0] in by_seed[0][0] else ():
-        scores, coverage = [], []
+        scores, coverage, over_sd = [], [], []
         for folds in by_seed:
             joined = {
                 key: np.concatenate([fold[name][key] for fold in folds]) for key in folds[0][name]
@@ -312,9 +312,11 @@ def summarise(by_seed: list[list[Fold]], names: list[str]) -> dict[str, Any]:
                     joined["true"], joined["guess"], joined["sd"], joined["profile"]
                 )
                 coverage.append(of["coverage_68"])
+                over_sd.append(of["error_over_sd"])
         note(name, scores)
         if coverage:
             note(f"{name}_coverage_68", coverage)
+            note(f"{name}_error_over_sd", over_sd)
     for key in by_seed[0][0].get("encoding", {}):
         note(f"{key}_mean50", [float(folds[0]["encoding"][key]) for folds in by_seed])
     for key in ("stream_vs_offline_max_abs", "unpublished_bins"):

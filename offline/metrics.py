@@ -74,8 +74,10 @@ def gaussian_scores(
         squared error in each tenth of the trials, over the variance of all scored bins (a quiet
         moment has hardly a variance of its own to divide by); None without trials.
         With an sd also ``coverage_50``, ``_68``, ``_90``, ``_95``: the share of true values within
-        the interval that states so many per cent; ``nll`` and ``nll_profile``: nats per bin of
-        the stated gaussian, and of the profile with its training sd.
+        the interval that states so many per cent; ``error_over_sd``: root mean square of the
+        error over its stated sd, 1 if the sd is right, even where errors are not gaussian and the
+        coverage is another; ``nll`` and ``nll_profile``: nats per bin of the stated gaussian, and
+        of the profile with its training sd.
     """
     scores: dict[str, Any] = {"r2": r2(true_S, mean_S), "r2_profile": r2(true_S, profile_S)}
     scores["gain"] = scores["r2"] - scores["r2_profile"]
@@ -84,6 +86,8 @@ def gaussian_scores(
         for percent, width in COVERAGE.items():
             inside = np.abs(true_S - mean_S) <= width * sd_S
             scores[f"coverage_{percent}"] = float(np.mean(inside))
+        over_S = (true_S - mean_S) / np.maximum(sd_S, 1e-12)
+        scores["error_over_sd"] = float(np.sqrt(np.mean(over_S**2)))
         scores["nll"] = gaussian_nll(true_S, mean_S, sd_S)
         if profile_sd is not None:
             scores["nll_profile"] = gaussian_nll(true_S, profile_S, profile_sd)

@@ -79,9 +79,10 @@ def continuous_trust_table(result: dict[str, Any]) -> Table:
     for name, scores in result["decoding"].items():
         if "coverage_68" in scores:
             shares = [number(100 * scores[f"coverage_{p}"], 1) + " %" for p in percents]
-            rows.append([name, *shares, number(scores["nll"]), number(scores["nll_profile"])])
+            sizes = (number(scores[key]) for key in ("error_over_sd", "nll", "nll_profile"))
+            rows.append([name, *shares, *sizes])
     head = ["stated", *(f"{p} % interval" for p in percents)]
-    return [*head, "nats per bin", "of mean profile"], rows
+    return [*head, "error over sd, rms", "nats per bin", "of mean profile"], rows
 
 
 def categorical_trust_table(result: dict[str, Any]) -> Table:

@@ -61,6 +61,7 @@ def test_gaussian_scores():
     assert scores["r2"] == pytest.approx(r2_score(true, true + 0.5 * noise))
     assert scores["gain"] == pytest.approx(scores["r2"] - r2_score(true, np.zeros(5000)))
     assert scores["coverage_68"] == pytest.approx(0.683, abs=0.02)
+    assert scores["error_over_sd"] == pytest.approx(np.sqrt(np.mean(noise**2)))
 
 
 def test_the_stated_sd_against_scipy():
