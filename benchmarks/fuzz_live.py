@@ -18,7 +18,7 @@ from typing import Any
 from fuzz import NAMES, RATE, UNITS, WIDTH, interface_stream, native_stream
 from mutations import Frames, Fuzzer
 
-from rt_neds.bench import random_bundle
+from rt_neds.bench_input import random_bundle
 from rt_neds.children import ChildError, free_port, serving, wait_for_schema
 from rt_neds.errors import WireError
 from rt_neds.frames import DecodedFrame

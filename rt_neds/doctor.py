@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from rt_neds.bench import paced, percentiles, timed
+from rt_neds.bench_step import paced, percentiles, timed
 from rt_neds.errors import ConfigError
 from rt_neds.result import machine
 from rt_neds.serve import quiet_machine

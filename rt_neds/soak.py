@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rt_neds.bench import random_bundle
+from rt_neds.bench_input import random_bundle
 from rt_neds.children import ChildError, free_port, serving, wait_for_schema
 from rt_neds.clock import samples_per_bin
 from rt_neds.errors import ConfigError, RtNedsError

@@ -2,7 +2,9 @@
 
 import pytest
 
-from rt_neds.bench import bench_step, paced, percentiles, random_bundle, term_lines, terms
+from rt_neds.bench import term_lines, terms
+from rt_neds.bench_input import random_bundle
+from rt_neds.bench_step import bench_step, paced, percentiles
 from rt_neds.bundle import load_spec
 
 

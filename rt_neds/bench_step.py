@@ -1,0 +1,126 @@
+"""How long one step takes, beside PyTorch's and the window run anew, in turns."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rt_neds.bench_input import random_bundle
+from rt_neds.result import machine
+
+
+def bench_step(
+    *, bundle: str | None, size: str, units: int, behaviours: int, seconds: float
+) -> dict[str, Any]:
+    """One bin through the served step, PyTorch's, and the window run anew, in turns.
+
+    PyTorch's is the graph's step launched operator by operator: the fastest there is of that kind,
+    with every buffer and mask made beforehand. The error is against the network's own ``step``.
+
+    Returns
+    -------
+    dict
+        As ``rt-neds bench step --json``, in microseconds.
+    """
+    import torch
+
+    from rt_neds.bundle import build_model, load_spec
+    from rt_neds.stream.decoder import EagerStep, make_step, outputs_of
+    from rt_neds.stream.graph import GraphStep
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = (
+            Path(bundle) if bundle else random_bundle(Path(scratch), size, units, 20.0, behaviours)
+        )
+        spec = load_spec(path)
+        model = build_model(path, spec)
+    session = spec.sessions[0]
+    n = len(session.units)
+    wanted = [b.name for b in outputs_of(spec, session)]
+    fast = make_step(model, spec, session, np.zeros(n, bool))
+    plain = EagerStep(model, session.id, wanted)
+    eager = GraphStep(model, session.id, wanted, device="cpu", captured=False)
+    rng = np.random.default_rng(0)
+    counts_TN = rng.poisson(0.5, size=(512, n)).astype(np.float32)
+    worst = 0.0
+    for counts_N in counts_TN[:300]:
+        gap = np.abs(fast.steps((counts_N,), (True,)) - plain.step(counts_N, True)).max()
+        worst = max(worst, float(gap))
+    window = _window(model, session.id, wanted, counts_TN[: spec.model.context])
+    hot: dict[str, list[float]] = {"step": [], "eager": [], "window": []}
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        hot["step"] += timed(lambda i: fast.steps((counts_TN[i % 512],), (True,)), 200)
+        hot["eager"] += timed(lambda i: eager.step(counts_TN[i % 512], True), 40)
+        hot["window"] += timed(lambda i: window(), 4)
+    bins = max(20, round(seconds / 0.02 / 2))
+    cold = paced({"step": fast, "eager": eager}, counts_TN, bins, spec.bin_ms / 1e3)
+    middle = {name: statistics.median(times) for name, times in hot.items()}
+    return {
+        "machine": machine(),
+        "model": f"{spec.model.layers} layers of {spec.model.dim}, context {spec.model.context}",
+        "units": n,
+        "behaviours": len(wanted),
+        "step_us": {"hot": percentiles(hot["step"]), "paced": percentiles(cold["step"])},
+        "eager_us": {"hot": percentiles(hot["eager"]), "paced": percentiles(cold["eager"])},
+        "window_us": percentiles(hot["window"]),
+        "window_over_step": round(middle["window"] / middle["step"], 1),
+        "eager_over_step": round(middle["eager"] / middle["step"], 2),
+        "eager_over_step_paced": round(
+            statistics.median(cold["eager"]) / statistics.median(cold["step"]), 2
+        ),
+        "max_abs_error": worst,
+    }
+
+
+def _window(model: Any, session: str, wanted: list[str], counts_TN: Any) -> Any:
+    """What everyone without a cache does at each bin: the whole window again."""
+    import torch
+
+    T, M = len(counts_TN), len(model.modalities)
+    counts, values = torch.from_numpy(counts_TN)[None], torch.zeros(1, T, M)
+    observed = torch.zeros(1, T, M, dtype=torch.bool)
+    observed[:, :, 0] = True
+    scheme = torch.zeros(1, dtype=torch.int64)
+
+    @torch.no_grad()
+    def run() -> None:
+        model(session, counts, values, observed, scheme, wanted=wanted)
+
+    return run
+
+
+def timed(call: Any, times: int) -> list[float]:
+    """Microseconds that each of so many calls took; a call is given its number."""
+    took = []
+    for i in range(times):
+        start = time.perf_counter_ns()
+        call(i)
+        took.append((time.perf_counter_ns() - start) / 1e3)
+    return took
+
+
+def paced(
+    steps: dict[str, Any], counts_TN: Any, bins: int, period_s: float
+) -> dict[str, list[float]]:
+    """As the loop meets it: one step per bin, by turns, the caches gone cold in between."""
+    took: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(bins):
+        for name, step in steps.items():
+            time.sleep(period_s)
+            counts_1N = counts_TN[i % len(counts_TN)][None]
+            took[name] += timed(lambda _, s=step, c=counts_1N: s.steps(c, (True,)), 1)
+    return took
+
+
+def percentiles(times: list[float]) -> dict[str, float]:
+    """``p50``, ``p99``, ``p99_9`` and how many there were."""
+    marks = np.percentile(times, [50, 99, 99.9])
+    names = ("p50", "p99", "p99_9")
+    return {**{n: round(float(m), 1) for n, m in zip(names, marks, strict=True)}, "n": len(times)}
