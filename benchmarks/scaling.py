@@ -32,9 +32,6 @@ from rt_neds.simulate import simulate_file
 
 RESULTS = Path(__file__).resolve().parent / "results"
 UNITS, PAST_MINUTES, NEW_MINUTES, NEW_SEED = 80, 8.0, 40.0, 1000
-PRETRAINED_ON = (0, 1, 5, 20)
-MINUTES = (1.0, 2.0, 5.0, 10.0, 0.0)
-"""Calibration; 0 is all of the training split."""
 
 SCHEMES = ("masking.schemes={decoding=1.0, encoding=0.5}", "masking.ahead=true")
 
@@ -70,13 +67,17 @@ def of_ideal_observer(session: Path, config: TrainConfig) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/scaling"))
-    parser.add_argument("--steps", type=int, default=900, help="of pretraining")
-    parser.add_argument("--tuning-steps", type=int, default=300)
+    parser.add_argument("--pretrained-on", type=int, nargs="+", default=[0, 1, 5, 20])
+    parser.add_argument(
+        "--minutes", type=float, nargs="+", default=[1, 2, 5, 10, 0], help="0 for all there is"
+    )
+    parser.add_argument("--steps", type=int, default=3000, help="of pretraining")
+    parser.add_argument("--tuning-steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    past = [args.out / f"past{n:02d}.h5" for n in range(max(PRETRAINED_ON))]
+    past = [args.out / f"past{n:02d}.h5" for n in range(max(args.pretrained_on))]
     new = args.out / "new.h5"
     for n, path in enumerate(past):
         if not path.is_file():
@@ -87,15 +88,15 @@ def main() -> None:
     path = RESULTS / "scaling.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     results |= {"machine": machine(), "ideal": of_ideal_observer(new, config_of())}
-    for sessions in PRETRAINED_ON:
+    for sessions in args.pretrained_on:
         init = None
         if sessions:
             run = args.out / f"pretrained{sessions}-{args.seed}"
             # Few sessions are soon known by heart: what is kept is the best on their validation.
-            config = config_of(f"training.steps={args.steps}", "training.validate_every=300", seed)
+            config = config_of(f"training.steps={args.steps}", "training.validate_every=500", seed)
             init = Path(train(config, [str(p) for p in past[:sessions]], run)["bundle"])
-        for minutes in MINUTES:
-            changes = [f"training.steps={args.tuning_steps}", "training.validate_every=50", seed]
+        for minutes in args.minutes:
+            changes = [f"training.steps={args.tuning_steps}", "training.validate_every=100", seed]
             changes.append(f"data.train_minutes={minutes}")
             if init is not None:
                 changes += ["training.frozen_steps=60", "training.trunk_rate=0.3"]
