@@ -64,21 +64,21 @@ def config_of(seed: int, steps: int) -> TrainConfig:
 
 
 def areas(region_N: NDArray[np.str_]) -> NDArray[np.str_]:
-    """The area of each unit; simulated regions have none and stay what they are."""
+    """The area of each unit, "" where it has none of them."""
     area_of = {region: area for area, of_area in AREAS.items() for region in of_area}
-    known = np.isin(region_N, list(area_of)).any()
-    return np.array([area_of.get(r, "") for r in region_N]) if known else region_N
+    return np.array([area_of.get(region, "") for region in region_N])
 
 
-def named(paths: list[Path], out: Path, seed: int, steps: int) -> dict[str, Any]:
-    """Train, and name regions from embeddings."""
-    bundle = train(config_of(seed, steps), [str(path) for path in paths], out)["bundle"]
-    spec = load_spec(bundle)
-    sessions = [load_session(path) for path in paths]
-    regions = {session.id: regions_of(session) for session in sessions}
-    found = decode_regions(
-        build_model(bundle, spec), {k: areas(r) for k, r in regions.items() if r is not None}
-    )
+def named(paths: list[Path], out: Path, seed: int, steps: int, *, as_areas: bool) -> dict[str, Any]:
+    """Train, unless that was done before, and name regions from embeddings."""
+    bundle = out / "bundle"
+    if not bundle.is_dir():
+        train(config_of(seed, steps), [str(path) for path in paths], out)
+    regions = {}
+    for session in map(load_session, paths):
+        if (region_N := regions_of(session)) is not None:
+            regions[session.id] = areas(region_N) if as_areas else region_N
+    found = decode_regions(build_model(bundle, load_spec(bundle)), regions)
     assert found is not None, "no two regions with enough units"
     return found
 
@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/regions"))
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", choices=["steinmetz", "simulated"])
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -119,9 +120,12 @@ def main() -> None:
     }
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     for name, paths in datasets.items():
+        if args.only not in (None, name):
+            continue
         by_seed = []
         for seed in args.seeds:
-            by_seed.append(named(paths, args.out / f"{name}-{seed}", seed, args.steps))
+            out = args.out / f"{name}-{seed}"
+            by_seed.append(named(paths, out, seed, args.steps, as_areas=name == "steinmetz"))
             results |= {name: summarised(by_seed), "machine": machine()}
             write_json(str(RESULTS), results)
             print(name, seed, {way: by_seed[-1][way] for way in WAYS}, flush=True)
