@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from offline.windows import BinnedSession
 
-SHORTEST_S = 60.0
-"""Training from which this can be told."""
+SHORTEST_S = 300.0
+"""Training from which this can be told: two minutes have not seen a unit's longest pause."""
 LEAST_SPIKES = 20
 PIECE = 5_000
 """Bins that are looked at together; bounds memory, changes nothing."""
@@ -24,7 +24,7 @@ def longest_silences(binned: BinnedSession) -> list[float]:
     -------
     list of float
         One for each unit; of one that hardly fired, all of training. Empty if training is shorter
-        than a minute.
+        than five minutes.
     """
     bin_s = binned.width / binned.session.rate
     units = len(binned.session.unit_ids)

@@ -111,7 +111,7 @@ def missing_1(missing_N):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("silent")
-    session = write_session(folder / "s.h5", seconds=200)
+    session = write_session(folder / "s.h5", seconds=500)
     config = tiny_config(masking={"schemes": {"decoding": 1.0}, "ahead": True})
     train(config, [str(session)], folder / "run")
     return session, config, folder / "run" / "bundle"
@@ -129,7 +129,7 @@ def test_the_bundle_says_how_long_each_unit_was_silent_in_training(trained):
 
 def test_short_training_and_units_that_hardly_fire_say_nothing(tmp_path, tiny):
     assert load_spec(tiny[1] / "bundle").sessions[0].longest_silence == []
-    path = write_session(tmp_path / "s.h5", seconds=200, units=2)
+    path = write_session(tmp_path / "s.h5", seconds=500, units=2)
     config = tiny_config()
     binned = bin_session(load_session(path), config.data, config.behaviour)
     first = binned.session.records_S["unit"] == 0
@@ -141,7 +141,7 @@ def test_a_lost_unit_is_flagged_named_and_missing_until_it_fires_again(trained):
     path, _, bundle = trained
     spec = load_spec(bundle)
     model, of_bundle = build_model(bundle, spec), spec.sessions[0]
-    lost, dead_from, back_at = 1, 3_000, 4_500  # bins
+    lost, dead_from, back_at = 1, 3_000, 6_000  # bins
     width = 0.02 * of_bundle.rate
     items = list(batches(load_session(path), 20.0, epoch=1))
     for batch in items:
