@@ -282,7 +282,7 @@ def test_watch_reports_what_it_saw(tiny, tmp_path):
     assert seen["frames"] == len(frames) == 100
     assert seen["holes"] == 0
     assert seen["receive_to_publish_ms"]["p50"] > 0
-    assert seen["status"]["units"] == {"bundle": 6, "missing": 0, "unknown": 0}
+    assert seen["status"]["units"] == {"bundle": 6, "missing": 0, "unknown": 0, "silent": []}
     assert any(
         "whole context" in finding["says"] or "no spikes" in finding["says"]
         for finding in seen["findings"]
