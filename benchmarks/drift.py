@@ -3,8 +3,9 @@
 A bundle trained with ``masking.ahead`` decodes the test split of its own recording, and of copies
 of it in which units fell silent, were exchanged, or got another's spikes added. ``believed`` is the
 R2 that is left if every announced unit is believed; ``served`` that of the stream, which takes a
-unit for missing once it has fallen silent for long, those seconds included. Beside it stands in how
-many stretches of half a minute ``drifted`` would have been said, were every unit believed.
+unit for missing once it has fallen silent for long; it runs for as long as the network can see
+before anything is scored, and so the wait is not in the score. Beside it stands in how many
+stretches of half a minute ``drifted`` would have been said, were every unit believed.
 
     python benchmarks/drift.py --session rat_w_maze.h5 --bundle RUN/bundle --json results/drift.json
 """

@@ -124,7 +124,7 @@ def main() -> None:
             continue
         by_seed = []
         for seed in args.seeds:
-            out = args.out / f"{name}-{seed}"
+            out = args.out / f"{name}-{seed}-{args.steps}"
             by_seed.append(named(paths, out, seed, args.steps, as_areas=name == "steinmetz"))
             results |= {name: summarised(by_seed), "machine": machine()}
             write_json(str(RESULTS), results)

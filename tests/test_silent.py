@@ -1,5 +1,7 @@
 """Units that fall silent: noticed as the rule says, taken for missing alike by all, and said."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -102,6 +104,33 @@ def test_every_step_takes_silent_units_for_missing_as_forward_does(size):
             step.miss(silent_TN[t] if silent_TN[t].any() else None)
             got.append(step.steps((counts_TN[t],), (observed_T[t],))[0].copy())
         np.testing.assert_allclose(np.stack(got), want, atol=2e-4)
+
+
+@pytest.mark.parametrize("make", [FusedStep, EagerStep])
+def test_units_that_fall_silent_in_the_middle_of_a_queue_change_nothing_but_their_bins(
+    trained, make
+):
+    spec = load_spec(trained[2])
+    model, session = build_model(trained[2], spec), spec.sessions[0]
+    names = [b.name for b in spec.behaviours]
+    rng = np.random.default_rng(0)
+    counts_TN = rng.poisson(0.5, (64, len(session.units))).astype(np.float32)
+    counts_TN[:40, 2] = 0
+    gone_N, decoded, drifts = np.arange(len(session.units)) == 2, [], []
+    for cuts in (range(65), [0, 1, 8, 16, 24, 32, 40, 48, 56, 64]):
+        decoder = Decoder(spec, session, make(model, session.id, names))
+        values = []
+        for a, b in itertools.pairwise(cuts):
+            several = [frame(counts_TN[t]) for t in range(a, b)]
+            for t, binned in enumerate(several, start=a):
+                binned.bin, binned.first_of_run = t, t == 0
+                binned.silent_N = gone_N if 11 <= t < 37 else None
+            values.append(decoder.decode_chunk(several).copy())
+            decoder.look_back(several)
+        decoded.append(np.concatenate(values))
+        drifts.append(decoder._drift._sums_4N)
+    np.testing.assert_allclose(decoded[1], decoded[0], atol=0 if make is FusedStep else 1e-5)
+    np.testing.assert_allclose(drifts[1], drifts[0], rtol=1e-4, atol=1e-4)
 
 
 def missing_1(missing_N):
