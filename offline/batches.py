@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offline.config import TrainConfig
+from offline.linear import Fits
 from offline.masking import Masks, draw_masks
 from offline.predict import normalise, scales
 from offline.windows import SPLITS, BinnedSession, bin_session
@@ -58,6 +59,7 @@ class Subject:
     rate_N: NDArray[np.float64]
     length: int
     reach: Callable[[], tuple[BinnedSession, NDArray[np.int64]]]
+    fits: Fits | None = None
 
     @property
     def binned(self) -> BinnedSession:
@@ -83,6 +85,7 @@ class Batch:
     scheme_B: Tensor
     missing_BN: Tensor
     ahead_BT: Tensor
+    fits: tuple[Tensor, Tensor, Tensor] | None
     share: dict[str, float]
 
 
@@ -241,6 +244,13 @@ def bin_windows(
         scheme_B=tensor(masks.scheme_B[rows]),
         missing_BN=tensor(masks.missing_BN[rows]),
         ahead_BT=tensor(masks.ahead_BT[rows]),
+        fits=None
+        if (fits := draw.subject.fits) is None
+        else (
+            fits.weight_XUF.to(device),
+            fits.bias_XU.to(device),
+            tensor(_cut(binned, fits.fit_T, firsts_B, T)),
+        ),
         share={
             name: entries / asked_of_step[name]
             for name, entries in asked_entries(masks, rows, config).items()

@@ -5,12 +5,15 @@ Shape suffixes: T bins, K boxcar widths, N units, F features (widths x units).
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from offline.batches import Subject
 from offline.config import TrainConfig
+from offline.linear import fit
 from offline.windows import BinnedSession, behaviours_of
 from rt_neds.model.neds import NEDS
 from rt_neds.model.readin import boxcar_sums
@@ -34,7 +37,27 @@ def build(config: TrainConfig, subjects: list[Subject]) -> NEDS:
             rate_N = torch.from_numpy(counts_TN.mean(axis=0)).clamp_min(1e-4)
             parts.spikes_out.linear.bias.copy_(rate_N.log())
             parts.spikes_out.linear.weight.mul_(0.1)
+            if parts.linear is not None:  # what regression says is all there is to say yet
+                for head in parts.behaviour_out.parameters():
+                    head.zero_()
     return model
+
+
+def fit_linear(model: NEDS, subjects: list[Subject], known: Collection[str] = ()) -> None:
+    """Fit each session's linear decoder to its training split, in place.
+
+    ``known`` sessions go on from a bundle: what their read-outs make of it is kept.
+    """
+    for subject in subjects:
+        parts = model.parts(subject.id)
+        if parts.linear is None:
+            continue
+        before = {name: p.clone() for name, p in parts.linear.out.state_dict().items()}
+        subject.fits = fit(
+            subject.binned, model.behaviours, subject.scales, parts.spikes_in, parts.linear
+        )
+        if subject.id in known:
+            parts.linear.out.load_state_dict(before)
 
 
 def _statistics_sample(

@@ -11,14 +11,26 @@ from torch import nn
 from offline.config import TrainConfig
 from rt_neds.bundle import BundleSpec, build_model, load_spec
 from rt_neds.errors import BundleError
+from rt_neds.model.linear import where_said
 from rt_neds.model.neds import NEDS, SessionParts
 
-SHARED = ("dim", "layers", "heads", "widen", "context", "attention", "tokens", "memory", "history")
+SHARED = (
+    "dim",
+    "layers",
+    "heads",
+    "widen",
+    "context",
+    "attention",
+    "tokens",
+    "memory",
+    "history",
+    "linear",
+)
 """Fields of the model that a bundle and its continuation must have in common."""
 
 
 @torch.no_grad()
-def begin_at_bundle(model: NEDS, folder: str | Path, config: TrainConfig) -> None:
+def begin_at_bundle(model: NEDS, folder: str | Path, config: TrainConfig) -> list[str]:
     """Give a network the trunk of a bundle, and the parts of the sessions they have in common.
 
     The trunk is everything that belongs to no session. Modalities are matched by name, so that
@@ -32,6 +44,11 @@ def begin_at_bundle(model: NEDS, folder: str | Path, config: TrainConfig) -> Non
     folder : path
         The bundle.
     config : TrainConfig
+
+    Returns
+    -------
+    list of str
+        Sessions that the bundle knows.
 
     Raises
     ------
@@ -48,12 +65,18 @@ def begin_at_bundle(model: NEDS, folder: str | Path, config: TrainConfig) -> Non
     for m, name in enumerate(model.modalities):
         if name in known.modalities:
             model.modality_MD[m] = known.modality_MD[known.modalities.index(name)]
+    if model.linear_in is not None and known.linear_in is not None:
+        theirs_at = where_said(known.behaviours)
+        for name, at in where_said(model.behaviours).items():
+            if name in theirs_at:
+                model.linear_in.weight[:, at] = known.linear_in.weight[:, theirs_at[name]]
     for x, session in enumerate(model.session_ids):
         if session in known.session_ids:
             model.session_XD[x] = known.session_XD[known.session_ids.index(session)]
             _take_parts(model.parts(session), known.parts(session))
         else:
             model.session_XD[x] = known.session_XD.mean(dim=0)
+    return list(known.session_ids)
 
 
 def refuse_other_units(folder: str | Path, units: Mapping[str, list[str]]) -> None:

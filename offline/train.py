@@ -21,7 +21,7 @@ from torch import Tensor
 
 from offline.average import RunningAverage, touched
 from offline.batches import Batch, Step, Subject, draw_step, refuse_twins
-from offline.beginning import build
+from offline.beginning import build, fit_linear
 from offline.cache import kept
 from offline.checkpoint import load_checkpoint, save_checkpoint
 from offline.config import TrainConfig, TrainingConfig
@@ -84,10 +84,11 @@ def train(
         torch.set_num_threads(settings.threads)
     subjects = open_sessions(session_paths, config, out, processes)
     torch.manual_seed(settings.seed)
-    model = build(config, subjects)
+    model, known = build(config, subjects), []
     if init is not None:
         refuse_other_units(init, {subject.id: subject.units for subject in subjects})
-        begin_at_bundle(model, init, config)
+        known = begin_at_bundle(model, init, config)
+    fit_linear(model, subjects, known)
     model = model.to(processes.device)
     average = RunningAverage(model)
     optimiser = make_optimiser(model, settings)
@@ -111,6 +112,8 @@ def train(
         open_log(out, resume, processes) as log,
         progress(settings.steps, quiet or not processes.first) as show,
     ):
+        if not resume:
+            _note(log, {"step": 0, "score": best_score, "val": best_val})
         while step < settings.steps:
             set_rates(optimiser, step, settings)
             # What a step draws depends on the seed and on its number, and on nothing before it.
@@ -293,6 +296,7 @@ def batch_losses(model: NEDS, batch: Batch, config: TrainConfig) -> dict[str, Te
             batch.observed_BTM[rows],
             batch.scheme_B[rows],
             missing_BTN=batch.missing_BN[rows, None],
+            fits=batch.fits and (*batch.fits[:2], batch.fits[2][rows]),
             wanted=wanted,
         )
         for name, raw_BTC in outputs.items():

@@ -26,19 +26,19 @@ SCHEME = torch.tensor([SCHEMES.index("decoding")])
 ATOL = 1e-5
 
 SIZES = [
-    # dim, heads, layers, context, history, widen, units, memory
-    (32, 2, 3, 6, (1, 3), 2, 12, 0),
-    (24, 3, 2, 33, (2,), 2, 7, 9),  # heads and widths that fill no panel
-    (40, 1, 2, 31, (1, 5, 25), 3, 30, 0),  # the ring and its sink fill one panel exactly
-    (6, 3, 1, 1, (4, 1), 1, 3, 5),  # a bin that sees only itself; one layer is first and last
-    (32, 2, 2, 4, (1, 3), 2, 12, 40),  # many a hole is longer than the context
-    (128, 4, 2, 100, (1, 5, 25), 2, 50, 500),
+    # dim, heads, layers, context, history, widen, units, memory, linear decoder
+    (32, 2, 3, 6, (1, 3), 2, 12, 0, True),
+    (24, 3, 2, 33, (2,), 2, 7, 9, False),  # heads and widths that fill no panel
+    (40, 1, 2, 31, (1, 5, 25), 3, 30, 0, True),  # the ring and its sink fill one panel exactly
+    (6, 3, 1, 1, (4, 1), 1, 3, 5, True),  # a bin that sees only itself; one layer is first and last
+    (32, 2, 2, 4, (1, 3), 2, 12, 40, False),  # many a hole is longer than the context
+    (128, 4, 2, 100, (1, 5, 25), 2, 50, 500, True),
 ]
 
 
 def random_model(size=SIZES[0], seed: int = 0) -> NEDS:
     """Every parameter drawn, so that nothing is hidden behind a zero."""
-    dim, heads, layers, context, history, widen, units, memory = size
+    dim, heads, layers, context, history, widen, units, memory, linear = size
     torch.manual_seed(seed)
     config = ModelConfig(
         dim=dim,
@@ -48,6 +48,7 @@ def random_model(size=SIZES[0], seed: int = 0) -> NEDS:
         history=history,
         widen=widen,
         memory=memory,
+        linear=linear,
     )
     model = NEDS(config, BEHAVIOURS, {"other": 4, "a": units}).eval()
     with torch.no_grad():
@@ -56,6 +57,9 @@ def random_model(size=SIZES[0], seed: int = 0) -> NEDS:
         for parts in model.sessions:
             parts.spikes_in.mean_KN.uniform_(0, 1)
             parts.spikes_in.sd_KN.uniform_(0.5, 2)
+            if linear:
+                parts.linear.weight_UF.normal_(std=0.1)
+                parts.linear.bias_U.normal_()
     return model
 
 
@@ -145,7 +149,7 @@ def test_bins_together_give_the_same_bits_as_one_by_one(size, wanted, shown, rou
 
 
 def test_rounded_weights_are_read_in_two_bytes():
-    model = random_model((64, 2, 3, 10, (1, 3), 2, 5, 9))
+    model = random_model((64, 2, 3, 10, (1, 3), 2, 5, 9, True))
     whole = FusedStep(model, "a", NAMES).nbytes
     trunk = sum(w.numel() for _, w in trunk_weights(model))
     assert whole - FusedStep(round_trunk(model), "a", NAMES).nbytes == 2 * trunk

@@ -22,6 +22,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from rt_neds.model.attention import Attention, Ring, rotary_table, visible
+from rt_neds.model.linear import LinearDecoder, numbers_said
 from rt_neds.model.memory import ROUNDING, Memory, in_sight
 from rt_neds.model.readin import CategoricalReadIn, ContinuousReadIn, SpikeReadIn
 from rt_neds.model.readout import Behaviour, ReadOut
@@ -68,6 +69,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         memory, as in the papers.
     history : tuple of int
         Widths, in bins, of the running sums of counts that a spike token is made of.
+    linear : bool
+        Whether a linear decoder of each session, fitted to the same sums before training, is heard
+        and begun at.
     dropout : float
     """
 
@@ -80,6 +84,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     tokens: Literal["bin", "modality"] = "bin"
     memory: int = 0
     history: tuple[int, ...] = (1, 5, 25)
+    linear: bool = False
     dropout: float = 0.2
 
     def __post_init__(self) -> None:
@@ -130,6 +135,8 @@ class SessionParts(nn.Module):
         self.behaviour_out = nn.ModuleDict(
             {b.name: ReadOut(config.dim, b.outputs) for b in behaviours}
         )
+        features = len(config.history) * units
+        self.linear = LinearDecoder(features, behaviours) if config.linear and behaviours else None
 
 
 @dataclass(slots=True)
@@ -178,6 +185,8 @@ class NEDS(nn.Module):
             SessionParts(units, config, behaviours) for units in sessions.values()
         )
         self.spikes_shared = nn.Linear(dim, dim)
+        said = sum(map(numbers_said, behaviours))
+        self.linear_in = nn.Linear(said, dim) if config.linear and behaviours else None
         self.categorical_in = nn.ModuleDict(
             {
                 b.name: CategoricalReadIn(len(b.classes), dim)
@@ -215,6 +224,7 @@ class NEDS(nn.Module):
         scheme_B: Tensor,
         *,
         missing_BTN: Tensor | None = None,
+        fits: tuple[Tensor, Tensor, Tensor] | None = None,
         wanted: Sequence[str] | None = None,
     ) -> dict[str, Tensor]:
         """Outputs of every bin of a sequence.
@@ -234,6 +244,8 @@ class NEDS(nn.Module):
             Index into ``SCHEMES``.
         missing_BTN : tensor of bool, optional
             Units to replace by their learned stand-in; broadcasts over bins.
+        fits : (tensor, tensor, tensor), optional
+            Linear decoders to hear instead of the session's own: see ``LinearDecoder``.
         wanted : sequence of str, optional
             Modalities to read out; all by default. ``"ahead"`` reads each bin's spikes from the
             token of the bin before it, ``"next"`` those of the bin after it from its own.
@@ -248,8 +260,9 @@ class NEDS(nn.Module):
         past = counts_BTN.shape[1] - observed_BTM.shape[1]
         shown_BT1 = nnf.pad(observed_BTM[:, :, :1], (0, 0, past, 0), value=True)
         counts_BTN = torch.where(shown_BT1, counts_BTN, 0.0)
+        z_BTF, said_BTU = self._features(session, counts_BTN, observed_BTM, missing_BTN, fits, past)
         x_BTMD, seen_BTM = self._tokens(
-            session, counts_BTN, values_BTM, observed_BTM, scheme_B, missing_BTN, past
+            session, z_BTF, said_BTU, values_BTM, observed_BTM, scheme_B
         )
         askers = {name: self._asker(name) for name in wanted}
         readers = sorted(set(askers.values()))
@@ -271,29 +284,45 @@ class NEDS(nn.Module):
             near_BTM = in_sight(seen_BTM, self.config.context)
             memory_BTMD = self.memory.sequence(x_BTMD, seen_BTM, near_BTM)
             x_BTMD = x_BTMD + self.token_dropout(self.memory.out(memory_BTMD))
-        return self._read_out(
-            session, x_BTMD, {name: readers.index(token) for name, token in askers.items()}
-        )
+        tokens = {name: readers.index(token) for name, token in askers.items()}
+        return self._read_out(session, x_BTMD, said_BTU, observed_BTM, tokens)
 
     def _asker(self, name: str) -> int:
         """Which token of a bin an output is read from."""
         apart = self.config.tokens == "modality" and name not in (AHEAD, NEXT)
         return self.modalities.index(name) if apart else 0
 
-    def _tokens(
+    def _features(
         self,
         session: str,
         counts_BTN: Tensor,
-        values_BTM: Tensor,
         observed_BTM: Tensor,
-        scheme_B: Tensor,
         missing_BTN: Tensor | None,
-        past: int = 0,
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens of each bin, and which of them serve as keys.
+        fits: tuple[Tensor, Tensor, Tensor] | None,
+        past: int,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Features of the spikes, and what a linear decoder makes of them where they are shown.
 
         The first ``past`` bins of the counts only feed boxcars.
         """
+        if not observed_BTM[:, :, 0].any():
+            return None, None
+        parts = self.parts(session)
+        z_BTF = parts.spikes_in.standardise(counts_BTN, missing_BTN)[:, past:]
+        if parts.linear is None:
+            return z_BTF, None
+        return z_BTF, torch.where(observed_BTM[:, :, :1], parts.linear(z_BTF, fits), 0.0)
+
+    def _tokens(
+        self,
+        session: str,
+        z_BTF: Tensor | None,
+        said_BTU: Tensor | None,
+        values_BTM: Tensor,
+        observed_BTM: Tensor,
+        scheme_B: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens of each bin, and which of them serve as keys."""
         apart = self.config.tokens == "modality"
         shown_M = observed_BTM.any(dim=1).any(dim=0).tolist()
         tokens, sum_BTD = [], self.hidden_D.expand(*observed_BTM.shape[:2], -1)
@@ -302,7 +331,7 @@ class NEDS(nn.Module):
             if not shown_M[m]:
                 tokens.append(hidden_D.expand_as(sum_BTD))
                 continue
-            token = self._token(m, session, counts_BTN, values_BTM, missing_BTN, past)
+            token = self._token(m, session, z_BTF, said_BTU, values_BTM)
             token = token + self.modality_MD[m]
             tokens.append(torch.where(shown_BT1, token, hidden_D))
             sum_BTD = sum_BTD + torch.where(shown_BT1, token, 0.0)
@@ -319,16 +348,15 @@ class NEDS(nn.Module):
         self,
         m: int,
         session: str,
-        counts_BTN: Tensor,
+        z_BTF: Tensor | None,
+        said_BTU: Tensor | None,
         values_BTM: Tensor,
-        missing_BTN: Tensor | None,
-        past: int,
     ) -> Tensor:
         """What modality ``m`` of each bin reads in as, shape (B, T, D)."""
         name, parts = self.modalities[m], self.parts(session)
         if m == 0:
-            z_BTF = parts.spikes_in.standardise(counts_BTN, missing_BTN)[:, past:]
-            return self.spikes_shared(nnf.softsign(parts.spikes_in(z_BTF)))
+            token = self.spikes_shared(nnf.softsign(parts.spikes_in(z_BTF)))
+            return token if self.linear_in is None else token + self.linear_in(said_BTU)
         if name in self.categorical_in:
             return self.categorical_in[name](values_BTM[:, :, m])
         return parts.behaviour_in[name](values_BTM[:, :, m])
@@ -339,7 +367,12 @@ class NEDS(nn.Module):
         return self._table[:, :bins]
 
     def _read_out(
-        self, session: str, x_BTMD: Tensor, token_of: Mapping[str, int]
+        self,
+        session: str,
+        x_BTMD: Tensor,
+        said_BTU: Tensor | None,
+        observed_BTM: Tensor,
+        token_of: Mapping[str, int],
     ) -> dict[str, Tensor]:
         """Each wanted output, from the token that asks for it."""
         parts, x_BTMD, outputs = self.parts(session), self.norm(x_BTMD), {}
@@ -353,6 +386,9 @@ class NEDS(nn.Module):
             else:
                 head = parts.spikes_out if name == SPIKES else parts.behaviour_out[name]
                 outputs[name] = head(x_BTD)
+                if parts.linear is not None and said_BTU is not None and name != SPIKES:
+                    more_BTC = parts.linear.read_out(name, said_BTU)
+                    outputs[name] += torch.where(observed_BTM[:, :, :1], more_BTC, 0.0)
         return outputs
 
     # -- one bin, or a few, at a time ------------------------------------------------------------
@@ -415,8 +451,9 @@ class NEDS(nn.Module):
         counts_BTN = torch.where(observed_BTM[:, :, :1], counts_BTN, 0.0)
         past = state.counts_BHN.shape[1]
         with_past = torch.cat([state.counts_BHN, counts_BTN], dim=1)
+        z_BTF, said_BTU = self._features(session, with_past, observed_BTM, missing_BTN, None, past)
         x_BTMD, seen_BTM = self._tokens(
-            session, with_past, values_BTM, observed_BTM, scheme_B, missing_BTN, past
+            session, z_BTF, said_BTU, values_BTM, observed_BTM, scheme_B
         )
         state.counts_BHN = with_past[:, with_past.shape[1] - past :]
 
@@ -441,4 +478,4 @@ class NEDS(nn.Module):
             state.memory_BMD = memory_BTMD[:, -1]
             x_BTMD = x_BTMD + self.memory.out(memory_BTMD)
         state.next_bin += T
-        return self._read_out(session, x_BTMD, dict.fromkeys(wanted, 0))
+        return self._read_out(session, x_BTMD, said_BTU, observed_BTM, dict.fromkeys(wanted, 0))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rt_neds.model.neds import NEDS
 
-TRUNK = ("layers.", "spikes_shared.", "memory.")
+TRUNK = ("layers.", "spikes_shared.", "linear_in.", "memory.")
 """What every session shares, and every bin reads whole."""
 
 

@@ -94,6 +94,34 @@ def _norm(norm: nn.LayerNorm) -> F4:
     return np.concatenate([np.pad(scale_D, padding), np.pad(shift_D, padding)])
 
 
+def _read_in(parts: Any) -> tuple[F8, F8]:
+    """What is made of the features: the token to be, and below it what a linear decoder says."""
+    weight_EI, bias_E = _map(parts.spikes_in.linear)
+    if parts.linear is None:
+        return weight_EI, bias_E
+    weights = (weight_EI, _f8(parts.linear.weight_UF))
+    return np.concatenate(weights), np.concatenate([bias_E, _f8(parts.linear.bias_U)])
+
+
+def _shared(model: Any, spikes_D: F8) -> tuple[F8, F8]:
+    """What all sessions make of that; ``spikes_D`` is added to the spike token."""
+    weight_EI, bias_E = _map(model.spikes_shared)
+    if model.linear_in is None:
+        return weight_EI, bias_E + spikes_D
+    of_said_EU, more_E = _map(model.linear_in)
+    return np.concatenate([weight_EI, of_said_EU], axis=1), bias_E + more_E + spikes_D
+
+
+def _head(parts: Any, name: str, said: int) -> F8:
+    """A row for each number read out: of token and a constant, of what is said and a constant."""
+    weight_OD, bias_O = _map(parts.behaviour_out[name].linear)
+    of_said_OU = np.zeros((len(bias_O), said + 1))
+    if parts.linear is not None:
+        weight_OU, more_O = _map(parts.linear.out[name])
+        of_said_OU[:, parts.linear.where[name]], of_said_OU[:, -1] = weight_OU, more_O
+    return np.concatenate([np.column_stack([weight_OD, bias_O]), of_said_OU], axis=1)
+
+
 def _of_root_sums(
     read_in: Any, weight_EI: F8, bias_E: F8, missing_N: NDArray[np.bool_] | None
 ) -> tuple[F8, F8]:
@@ -105,22 +133,21 @@ def _of_root_sums(
     return weight_EI * scale_KN.ravel(), bias_E + weight_EI @ constant_KN.ravel()
 
 
-def _instead(read_in: Any, missing_N: NDArray[np.bool_] | None) -> F8:
+def _instead(parts: Any, missing_N: NDArray[np.bool_] | None) -> F8:
     """What each unit's stand-in adds to the read-in over its silence; zero for missing ones."""
+    read_in = parts.spikes_in
     mean_KN, sd_KN, stand_in_KN = map(_f8, (read_in.mean_KN, read_in.sd_KN, read_in.missing_KN))
-    weight_EKN = _f8(read_in.linear.weight).reshape(-1, *mean_KN.shape)
-    instead_ND = np.einsum("ekn,kn->ne", weight_EKN, stand_in_KN + mean_KN / sd_KN)
+    weight_EKN = _read_in(parts)[0].reshape(-1, *mean_KN.shape)
+    instead_NE = np.einsum("ekn,kn->ne", weight_EKN, stand_in_KN + mean_KN / sd_KN)
     if missing_N is not None:
-        instead_ND[missing_N] = 0.0
-    return instead_ND
+        instead_NE[missing_N] = 0.0
+    return instead_NE
 
 
 def _blocks(model: Any, parts: Any, spikes_D: F8, missing_N: Any, half: bool) -> Iterator[Any]:
     """All weights in the order they are read; ``spikes_D`` is added to the spike token."""
-    read_in = _map(parts.spikes_in.linear)
-    yield _rows(*_of_root_sums(parts.spikes_in, *read_in, missing_N)).ravel()
-    weight_EI, bias_E = _map(model.spikes_shared)
-    yield from _panels(half, (weight_EI, bias_E + spikes_D))
+    yield _rows(*_of_root_sums(parts.spikes_in, *_read_in(parts), missing_N)).ravel()
+    yield from _panels(half, _shared(model, spikes_D))
     for layer in model.layers:
         yield _norm(layer.norm1)
         weight_EI, bias_E = _map(layer.attention.qkv)
@@ -187,8 +214,8 @@ class FusedStep:
         blocks = list(_blocks(model, parts, spikes_D, missing_N, half))
         weights = _zeros(sum(block.size for block in blocks))
         np.concatenate(blocks, out=weights, casting="same_kind")
-        maps = [_map(parts.behaviour_out[name].linear) for name in wanted]
-        heads_OI = np.concatenate([np.column_stack(pair) for pair in maps]).astype(np.float32)
+        said = 0 if parts.linear is None else len(parts.linear.bias_U)
+        heads_OI = np.concatenate([_head(parts, name, said) for name in wanted]).astype(np.float32)
         self._raw_TO, self._bin = np.zeros((T, len(heads_OI)), np.float32), 0
         self._counts_TN = np.zeros((T, parts.units), np.float32)
         self._observed_T = np.zeros(T, bool)
@@ -202,13 +229,13 @@ class FusedStep:
         self._unseen_X = [place(r, -1, R, width) for r in range(R) if r != rows - 1]
         self._memory_D = _zeros(D)
         self.nbytes = weights.nbytes + self._keys_LHX.nbytes + self._values_LHX.nbytes
-        inputs, work_4TD = self._sums_KN.size + 4, _zeros(4, T, D + PANEL)
+        inputs, work_4TD = self._sums_KN.size + 4, _zeros(4, T, _up(c.dim + said) + PANEL)
         self._token_TD = work_4TD[1, :, : c.dim]  # what is read out
         weight_DD, bias_D = _map(model.next)
         weight_ND, bias_N = _map(parts.spikes_out.linear)
         # Weights of a silent unit are not read: to take it for missing is to change the bias.
-        self._bias_D, self._instead_ND = weights[: c.dim], _instead(parts.spikes_in, missing_N)
-        self._believed_D = self._bias_D.astype(np.float64)
+        self._bias_E, self._instead_NE = weights[: c.dim + said], _instead(parts, missing_N)
+        self._believed_E = self._bias_E.astype(np.float64)
         self._next_DN = np.ascontiguousarray((weight_ND @ weight_DD).T, np.float32)
         self._next_N = (weight_ND @ bias_D + bias_N).astype(np.float32)
         self._bins = 0
@@ -237,6 +264,7 @@ class FusedStep:
             np.zeros(1, np.int64),  # dark_1
             _zeros(T, 2, width // 2),  # turn_T2F
             work_4TD,
+            _zeros(T, said + 1),  # said_TU
             _zeros(T, 3 * D),  # qkv_T3D
             _zeros(T, _up(c.widen * c.dim)),  # wide_TG
             _zeros(1, R),  # scores_1R
@@ -290,8 +318,8 @@ class FusedStep:
 
         None of them may have fired within the read-in's history.
         """
-        instead_ND = self._instead_ND[:0] if silent_N is None else self._instead_ND[silent_N]
-        self._bias_D[:] = self._believed_D + instead_ND.sum(axis=0)
+        instead_NE = self._instead_NE[:0] if silent_N is None else self._instead_NE[silent_N]
+        self._bias_E[:] = self._believed_E + instead_NE.sum(axis=0)
 
     def next_TN(self) -> F4:
         """Log-rates of the spikes of the bin after each of those last decoded.

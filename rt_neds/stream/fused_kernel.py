@@ -11,10 +11,10 @@ it must stay in one file: numba's cache does not notice that a function changed 
   same bits however it was cut into calls.
 
 Shape suffixes: T bins of this call, N units, K boxcar widths, C bins of the longest boxcar, D model
-width, E outputs and I inputs of a linear map, G width of the feed-forward layer, L layers, H heads,
-F width of a head (of rotary angles: half of it), R rows of the ring and the sink, X numbers of a
-linear map, O numbers read out. D and G are padded to whole pairs of vectors, R and values to whole
-vectors; what is beyond ``dim`` is zero or never read.
+width, U numbers that a linear decoder says, E outputs and I inputs of a linear map, G width of the
+feed-forward layer, L layers, H heads, F width of a head (of rotary angles: half of it), R rows of
+the ring and the sink, X numbers of a linear map, O numbers read out. D, E and G are padded to whole
+pairs of vectors, R and values to whole vectors; what is beyond ``dim`` is zero or never read.
 """
 
 from __future__ import annotations
@@ -328,23 +328,25 @@ def _sum_counts(counts_N, observed, bin_, history_K, counts_CN, sums_KN):  # typ
 
 
 @_plain
-def _read_in(weights, sums_KN, found_I, root_I, token_D):  # type: ignore[no-untyped-def]
-    """Softsign of the linear map of root sums, reading only the weights of sums that are not 0."""
-    sums_I, D, found = sums_KN.reshape(sums_KN.size), token_D.size, 0
+def _read_in(weights, sums_KN, found_I, root_I, token_E, dim):  # type: ignore[no-untyped-def]
+    """Linear map of root sums, reading only the weights of sums that are not 0; the first ``dim``
+    of its outputs squashed, the rest what a linear decoder says.
+    """
+    sums_I, E, found = sums_KN.reshape(sums_KN.size), token_E.size, 0
     for i in range(sums_I.size):
         found_I[found], root_I[found] = 1 + i, np.sqrt(sums_I[i])
         found += sums_I[i] != 0
     for i in range(found, found + 3):
         found_I[i], root_I[i] = 0, 0
-    token_D[:] = weights[:D]
+    token_E[:] = weights[:E]
     for i in range(0, found, 4):  # four at once, or half the time goes into fetching the token
         r0, r1, r2, r3 = root_I[i], root_I[i + 1], root_I[i + 2], root_I[i + 3]
-        w0_D, w1_D = weights[found_I[i] * D :], weights[found_I[i + 1] * D :]
-        w2_D, w3_D = weights[found_I[i + 2] * D :], weights[found_I[i + 3] * D :]
-        for d in range(D):
-            token_D[d] += (r0 * w0_D[d] + r1 * w1_D[d]) + (r2 * w2_D[d] + r3 * w3_D[d])
-    for d in range(D):
-        token_D[d] /= np.float32(1) + abs(token_D[d])
+        w0_E, w1_E = weights[found_I[i] * E :], weights[found_I[i + 1] * E :]
+        w2_E, w3_E = weights[found_I[i + 2] * E :], weights[found_I[i + 3] * E :]
+        for e in range(E):
+            token_E[e] += (r0 * w0_E[e] + r1 * w1_E[e]) + (r2 * w2_E[e] + r3 * w3_E[e])
+    for d in range(dim):
+        token_E[d] /= np.float32(1) + abs(token_E[d])
 
 
 @_plain
@@ -416,14 +418,19 @@ def _average(  # type: ignore[no-untyped-def]
 
 
 @_summing
-def _read_out(normed_TD, heads_OI, dim, raw_TO, bins):  # type: ignore[no-untyped-def]
-    """Each number read out: a row of weights, its bias last, times the token of its bin."""
+def _read_out(normed_TD, said_TU, heads_OI, dim, raw_TO, bins):  # type: ignore[no-untyped-def]
+    """Each number read out: a row of weights, its bias after those of the token of its bin, then
+    those of what a linear decoder said of it.
+    """
     for o in range(raw_TO.shape[1]):
         for t in range(bins):
             total, head_I, normed_D = np.float32(0), heads_OI[o], normed_TD[t]
             for d in range(dim):
                 total += head_I[d] * normed_D[d]
-            raw_TO[t, o] = total + head_I[dim]
+            total += head_I[dim]
+            for u in range(said_TU.shape[1]):
+                total += head_I[dim + 1 + u] * said_TU[t, u]
+            raw_TO[t, o] = total
 
 
 @numba.njit(error_model="numpy", cache=True, nogil=True)
@@ -432,13 +439,15 @@ def fused_step(  # type: ignore[no-untyped-def]
     weights, half, dark_D, heads_OI,
     frequency_F, query_scale, history_K, context, epsilon, dim, widened,
     counts_CN, sums_KN, keys_LHX, values_LHX,
-    found_I, root_I, longest, memory_D, dark_1, turn_T2F, work_4TD, qkv_T3D, wide_TG, scores_1R,
-    raw_TO,
+    found_I, root_I, longest, memory_D, dark_1, turn_T2F, work_4TD, said_TU, qkv_T3D, wide_TG,
+    scores_1R, raw_TO,
 ):  # fmt: skip
     """The first ``bins`` bins of the counts; :class:`FusedStep` owns all arrays."""
     L, H = keys_LHX.shape[:2]
     D, G, width = qkv_T3D.shape[1] // 3, wide_TG.shape[1], 2 * frequency_F.size
     rows, one = context + len(qkv_T3D), np.float32(1)  # of the ring, and the sink
+    said = said_TU.shape[1] - 1  # numbers; the last is whether anything is said
+    E = (dim + said + PAIR - 1) // PAIR * PAIR
     x_TD, normed_TD, more_TD, mixed_TD = work_4TD[0], work_4TD[1], work_4TD[2], work_4TD[3]
     more_TD[:] = 0
     for t in range(bins):
@@ -446,11 +455,12 @@ def fused_step(  # type: ignore[no-untyped-def]
             turn_T2F[t, 0, f] = math.cos((bin_ + t) * frequency_F[f])
             turn_T2F[t, 1, f] = math.sin((bin_ + t) * frequency_F[f])
         _sum_counts(counts_TN[t], observed_T[t], bin_ + t, history_K, counts_CN, sums_KN)
-        normed_TD[t, :D] = 0
+        normed_TD[t, :E], said_TU[t] = 0, 0
         if observed_T[t]:
-            _read_in(weights, sums_KN, found_I, root_I, normed_TD[t, :D])
-    at = D * (1 + sums_KN.size)
-    at = _linear(weights, at, half, D, dim, bins, normed_TD, 0, 0, x_TD, 0, 0)
+            _read_in(weights, sums_KN, found_I, root_I, normed_TD[t, :E], dim)
+            said_TU[t, :said], said_TU[t, said] = normed_TD[t, dim : dim + said], 1
+    at = E * (1 + sums_KN.size)
+    at = _linear(weights, at, half, D, dim + said, bins, normed_TD, 0, 0, x_TD, 0, 0)
     for t in range(bins):
         if not observed_T[t]:
             x_TD[t, :D] = dark_D
@@ -476,4 +486,4 @@ def fused_step(  # type: ignore[no-untyped-def]
         _average(qkv_T3D, bins, observed_T, dim, context, longest, memory_D, dark_1, mixed_TD)
         at = _linear(weights, at, half, D, dim, bins, mixed_TD, 0, 0, more_TD, 0, 0)
     _add_and_norm(weights, at, x_TD, more_TD, normed_TD, bins, dim, D, epsilon)
-    _read_out(normed_TD, heads_OI, dim, raw_TO, bins)
+    _read_out(normed_TD, said_TU, heads_OI, dim, raw_TO, bins)

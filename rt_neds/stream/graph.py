@@ -80,12 +80,14 @@ class GraphStep:
         self._context, self._heads = c.context, c.heads
         self._memory, self._norm = model.memory, model.norm
         self._shared, self._spikes_D = model.spikes_shared, model.modality_MD[0]
+        self._linear_in: Any = model.linear_in
         session_D = model.session_XD[model.session_ids.index(session)]
         self._dark_D = model.hidden_D + session_D + model.scheme_XD[SCHEMES.index("decoding")]
         self._set_read_in(model.parts(session), missing_N)
         parts: Any = model.parts(session)
         heads = [parts.behaviour_out[name].linear for name in wanted]
         self._outputs = sum(head.out_features for head in heads)
+        self._set_said(parts, wanted)
         spikes = parts.spikes_out.linear  # of the next bin: two maps in a row are one
         next_ND, next_N = spikes.weight @ model.next.weight, spikes(model.next.bias)
         self._head_OD = torch.cat([*(head.weight for head in heads), next_ND])
@@ -108,6 +110,21 @@ class GraphStep:
         self._missing_N = missing.clone().to(self._device)
         self._stand_in_KN = read_in.missing_KN
         self._read_in = read_in.linear
+        self._linear: Any = parts.linear
+
+    def _set_said(self, parts: Any, wanted: Sequence[str]) -> None:
+        """The outputs of what a linear decoder says, as one map."""
+        self._said_OU: Tensor | None = None
+        if parts.linear is None:
+            return
+        outs = [parts.linear.out[name] for name in wanted]
+        self._said_OU = self._mean_KN.new_zeros(self._outputs, len(parts.linear.bias_U))
+        first = 0
+        for name, out in zip(wanted, outs, strict=True):
+            rows = slice(first, first + out.out_features)
+            self._said_OU[rows, parts.linear.where[name]] = out.weight
+            first = rows.stop
+        self._said_O = torch.cat([out.bias for out in outs])
 
     def _set_state(self, config: Any, units: int) -> None:
         """Everything known of the past: counts for the boxcars, keys, values, whose they are."""
@@ -219,7 +236,11 @@ class GraphStep:
         hidden_R = self._bin_1 - self._bin_of_row_R >= self._context
         # The sink is the last row, and always seen.
         mask_R = nnf.pad(torch.where(hidden_R, -torch.inf, 0.0), (0, 1))
-        token_D = self._shared(nnf.softsign(self._read_in(self._features()))) + self._spikes_D
+        z_F = self._features()
+        token_D = self._shared(nnf.softsign(self._read_in(z_F))) + self._spikes_D
+        if self._said_OU is not None:
+            said_U = self._linear(z_F[None, None])[0, 0]
+            token_D = token_D + self._linear_in(said_U)
         x_D = self._dark_D + token_D * observed_1
         for layer, keys_HRF, values_HRF in zip(
             self._stack, self._keys_LHRF, self._values_LHRF, strict=True
@@ -232,6 +253,9 @@ class GraphStep:
         if self._memory is not None:
             x_D = x_D + self._remember(self._memory, x_D, observed_1, ~hidden_R.all())
         raw_O = nnf.linear(self._norm(x_D), self._head_OD, self._bias_O)
+        if self._said_OU is not None:
+            more_O = nnf.linear(said_U, self._said_OU, self._said_O) * observed_1
+            raw_O = raw_O + nnf.pad(more_O, (0, len(raw_O) - self._outputs))
         self._raw_host_O.copy_(raw_O, non_blocking=True)
         self._bin_1 += 1
 

@@ -1,0 +1,237 @@
+"""The linear decoder a network begins at: fitted as written, heard unseen, believed as is due."""
+
+import copy
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+
+import offline.linear as linear
+from offline.batches import bin_windows, draw_windows, prepare
+from offline.beginning import build, fit_linear
+from offline.finetune import begin_at_bundle
+from offline.metrics import r2
+from offline.predict import decode_spans
+from offline.train import train
+from rt_neds.bundle import build_model, load_spec
+from rt_neds.model.linear import LinearDecoder, where_said
+from rt_neds.model.neds import SCHEMES
+from rt_neds.model.readout import Behaviour, Scale, to_values_TV
+from tests.making import tiny_config, write_session
+
+SPEED = Behaviour(name="speed", kind="continuous")
+CHOICE = Behaviour(name="choice", kind="categorical", classes=("left", "right"))
+LINEAR = {"linear": True, "history": [1, 4]}
+
+
+def config_of(**sections):
+    return tiny_config(model=LINEAR, **sections)
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    return write_session(tmp_path_factory.mktemp("linear") / "s.h5", seconds=300.0, units=8)
+
+
+@pytest.fixture(scope="module")
+def begun(session):
+    """A network at its beginning, and its subject."""
+    config = config_of()
+    subject = prepare(session, config)
+    torch.manual_seed(0)
+    model = build(config, [subject]).eval()
+    fit_linear(model, [subject])
+    return config, model, subject
+
+
+@pytest.mark.parametrize(("bins", "features"), [(60, 7), (30, 80)])
+def test_each_regression_is_ridge_with_classes_weighed_alike(bins, features, monkeypatch):
+    rng, penalty = np.random.default_rng(0), 0.3
+    monkeypatch.setattr(linear, "PENALTIES", (penalty,))
+    z_SF = rng.normal(size=(bins, features)).astype(np.float32)
+    class_S = rng.integers(0, 2, bins)
+    late_S = rng.uniform(0.1, 1.0, bins)
+    target_SR = np.eye(2)[class_S] + 0.1 * rng.normal(size=(bins, 2))
+    piece_S = 1 + np.arange(bins) * linear.PIECES // bins
+    weight_XRF, bias_XR = linear.ridge(z_SF, target_SR, piece_S, class_S, late_S)
+    for x in range(1 + linear.PIECES):
+        seen = piece_S != x
+        weight_S = late_S.copy()
+        for c in (0, 1):
+            weight_S[class_S == c] /= weight_S[seen & (class_S == c)].sum()
+        plain = Ridge(alpha=penalty).fit(z_SF[seen], target_SR[seen], 0.5 * weight_S[seen])
+        np.testing.assert_allclose(weight_XRF[x], plain.coef_, atol=2e-4)
+        np.testing.assert_allclose(bias_XR[x], plain.intercept_, atol=2e-4)
+
+
+def test_the_penalty_is_the_one_that_foretells_pieces_left_out(monkeypatch):
+    rng = np.random.default_rng(1)
+    z_SF = rng.normal(size=(200, 50)).astype(np.float32)
+    target_SR = z_SF[:, :1] + 3.0 * rng.normal(size=(200, 1))
+    piece_S, none_S = 1 + np.arange(200) // 40, np.zeros(200, int)
+    chosen, _ = linear.ridge(z_SF, target_SR, piece_S, none_S, np.ones(200))
+    errors = []
+    for penalty in linear.PENALTIES:
+        error = 0.0
+        for x in range(1, 6):
+            seen, target_S = piece_S != x, target_SR[:, 0]
+            fitted = Ridge(alpha=penalty).fit(z_SF[seen], target_S[seen], np.ones(160) / 160)
+            error += np.square(fitted.predict(z_SF[~seen]) - target_S[~seen]).sum()
+        errors.append(error)
+    monkeypatch.setattr(linear, "PENALTIES", (linear.PENALTIES[int(np.argmin(errors))],))
+    alone, _ = linear.ridge(z_SF, target_SR, piece_S, none_S, np.ones(200))
+    np.testing.assert_allclose(chosen, alone)
+
+
+def test_pieces_are_contiguous_training_and_split_no_trial(begun):
+    _, _, subject = begun
+    binned = subject.binned
+    fit_T = linear.pieces(binned)
+    assert ((fit_T > 0) == binned.of_split("train")).all()
+    assert (np.diff(fit_T[fit_T > 0]) >= 0).all()
+    assert fit_T.max() == linear.PIECES
+    for trial in np.unique(binned.trial_T[binned.of_split("train") & (binned.trial_T >= 0)]):
+        assert len(np.unique(fit_T[(binned.trial_T == trial) & (fit_T > 0)])) == 1
+
+
+def test_training_hears_of_no_bin_what_was_fitted_to_it(begun, monkeypatch):
+    config, model, subject = begun
+    binned, decoder = subject.binned, model.parts("tiny").linear
+    fit_T = linear.pieces(binned)
+    monkeypatch.setattr(linear, "PENALTIES", (0.1,))
+    arguments = (model.behaviours, subject.scales, model.parts("tiny").spikes_in)
+    again = LinearDecoder(decoder.weight_UF.shape[1], model.behaviours)
+    before = linear.fit(binned, *arguments, again)
+    spoilt = copy.copy(binned)
+    spoilt.values_TM = np.where((fit_T == 3)[:, None], 1 - binned.values_TM, binned.values_TM)
+    after = linear.fit(spoilt, *arguments, again)
+    for x in range(1 + linear.PIECES):
+        same = torch.allclose(before.weight_XUF[x], after.weight_XUF[x], atol=1e-6)
+        assert same == (x == 3), x
+
+    rng = np.random.default_rng(0)
+    draw = draw_windows([subject], config, rng, 6)
+    batch = bin_windows(draw, slice(None), config, torch.device("cpu"), dict.fromkeys(
+        ("spikes", "ahead", "speed", "choice"), 1))  # fmt: skip
+    for first, fit_of_window in zip(draw.firsts_B, batch.fits[2].numpy(), strict=True):
+        assert (fit_of_window == binned.cut(fit_T, first, first + len(fit_of_window))).all()
+
+
+def test_where_training_ends_the_decoder_of_all_of_it_speaks():
+    torch.manual_seed(0)
+    decoder = LinearDecoder(4, (SPEED, CHOICE))
+    weight_XUF, bias_XU = torch.randn(3, 3, 4), torch.randn(3, 3)
+    z_BTF, fit_BT = torch.randn(2, 5, 4), torch.randint(0, 3, (2, 5))
+    said = decoder(z_BTF, (weight_XUF, bias_XU, fit_BT))
+    for b in range(2):
+        for t in range(5):
+            x = fit_BT[b, t]
+            torch.testing.assert_close(said[b, t], weight_XUF[x] @ z_BTF[b, t] + bias_XU[x])
+
+
+def test_a_network_begins_as_good_as_regression(begun):
+    _, model, subject = begun
+    binned, spans = subject.binned, subject.binned.spans("test")
+    raws = decode_spans(model, binned, spans, wanted=["speed", "choice"])
+    bins = np.concatenate([np.arange(a, b) for a, b in spans])
+    true_S = binned.values_TM[bins, 1]
+    value_SV = to_values_TV(torch.from_numpy(raws["speed"]), SPEED, subject.scales[0]).numpy()
+    z_SF = linear.features(binned, bins, model.parts("tiny").spikes_in)
+    weight_F, bias = model.parts("tiny").linear.weight_UF[0], model.parts("tiny").linear.bias_U[0]
+    by_ridge = z_SF @ weight_F.numpy() + bias.item()
+    by_ridge = by_ridge * subject.scales[0].sd + subject.scales[0].mean
+    assert r2(true_S, by_ridge) > 0.2
+    assert r2(true_S, value_SV[:, 0]) > r2(true_S, by_ridge) - 0.03
+    scored = binned.scored_TM[bins, 2]
+    right = raws["choice"][scored].argmax(axis=1) == binned.values_TM[bins, 2][scored]
+    assert right.mean() > 0.75
+    off = np.abs(value_SV[:, 0] - true_S) / value_SV[:, 1]
+    assert 0.55 < (off < 1).mean() < 0.95  # and it knows about how sure to be
+
+
+def test_chance_is_not_believed_and_never_its_contrary():
+    rng = np.random.default_rng(0)
+    side_S = np.repeat([0, 1, 1, 0, 1, 0, 0, 1], 20)
+    said_SR = np.stack([side_S - 0.5, 0.5 - side_S], axis=1)  # by chance, the wrong way round
+    out = LinearDecoder(4, (CHOICE,)).out["choice"]
+    linear.begin_out(out, said_SR, side_S, CHOICE, Scale(), trials=8)
+    assert 0 < out.weight[0, 0] < 1.5
+    assert out.weight[0, 1] == 0
+    speed_S = rng.normal(size=4000).astype(np.float32)
+    out = LinearDecoder(4, (SPEED,)).out["speed"]
+    linear.begin_out(out, rng.normal(size=(4000, 1)), speed_S, SPEED, Scale())
+    said = torch.tensor([[-2.0], [2.0]])
+    low, high = to_values_TV(out(said).detach(), SPEED, Scale())[:, 0]
+    assert abs(high - low) < 0.8  # of 4
+    linear.begin_out(out, speed_S[:, None], speed_S, SPEED, Scale())
+    low, high = to_values_TV(out(said).detach(), SPEED, Scale())[:, 0]
+    assert low < -1.8
+    assert high > 1.8
+
+
+def test_where_spikes_are_hidden_nothing_is_said(begun):
+    _, model, _ = begun
+    model = copy.deepcopy(model)
+    rng = np.random.default_rng(0)
+    counts = torch.from_numpy(rng.poisson(0.5, (1, 30, 8)).astype(np.float32))
+    observed = torch.zeros(1, 30, 3, dtype=torch.bool)
+    observed[:, 10:, 0] = True
+    arguments = (counts, torch.zeros(1, 30, 3), observed, torch.tensor([SCHEMES.index("decoding")]))
+    with torch.no_grad():
+        before = model("tiny", *arguments, wanted=["speed"])["speed"]
+        model.parts("tiny").linear.bias_U += 1.0
+        after = model("tiny", *arguments, wanted=["speed"])["speed"]
+    assert torch.equal(before[:, :10], after[:, :10])
+    assert not torch.isclose(before[:, 10:], after[:, 10:]).all()
+
+
+def test_a_new_session_begins_at_its_own_regression(session, tmp_path):
+    config = config_of()
+    bundle = train(config, [str(session)], tmp_path / "run")["bundle"]
+    subject = prepare(write_session(tmp_path / "n.h5", session_id="n", units=5, seed=3), config)
+    model = build(config, [subject]).eval()
+    known = begin_at_bundle(model, bundle, config)
+    fit_linear(model, [subject], known)
+    parts = model.parts("n")
+    bins = subject.binned.spans("val")
+    raws = decode_spans(model, subject.binned, bins, wanted=["speed"])
+    z_SF = linear.features(subject.binned, np.arange(*bins[0]), parts.spikes_in)
+    with torch.no_grad():
+        said = parts.linear(torch.from_numpy(z_SF)[None])
+        alone = parts.linear.read_out("speed", said)[0]
+    torch.testing.assert_close(torch.from_numpy(raws["speed"]), alone, atol=1e-4, rtol=0)
+    assert alone.std(dim=0).max() > 0.1
+
+
+def test_a_session_the_bundle_knows_is_fitted_anew_and_read_out_as_before(session, tmp_path):
+    config = config_of()
+    bundle = train(config, [str(session)], tmp_path / "run")["bundle"]
+    subject = prepare(session, config)
+    model = build(config, [subject])
+    known = begin_at_bundle(model, bundle, config)
+    model.parts("tiny").linear.weight_UF.zero_()
+    fit_linear(model, [subject], known)
+    theirs = build_model(bundle, load_spec(bundle)).parts("tiny").linear.state_dict()
+    for name, tensor in model.parts("tiny").linear.state_dict().items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-5, rtol=0)
+
+
+def test_the_trunk_finds_what_is_said_by_name(session, tmp_path):
+    config = config_of()
+    bundle = train(config, [str(session)], tmp_path / "run")["bundle"]
+    only = msgspec.structs.replace(config, behaviour={"choice": config.behaviour["choice"]})
+    model = build(only, [prepare(session, only)])
+    begin_at_bundle(model, bundle, only)
+    known = build_model(bundle, load_spec(bundle))
+    at = where_said(known.behaviours)["choice"]
+    assert torch.equal(model.linear_in.weight, known.linear_in.weight[:, at])
+
+
+def test_what_cannot_be_fitted_says_nothing(session):
+    config = config_of(data={"train_minutes": 0.004})  # a quarter of a second
+    subject = prepare(session, config)
+    model = build(config, [subject])
+    fit_linear(model, [subject])
+    assert not model.parts("tiny").linear.weight_UF.any()
