@@ -20,12 +20,12 @@ REGION_N = np.repeat([0, 1, 2], 3)
 
 def network(attention, tokens, **fields):
     torch.manual_seed(0)
-    config = ModelConfig(
-        dim=16, layers=2, heads=2, context=12, attention=attention, tokens=tokens, **fields
-    )
+    size = {"dim": 16, "layers": 2, "heads": 2, "context": 12}
+    config = ModelConfig(attention=attention, tokens=tokens, linear=True, **size, **fields)
     model = NEDS(config, BEHAVIOURS, {"s": N}).eval()
     for parameter in model.parameters():  # nothing may hide behind a zero
         parameter.data += 0.1 * torch.randn_like(parameter)
+    model.parts("s").linear.weight_UF.normal_()
     return model
 
 

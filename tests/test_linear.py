@@ -11,11 +11,13 @@ from sklearn.linear_model import Ridge
 import offline.linear as linear
 from offline.batches import bin_windows, draw_windows, prepare
 from offline.beginning import build, fit_linear
+from offline.config import TrainConfig
 from offline.finetune import begin_at_bundle
 from offline.metrics import r2
 from offline.predict import decode_spans
 from offline.train import train
 from rt_neds.bundle import build_model, load_spec
+from rt_neds.config import config_path, load_config
 from rt_neds.model.linear import LinearDecoder, where_said
 from rt_neds.model.neds import SCHEMES
 from rt_neds.model.readout import Behaviour, Scale, to_values_TV
@@ -235,3 +237,33 @@ def test_what_cannot_be_fitted_says_nothing(session):
     model = build(config, [subject])
     fit_linear(model, [subject])
     assert not model.parts("tiny").linear.weight_UF.any()
+
+
+def test_resume_hears_what_it_heard(session, tmp_path, monkeypatch):
+    import offline.train as module
+
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    train(config_of(), [str(session)], whole)
+    real, steps = module.train_step, []
+
+    def stops_at_eight(*args):
+        if len(steps) == 8:
+            raise KeyboardInterrupt
+        steps.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(module, "train_step", stops_at_eight)
+    with pytest.raises(KeyboardInterrupt):
+        train(config_of(), [str(session)], parted)
+    monkeypatch.setattr(module, "train_step", real)
+    train(config_of(), [str(session)], parted, resume=True)
+    weights = [load_spec(run / "bundle").sha256 for run in (whole, parted)]
+    assert weights[0] == weights[1]
+
+
+def test_the_real_wheel_is_decoded_from_the_first_step_as_by_ridge(data_dir, tmp_path):
+    changes = ["training.steps=1", "training.learning_rate=1e-9", "data.refit=false"]
+    config = load_config(config_path("ibl-probe.toml"), TrainConfig, changes)
+    summary = train(config, [str(data_dir / "ibl_probe_30_trials.h5")], tmp_path / "run")
+    (val,) = summary["val"].values()
+    assert val["wheel_speed"] > 0.3  # fold 0, validation; a network from nothing: -3.5
