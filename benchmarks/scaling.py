@@ -33,12 +33,16 @@ from rt_neds.simulate import simulate_file
 RESULTS = Path(__file__).resolve().parent / "results"
 UNITS, PAST_MINUTES, NEW_MINUTES, NEW_SEED = 80, 8.0, 40.0, 1000
 
-SCHEMES = ("masking.schemes={decoding=1.0, encoding=0.5}", "masking.ahead=true")
+FOR_FEW_LABELS = (
+    "masking.schemes={decoding=1.0, encoding=0.5}",
+    "masking.ahead=true",
+    "model.linear=true",
+)
 
 
 def config_of(*changes: str) -> TrainConfig:
-    """The demo's network, with the masking of a pretrained one."""
-    return load_config(config_path("demo.toml"), TrainConfig, [*SCHEMES, *changes])
+    """The demo's network, with the masking of a pretrained one, beginning at regression."""
+    return load_config(config_path("demo.toml"), TrainConfig, [*FOR_FEW_LABELS, *changes])
 
 
 def tested(bundle: Path, session: Path, config: TrainConfig) -> dict[str, float]:
