@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
 import numpy as np
+import pytest
 from temporaldata import ArrayDict, Data, Interval, IrregularTimeSeries
 
 from offline.config import TrainConfig
@@ -96,3 +99,22 @@ def write_session(
     with h5py.File(path, "w") as file:
         data.to_hdf5(file)
     return path
+
+
+@contextmanager
+def stopped_at_eight(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Training begun inside is interrupted before its ninth step."""
+    import offline.train as module
+
+    real, steps = module.train_step, []
+
+    def step(*args):
+        if len(steps) == 8:
+            raise KeyboardInterrupt
+        steps.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(module, "train_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        yield
+    monkeypatch.setattr(module, "train_step", real)

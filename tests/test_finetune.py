@@ -11,7 +11,7 @@ from offline.finetune import begin_at_bundle, trunk
 from offline.train import make_optimiser, set_rates, train
 from rt_neds.bundle import build_model, load_spec
 from rt_neds.errors import BundleError
-from tests.making import TINY, tiny_config, write_session
+from tests.making import TINY, stopped_at_eight, tiny_config, write_session
 
 
 @pytest.fixture(scope="module")
@@ -133,20 +133,8 @@ def test_fine_tuning_goes_on_as_if_it_had_never_stopped(pretrained, tmp_path, mo
     session = [str(write_session(tmp_path / "c.h5", session_id="c"))]
     config = tiny_config(training={"frozen_steps": 8, "trunk_rate": 0.3})
     train(config, session, tmp_path / "whole", init=bundle)
-    import offline.train as module
-
-    real, steps = module.train_step, []
-
-    def stops_at_eight(*args):
-        if len(steps) == 8:
-            raise KeyboardInterrupt
-        steps.append(1)
-        return real(*args)
-
-    monkeypatch.setattr(module, "train_step", stops_at_eight)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_at_eight(monkeypatch):
         train(config, session, tmp_path / "stopped", init=bundle)
-    monkeypatch.setattr(module, "train_step", real)
     train(config, session, tmp_path / "stopped", init=bundle, resume=True)
     whole, stopped = (load_spec(tmp_path / run / "bundle") for run in ("whole", "stopped"))
     assert whole.sha256 == stopped.sha256

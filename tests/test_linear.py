@@ -21,7 +21,7 @@ from rt_neds.config import config_path, load_config
 from rt_neds.model.linear import LinearDecoder, where_said
 from rt_neds.model.neds import SCHEMES
 from rt_neds.model.readout import Behaviour, Scale, to_values_TV
-from tests.making import tiny_config, write_session
+from tests.making import stopped_at_eight, tiny_config, write_session
 
 SPEED = Behaviour(name="speed", kind="continuous")
 CHOICE = Behaviour(name="choice", kind="categorical", classes=("left", "right"))
@@ -240,22 +240,10 @@ def test_what_cannot_be_fitted_says_nothing(session):
 
 
 def test_resume_hears_what_it_heard(session, tmp_path, monkeypatch):
-    import offline.train as module
-
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     train(config_of(), [str(session)], whole)
-    real, steps = module.train_step, []
-
-    def stops_at_eight(*args):
-        if len(steps) == 8:
-            raise KeyboardInterrupt
-        steps.append(1)
-        return real(*args)
-
-    monkeypatch.setattr(module, "train_step", stops_at_eight)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_at_eight(monkeypatch):
         train(config_of(), [str(session)], parted)
-    monkeypatch.setattr(module, "train_step", real)
     train(config_of(), [str(session)], parted, resume=True)
     weights = [load_spec(run / "bundle").sha256 for run in (whole, parted)]
     assert weights[0] == weights[1]

@@ -11,7 +11,7 @@ from offline.beginning import build
 from offline.train import learning_rate, train
 from rt_neds.bundle import build_model, load_spec
 from rt_neds.errors import BundleError, ConfigError, DeviceError, SessionError
-from tests.making import tiny_config, write_session
+from tests.making import stopped_at_eight, tiny_config, write_session
 
 
 def losses(run):
@@ -41,21 +41,8 @@ def test_the_same_seed_gives_the_same_losses_and_weights(tiny, tmp_path):
 
 def test_resume_equals_not_having_stopped(tiny, tmp_path, monkeypatch):
     session, run, _ = tiny
-    import offline.train as module
-
-    real = module.train_step
-    steps = []
-
-    def stops_at_eight(*args):
-        if len(steps) == 8:
-            raise KeyboardInterrupt
-        steps.append(1)
-        return real(*args)
-
-    monkeypatch.setattr(module, "train_step", stops_at_eight)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_at_eight(monkeypatch):
         train(tiny_config(), [str(session)], tmp_path)
-    monkeypatch.setattr(module, "train_step", real)
     train(tiny_config(), [str(session)], tmp_path, resume=True)
     # The checkpoint was at step 6; steps 7 and 8 stand twice in the log.
     assert losses(tmp_path)[8:] == losses(run)[6:]
