@@ -22,7 +22,7 @@ from rt_neds.model.neds import NEDS, ModelConfig
 from rt_neds.model.readout import Behaviour, Scale
 from rt_neds.model.rounding import trunk_weights
 
-FORMAT = 3
+FORMAT = 4
 JSON_NAME, WEIGHTS_NAME = "bundle.json", "model.safetensors"
 
 

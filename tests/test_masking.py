@@ -120,12 +120,12 @@ def test_schemes_are_drawn_by_their_weights_and_units_dropped_by_theirs():
 def test_losses_by_hand():
     asked = torch.tensor([[True, False, True]])
     target = torch.tensor([[1.0, 99.0, 0.0]])
-    scale = Scale(mean=0.0, sd=1.0, low=0.0, high=9.6)  # steps of 0.2 from -0.2 to 9.8
+    scale = Scale(mean=0.0, sd=1.0, low=0.0, high=10.0)  # steps of 0.2 from -1 to 11
     raw = torch.zeros(1, 3, STEPS)
     raw[0, 0, 6] = raw[0, 1, 0] = 2.0
     by_hand = []
     for value, logits in ((1.0, raw[0, 0]), (0.0, raw[0, 2])):
-        share = np.exp(-0.5 * ((np.arange(-0.2, 9.81, 0.2) - value) / 0.3) ** 2)
+        share = np.exp(-0.5 * ((np.arange(-1.0, 11.01, 0.2) - value) / 0.3) ** 2)
         log_p = logits.log_softmax(0).numpy()
         by_hand.append(-(share / share.sum() * log_p).sum())
     loss = loss_of("continuous", raw, target, asked, scale).item()
@@ -161,16 +161,24 @@ def test_nothing_asked_costs_nothing_and_still_has_a_gradient(kind):
     assert raw.grad.abs().sum() == 0
 
 
-def test_the_best_answer_states_the_right_mean_and_sd():
+@pytest.mark.parametrize("pair", [(3.0, 6.0), (0.0, 0.0), (0.0, 1.0), (9.8, 10.0), (0.0, 10.0)])
+def test_the_best_answer_states_the_right_mean_and_sd(pair):
     # Two values, as likely: what minimises the loss must be published as their mean and sd.
     scale = Scale(mean=5.0, sd=2.0, low=0.0, high=10.0)
-    target = torch.tensor([[3.0, 6.0]])
+    target = torch.tensor([pair])
     best_C = smeared(target[0], scale).mean(dim=0)
-    raw = best_C.log()[None, None].expand(1, 2, -1)
+    raw = best_C.clamp_min(1e-30).log()[None, None].expand(1, 2, -1)
     mean, sd = to_values(raw[0, 0].numpy(), Behaviour(name="x", kind="continuous"), scale)
-    assert mean == pytest.approx(4.5, abs=0.01)
-    assert sd == pytest.approx(1.5, abs=0.01)
+    assert mean == pytest.approx(np.mean(pair), abs=0.01)
+    assert sd == pytest.approx(max(np.std(pair), scale.step / 2), abs=0.01)
     worse = raw + 0.1 * torch.randn(STEPS, generator=torch.Generator().manual_seed(0))
     asked = torch.ones(1, 2, dtype=torch.bool)
     lower, higher = (loss_of("continuous", r, target, asked, scale) for r in (raw, worse))
     assert lower < higher
+
+
+def test_a_behaviour_that_never_changed_is_published_as_it_was():
+    scale = Scale(mean=2.0, sd=1e-6, low=2.0, high=2.0)
+    raw_C = smeared(torch.tensor([2.0]), scale)[0].clamp_min(1e-30).log()
+    values = to_values(raw_C.numpy(), Behaviour(name="x", kind="continuous"), scale)
+    assert values == pytest.approx([2.0, 0.0], abs=1e-6)

@@ -244,17 +244,17 @@ def test_rotary_angles_keep_their_precision_for_days():
 
 
 def test_published_values_by_hand_and_in_bulk():
-    scale = Scale(mean=10.0, sd=2.0, low=7.0, high=12.0)  # steps of 0.116 from 6.6 to 12.4
+    scale = Scale(mean=10.0, sd=2.0, low=7.0, high=12.0)  # steps of 0.1 from 6.5 to 12.5
     raw = torch.full((3, STEPS), -30.0)
     raw[0, 10] = 0.0  # sure of one step
     raw[1, 10] = raw[1, 40] = 5.0  # torn between two
     raw[2] = 0.0  # no idea
     many = to_values_TV(raw, BEHAVIOURS[0], scale)
-    mean, smear = 6.6 + 25 * 0.116, (1.5 * 0.116) ** 2
+    smear = (1.5 * 0.1) ** 2
     expected = [
-        [6.6 + 10 * 0.116, 0.058],
-        [mean, np.sqrt((15 * 0.116) ** 2 - smear)],
-        [9.5, np.sqrt(0.116**2 * (51**2 - 1) / 12 - smear)],
+        [7.5, 0.05],
+        [9.0, np.sqrt(1.5**2 - smear)],
+        [9.5, np.sqrt(0.1**2 * (61**2 - 1) / 12 - smear)],
     ]
     torch.testing.assert_close(many, torch.tensor(expected).float(), atol=1e-4, rtol=1e-4)
     for row, values in zip(raw.numpy(), many.tolist(), strict=True):

@@ -16,10 +16,15 @@ from torch import Tensor, nn
 
 Kind = Literal["continuous", "poisson", "categorical"]
 
-STEPS = 51
-"""Steps of a continuous behaviour's range that get a probability each."""
 SMEAR = 1.5
 """Steps by which training smears a true value: neighbours of the right step are nearly right."""
+RANGE_STEPS, MARGIN_STEPS = 51, 5
+"""Steps of the range that was seen, and beyond each end: what smearing reaches from the end itself.
+
+With less beyond the ends, the smearing there is cut off, and what is published drawn inwards.
+"""
+STEPS = RANGE_STEPS + 2 * MARGIN_STEPS
+"""Steps of a continuous behaviour that get a probability each."""
 LOG_RATE_RANGE = (-12.0, 8.0)
 
 
@@ -66,7 +71,7 @@ class Scale(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     mean, sd : float
         Normaliser.
     low, high : float
-        Range that was seen. It is cut into ``STEPS``, with a fifth of an sd to spare on both sides.
+        Range that was seen: the values of the first and last of ``RANGE_STEPS``.
     """
 
     mean: float = 0.0
@@ -77,13 +82,13 @@ class Scale(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     @cached_property
     def values_C(self) -> NDArray[np.float32]:
         """Value at the middle of each step, shape (STEPS,)."""
-        spare = 0.2 * self.sd
-        return np.linspace(self.low - spare, self.high + spare, STEPS, dtype=np.float32)
+        at_C = np.arange(STEPS) - MARGIN_STEPS
+        return (self.low + at_C * self.step).astype(np.float32)
 
     @property
     def step(self) -> float:
-        """Width of a step."""
-        return float(self.values_C[1] - self.values_C[0])
+        """Width of a step; that of a range as wide as the sd where all values were the same."""
+        return max(self.high - self.low, self.sd) / (RANGE_STEPS - 1)
 
 
 def _spread(variance: Any, step: float) -> Any:
