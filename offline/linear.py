@@ -30,7 +30,7 @@ from rt_neds.model.readout import Behaviour, Scale
 PIECES = 5
 """Contiguous pieces of training, each foretold from the others."""
 PENALTIES = tuple(float(a) for a in np.logspace(-2.0, 3.0, 11))
-"""Tried, over the number of bins; features have unit variance."""
+"""Tried, over the number of bins; features have unit variance in the mean."""
 MOST_BINS = 12_000
 """Training bins that a session is fitted to; neighbours say nearly the same."""
 FEWEST_BINS = 20
@@ -83,7 +83,7 @@ def fit(
     Fits
     """
     fit_T = pieces(binned)
-    U, F = decoder.weight_UF.shape
+    root_F, (U, F) = _as_roots(spikes_in), decoder.weight_UF.shape
     weight_XUF, bias_XU = np.zeros((1 + PIECES, U, F)), np.zeros((1 + PIECES, U))
     for m, behaviour in enumerate(behaviours, start=1):
         usable_T = (fit_T > 0) & binned.scored_TM[:, m] & binned.shown_TM[:, 0]
@@ -96,13 +96,13 @@ def fit(
         target_SR = _targets(value_S, behaviour, scale)
         if not (np.ptp(target_SR, axis=0) > 0).any():
             continue
-        z_SF = features(binned, bins_S, spikes_in)
+        root_SF = features(binned, bins_S, spikes_in) * root_F
         class_S = value_S.astype(int) if behaviour.kind == "categorical" else 0 * bins_S
         late_S = _late(binned.trial_T[bins_S], behaviour)
-        weight_XRF, bias_XR = ridge(z_SF, target_SR, fit_T[bins_S], class_S, late_S)
+        weight_XRF, bias_XR = ridge(root_SF, target_SR, fit_T[bins_S], class_S, late_S)
         rows = decoder.where[behaviour.name]
-        weight_XUF[:, rows], bias_XU[:, rows] = weight_XRF, bias_XR
-        said_XSR = np.einsum("sf,xrf->xsr", z_SF, weight_XRF, optimize=True) + bias_XR[:, None]
+        weight_XUF[:, rows], bias_XU[:, rows] = weight_XRF * root_F, bias_XR
+        said_XSR = np.einsum("sf,xrf->xsr", root_SF, weight_XRF, optimize=True) + bias_XR[:, None]
         unseen_SR = said_XSR[fit_T[bins_S], np.arange(len(bins_S))]
         trials = len(np.unique(binned.trial_T[bins_S])) if behaviour.kind == "categorical" else 0
         out = cast(nn.Linear, decoder.out[behaviour.name])
@@ -111,6 +111,15 @@ def fit(
     decoder.weight_UF.copy_(fits.weight_XUF[0])
     decoder.bias_U.copy_(fits.bias_XU[0])
     return fits
+
+
+def _as_roots(spikes_in: SpikeReadIn) -> NDArray[np.float32]:
+    """What undoes the division of each feature by its own sd, all by that of all; shape (F,).
+
+    The root of a count has the same noise whatever its mean, so what varies more says more: ridge
+    is better on roots as they are than on those that have been made to vary alike (decision 0024).
+    """
+    return (spikes_in.sd_KN / spikes_in.sd_KN.square().mean().sqrt()).flatten().numpy()
 
 
 def pieces(binned: BinnedSession) -> NDArray[np.int64]:
@@ -141,7 +150,7 @@ def features(
 
 
 def ridge(
-    z_SF: NDArray[np.float32],
+    root_SF: NDArray[np.float32],
     target_SR: NDArray[np.float64],
     piece_S: NDArray[np.int64],
     class_S: NDArray[np.int64],
@@ -151,7 +160,7 @@ def ridge(
 
     Parameters
     ----------
-    z_SF, target_SR : ndarray
+    root_SF, target_SR : ndarray
     piece_S : ndarray of int
         From 1 on.
     class_S : ndarray of int
@@ -164,13 +173,13 @@ def ridge(
     ndarray, shape (X, R, F)
     ndarray, shape (X, R)
     """
-    basis_JF, x_SJ = None, z_SF
-    if len(z_SF) < z_SF.shape[1]:  # fewer bins than features: all weights are sums of bins
-        power_J, axes_SJ = np.linalg.eigh((z_SF @ z_SF.T).astype(np.float64))
+    basis_JF, x_SJ = None, root_SF
+    if len(root_SF) < root_SF.shape[1]:  # fewer bins than features: all weights are sums of bins
+        power_J, axes_SJ = np.linalg.eigh((root_SF @ root_SF.T).astype(np.float64))
         kept_J = power_J > 1e-6 * power_J[-1]
         root_J = np.sqrt(power_J[kept_J])
         x_SJ = axes_SJ[:, kept_J] * root_J
-        basis_JF = (axes_SJ[:, kept_J] / root_J).T @ z_SF
+        basis_JF = (axes_SJ[:, kept_J] / root_J).T @ root_SF
     x_SJ = np.concatenate([x_SJ, np.ones((len(x_SJ), 1), x_SJ.dtype)], axis=1)
     error_A, weight_AXJR = np.zeros(len(PENALTIES)), []
     for x in range(1 + PIECES):

@@ -121,6 +121,24 @@ def test_training_hears_of_no_bin_what_was_fitted_to_it(begun, monkeypatch):
         assert (fit_of_window == binned.cut(fit_T, first, first + len(fit_of_window))).all()
 
 
+def test_what_is_said_does_not_hang_on_what_units_are_divided_by(begun, monkeypatch):
+    _, model, subject = begun
+    parts = model.parts("tiny")
+    monkeypatch.setattr(linear, "PENALTIES", (0.1,))
+    said = []
+    for uneven in (False, True):
+        spikes_in = copy.deepcopy(parts.spikes_in)
+        if uneven:
+            factor_KN = torch.rand_like(spikes_in.sd_KN) + 0.2
+            all_alike = spikes_in.sd_KN.norm() / (spikes_in.sd_KN * factor_KN).norm()
+            spikes_in.sd_KN.mul_(factor_KN * all_alike)
+        decoder = LinearDecoder(parts.linear.weight_UF.shape[1], model.behaviours)
+        linear.fit(subject.binned, model.behaviours, subject.scales, spikes_in, decoder)
+        z_SF = linear.features(subject.binned, np.arange(200, 400), spikes_in)
+        said.append(decoder(torch.from_numpy(z_SF)))
+    torch.testing.assert_close(said[0], said[1], atol=1e-3, rtol=1e-3)
+
+
 def test_where_training_ends_the_decoder_of_all_of_it_speaks():
     torch.manual_seed(0)
     decoder = LinearDecoder(4, (SPEED, CHOICE))
@@ -254,4 +272,4 @@ def test_the_real_wheel_is_decoded_from_the_first_step_as_by_ridge(data_dir, tmp
     config = load_config(config_path("ibl-probe.toml"), TrainConfig, changes)
     summary = train(config, [str(data_dir / "ibl_probe_30_trials.h5")], tmp_path / "run")
     (val,) = summary["val"].values()
-    assert val["wheel_speed"] > 0.3  # fold 0, validation; a network from nothing: -3.5
+    assert val["wheel_speed"] > 0.25  # fold 0, validation; a network from nothing: -3.5
