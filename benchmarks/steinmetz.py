@@ -233,19 +233,19 @@ PRETRAINED = ("rrr_pretrained", "neds_pretrained")
 def logistic_scorer(
     train: Trials, features_of: Callable[[Trials], NDArray], inverse_penalty: float
 ) -> Scorer:
-    """Ridge logistic regression, classes weighed alike, on standardised features.
+    """Ridge logistic regression, classes weighed alike, on features divided by one sd.
 
     It is fitted in the span of the training trials, where its solution lies.
     """
     x_KF = features_of(train)
-    mean_F, sd_F = x_KF.mean(axis=0), np.maximum(x_KF.std(axis=0), 0.2)
-    x_KF = (x_KF - mean_F) / sd_F
+    mean_F, sd = x_KF.mean(axis=0), max(float(np.sqrt(x_KF.var(axis=0).mean())), 1e-6)
+    x_KF = (x_KF - mean_F) / sd
     power_K, axes_KK = np.linalg.eigh(x_KF @ x_KF.T)
     kept = power_K > 1e-9 * power_K[-1]
     span_FK = x_KF.T @ (axes_KK[:, kept] / np.sqrt(power_K[kept]))
 
     def within(trials: Trials) -> NDArray[np.float64]:
-        return ((features_of(trials) - mean_F) / sd_F) @ span_FK
+        return ((features_of(trials) - mean_F) / sd) @ span_FK
 
     model = LogisticRegression(C=inverse_penalty, class_weight="balanced", max_iter=300)
     model.fit(within(train), train.side_K)

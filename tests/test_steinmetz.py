@@ -133,7 +133,7 @@ def test_logistic_in_the_span_of_the_trials_is_the_whole_one(steinmetz, trials):
         return t.counts_KTN.reshape(len(t), -1).astype(float)
 
     x_KF = features_of(trials)
-    z_KF = (x_KF - x_KF.mean(axis=0)) / np.maximum(x_KF.std(axis=0), 0.2)
+    z_KF = (x_KF - x_KF.mean(axis=0)) / np.sqrt(x_KF.var(axis=0).mean())
     plain = LogisticRegression(C=0.1, class_weight="balanced", tol=1e-8, max_iter=1000)
     expected = 2 * plain.fit(z_KF, trials.side_K).predict_proba(z_KF)[:, 1] - 1
     found = steinmetz.logistic_scorer(trials, features_of, 0.1)(trials)

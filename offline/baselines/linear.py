@@ -66,7 +66,7 @@ def ridge(
     """
     m, widths = column(binned, name), history_widths(binned, history_s)
     train, _ = fitting_bins(binned, binned.scored_TM[:, m])
-    scaler = Scaler.fit(binned, train, widths)
+    scaler = Scaler.fit(binned, train, widths).undivided()
     weights_F, offset = fit_ridge(binned, m, widths, scaler, alphas)
     return _predict(binned, bins, widths, scaler, weights_F[:, None])[:, 0] + offset
 
@@ -170,7 +170,7 @@ def logistic(
     if len(np.unique(label_T)) == 1:
         return np.tile(np.eye(classes)[label_T[0]], (len(bins), 1))
 
-    scaler = Scaler.fit(binned, train, widths)
+    scaler = Scaler.fit(binned, train, widths).undivided()
     z_TF = np.concatenate([scaler(x_TF) for _, x_TF in blocks(binned, train, widths)])
     val_label_T, best_score, best = binned.values_TM[val, m].astype(np.int64), -1.0, None
     for c in INVERSE_PENALTIES:
@@ -264,6 +264,10 @@ class Scaler:
         mean_F = total_F / len(bins)
         sd_F = np.sqrt(np.maximum(squares_F / len(bins) - mean_F**2, 0.0))
         return cls(mean_F.astype(np.float32), np.maximum(sd_F, LEAST_SD).astype(np.float32))
+
+    def undivided(self) -> Scaler:
+        """The same with one sd for all features, as regressions do better (decision 0024)."""
+        return Scaler(self.mean_F, np.full_like(self.sd_F, np.sqrt(np.square(self.sd_F).mean())))
 
     def __call__(self, x_TF: NDArray[np.float32]) -> NDArray[np.float32]:
         return (x_TF - self.mean_F) / self.sd_F

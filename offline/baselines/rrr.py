@@ -15,30 +15,27 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve
 
-LEAST_SD = 0.2
-"""Floor of the sd a unit's counts are divided by: a near-silent unit is no hammer."""
-
 SWEEPS = 5
 """Times that units' weights and time courses are fitted in turn."""
 
 
 @dataclass(frozen=True)
 class Standardised:
-    """Square roots of the counts of training trials, standardised by unit, and how that is done."""
+    """Square roots of the counts of training trials less their means, over one sd of all."""
 
     x_KTN: NDArray[np.float64]
     mean_TN: NDArray[np.float64]
-    sd_N: NDArray[np.float64]
+    sd: float
 
     @classmethod
     def fit(cls, counts_KTN: NDArray) -> Standardised:
         root_KTN = np.sqrt(counts_KTN, dtype=np.float64)
         mean_TN = root_KTN.mean(axis=0)
-        sd_N = np.maximum((root_KTN - mean_TN).std(axis=(0, 1)), LEAST_SD)
-        return cls((root_KTN - mean_TN) / sd_N, mean_TN, sd_N)
+        sd = max(float((root_KTN - mean_TN).std()), 1e-6)
+        return cls((root_KTN - mean_TN) / sd, mean_TN, sd)
 
     def __call__(self, counts_KTN: NDArray) -> NDArray[np.float64]:
-        return (np.sqrt(counts_KTN, dtype=np.float64) - self.mean_TN) / self.sd_N
+        return (np.sqrt(counts_KTN, dtype=np.float64) - self.mean_TN) / self.sd
 
 
 @dataclass(frozen=True)

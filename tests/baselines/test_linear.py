@@ -54,7 +54,7 @@ def test_ridge_equals_a_plain_one(counts_TN: NDArray, speed_T: NDArray) -> None:
     total_TN = np.concatenate([np.zeros((1, 12)), total_TN])
     sums = [total_TN[51:] - total_TN[51 - k : len(total_TN) - k] for k in widths]
     x_TF = np.sqrt(np.concatenate(sums, axis=1))
-    z_TF = (x_TF - x_TF[:1200].mean(axis=0)) / x_TF[:1200].std(axis=0)
+    z_TF = (x_TF - x_TF[:1200].mean(axis=0)) / np.sqrt(x_TF[:1200].var(axis=0).mean())
     offset = speed_T[:1200].mean()
     gram_FF = z_TF[:1200].T @ z_TF[:1200] + 0.1 * 1200 * np.eye(z_TF.shape[1])
     expected_T = z_TF @ np.linalg.solve(gram_FF, z_TF[:1200].T @ (speed_T[:1200] - offset)) + offset
