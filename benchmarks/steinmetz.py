@@ -11,8 +11,9 @@ that read spikes. Three protocols, each with spikes up to 100, 200, 300 and 400 
     python benchmarks/steinmetz.py --data ../recordings/steinmetz
 
 writes ``results/steinmetz.json``: protocol -> method -> [mean, sd over sessions], and under
-``intervals`` 95 % intervals (test trials drawn again) of each method less the logistic regression.
-A further method is a function from a task to scores and one line in METHODS.
+``intervals`` 95 % intervals (test trials drawn again) of differences between methods, also of their
+mean over the four lengths of time. A further method is a function from a task to scores and one line in
+METHODS.
 
 Shape suffixes: K trials, T bins of a trial, N units, F features, B bootstrap draws.
 """
@@ -46,7 +47,11 @@ PROTOCOLS = ("folds", "transfer")
 """What can be run; trials of equal contrast are scored with the folds."""
 
 OUTER_FOLDS, INNER_FOLDS, PAST_SESSIONS, DRAWS = 5, 4, 9, 2000
-REFERENCE = "logistic"
+COMPARED = (
+    *((name, "logistic") for name in ("majority", "contrasts", "rrr", "neds")),
+    *((f"{name}_pretrained", alone) for name in ("rrr", "neds") for alone in ("logistic", name)),
+)
+"""Methods whose difference gets an interval: the first less the second."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -369,9 +374,9 @@ METRICS = {"balanced_accuracy": balanced_accuracy, "auc": auc}
 def summarise(found: dict[str, list[Scored]]) -> dict[str, Any]:
     """Means and sds over sessions, and intervals of differences, by protocol and metric."""
     scores: dict[str, Any] = {}
-    intervals: dict[str, Any] = {}
-    rng = np.random.default_rng(0)
+    differences: dict[str, dict[str, list[NDArray]]] = {}
     for protocol, scored in found.items():
+        rng = np.random.default_rng(0)  # the same draws of the same trials in each protocol
         draws = [rng.multinomial(len(s), np.full(len(s), 1 / len(s)), DRAWS) for s, _ in scored]
         for label, metric in METRICS.items():
             drawn_B: dict[str, NDArray] = {}
@@ -383,11 +388,24 @@ def summarise(found: dict[str, list[Scored]]) -> dict[str, Any]:
                 sd = np.std(point_of) if len(point_of) > 1 else np.nanstd(drawn_B[name])
                 entry = [round(float(np.mean(point_of)), 4), round(float(sd), 4)]
                 scores.setdefault(f"{protocol}/{label}", {})[name] = entry
-            for name in drawn_B.keys() - {REFERENCE} if REFERENCE in drawn_B else ():
-                low, high = np.nanpercentile(drawn_B[name] - drawn_B[REFERENCE], [2.5, 97.5])
-                between = [round(float(low), 4), round(float(high), 4)]
-                intervals.setdefault(f"{protocol}/{label}", {})[f"{name} - {REFERENCE}"] = between
-    return {**scores, "intervals": intervals}
+            kind, _, *labelled = protocol.split("/")
+            for name, other in COMPARED:
+                if name in drawn_B and other in drawn_B:
+                    for key in (protocol, "/".join([kind, "mean", *labelled])):
+                        of_key = differences.setdefault(f"{key}/{label}", {})
+                        of_key.setdefault(f"{name} - {other}", []).append(
+                            drawn_B[name] - drawn_B[other]
+                        )
+    return {**scores, "intervals": {key: _intervals(of) for key, of in differences.items()}}
+
+
+def _intervals(differences: dict[str, list[NDArray]]) -> dict[str, list[float]]:
+    """The middle 95 % of drawn differences, of their mean where there are several."""
+    found = {}
+    for pair, drawn in differences.items():
+        between = np.nanpercentile(np.mean(drawn, axis=0), [2.5, 97.5])
+        found[pair] = [round(float(end), 4) for end in between]
+    return found
 
 
 def beside_others(path: Path, scores: dict[str, Any]) -> dict[str, Any]:

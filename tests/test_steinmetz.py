@@ -169,6 +169,8 @@ def test_summary_gives_spread_and_an_interval_of_the_difference(steinmetz):
     assert summary["folds/400ms/balanced_accuracy"]["majority"][0] == 0.5
     low, high = summary["intervals"]["folds/400ms/auc"]["rrr - logistic"]
     assert 0 < low < entry["rrr"][0] - entry["logistic"][0] < high
+    twice = steinmetz.summarise({"folds/300ms": scored, "folds/400ms": scored})["intervals"]
+    assert twice["folds/mean/auc"]["rrr - logistic"] == [low, high]  # the trials drawn are the same
     pooled = steinmetz.summarise({"equal_contrast/400ms": scored[:1]})
     assert pooled["equal_contrast/400ms/auc"]["logistic"][1] > 0
 
