@@ -12,8 +12,8 @@ that read spikes. Three protocols, each with spikes up to 100, 200, 300 and 400 
 
 writes ``results/steinmetz.json``: protocol -> method -> [mean, sd over sessions], and under
 ``intervals`` 95 % intervals (test trials drawn again) of differences between methods, also of their
-mean over the four lengths of time. A further method is a function from a task to scores and one line in
-METHODS.
+mean over the four lengths of time. A further method is a function from a task to scores and one
+line in METHODS.
 
 Shape suffixes: K trials, T bins of a trial, N units, F features, B bootstrap draws.
 """
