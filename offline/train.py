@@ -23,6 +23,7 @@ from offline.average import RunningAverage, touched
 from offline.batches import Batch, Step, Subject, draw_step, refuse_twins
 from offline.beginning import build, fit_linear
 from offline.cache import kept
+from offline.calibration import calibrate
 from offline.checkpoint import load_checkpoint, save_checkpoint
 from offline.config import TrainConfig, TrainingConfig
 from offline.expectation import expectation_of
@@ -71,7 +72,8 @@ def train(
     -------
     dict
         ``bundle``, ``steps``, ``best_step``, ``best_score``, ``val`` (scores by session and
-        behaviour at the best step), ``seconds``, ``parameters``.
+        behaviour at the best step), ``temperature`` (of categorical ones), ``seconds``,
+        ``parameters``.
 
     Raises
     ------
@@ -154,12 +156,14 @@ def train(
                     },
                 )
     average.mean.load_state_dict(best)
+    temperature = calibrate(average.mean, subjects, processes.device)
     summary = {
         "bundle": str(out / "bundle"),
         "steps": step,
         "best_step": best_step,
         "best_score": best_score,
         "val": best_val,
+        "temperature": temperature,
         "seconds": round(time.monotonic() - started, 1),
         "parameters": sum(p.numel() for p in model.parameters()),
     }

@@ -1,0 +1,99 @@
+"""Probabilities that are not surer than validation bears out.
+
+A network that has seen two hundred trials many times is surer of each choice than it has a right to
+be. Dividing its logits by one number mends that and changes no decision (temperature scaling: Guo
+et al., ICML 2017, section 4.2); the division goes into the read-out's weights, so nothing is left
+of it to be done at the rig.
+
+Shape suffixes: S scored bins, C classes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as nnf
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from torch import nn
+
+from offline.batches import Subject
+from offline.predict import decode_spans
+from rt_neds.model.neds import NEDS
+
+MOST = 20.0
+"""Temperatures beyond this are as good as knowing nothing."""
+
+
+def calibrate(
+    model: NEDS, subjects: list[Subject], device: torch.device | str = "cpu"
+) -> dict[str, dict[str, float]]:
+    """Divide the logits of each session's categorical behaviours by a temperature, in place.
+
+    Parameters
+    ----------
+    model : NEDS
+        As it is to be kept.
+    subjects : list of Subject
+        Where one has no validation split, nothing is changed.
+    device : torch device
+
+    Returns
+    -------
+    dict of str to dict of str to float
+        Temperatures by session and behaviour.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for subject in subjects:
+        binned, spans = subject.binned, subject.binned.spans("val")
+        bins_S = np.concatenate([np.arange(*span) for span in spans] or [np.zeros(0, int)])
+        for m, behaviour in enumerate(model.behaviours, start=1):
+            scored_S = binned.scored_TM[bins_S, m]
+            if behaviour.kind != "categorical" or not scored_S.any():
+                continue
+            raw_SC = decode_spans(model, binned, spans, wanted=[behaviour.name], device=device)[
+                behaviour.name
+            ][scored_S]
+            asked_S = bins_S[scored_S]
+            temperature = temperature_of(
+                raw_SC, binned.values_TM[asked_S, m].astype(np.int64), binned.trial_T[asked_S]
+            )
+            parts = model.parts(subject.id)
+            outs: list[nn.Module] = [parts.behaviour_out[behaviour.name]]
+            outs += [] if parts.linear is None else [parts.linear.out[behaviour.name]]
+            with torch.no_grad():
+                for parameter in (p for out in outs for p in out.parameters()):
+                    parameter.div_(temperature)
+            found.setdefault(subject.id, {})[behaviour.name] = temperature
+    return found
+
+
+def temperature_of(
+    raw_SC: NDArray[np.float32], class_S: NDArray[np.int64], trial_S: NDArray[np.int64]
+) -> float:
+    """The temperature, 1 or more, at which the true classes are likeliest.
+
+    All bins of a trial are evidence as one is, and there is a prior, of one e-fold about 1: with
+    few trials little is changed. Bins outside trials count each by itself.
+
+    Parameters
+    ----------
+    raw_SC : ndarray
+        Logits.
+    class_S, trial_S : ndarray of int
+        The true class; the trial, or -1.
+
+    Returns
+    -------
+    float
+    """
+    _, trial, bins = np.unique(trial_S, return_inverse=True, return_counts=True)
+    weight_S = torch.from_numpy(np.where(trial_S < 0, 1.0, 1.0 / bins[trial]))
+    raw, true = torch.from_numpy(raw_SC).double(), torch.from_numpy(class_S)
+
+    def surprise(log_temperature: float) -> float:
+        nll_S = nnf.cross_entropy(raw / np.exp(log_temperature), true, reduction="none")
+        return float(weight_S @ nll_S) + 0.5 * log_temperature**2
+
+    best = minimize_scalar(surprise, bounds=(0.0, np.log(MOST)), method="bounded")
+    return float(np.exp(best.x)) if surprise(best.x) < surprise(0.0) else 1.0
