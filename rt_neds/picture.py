@@ -61,7 +61,7 @@ def draw(path: Path, session_path: Path, live: Any, scores: dict[str, Any]) -> N
         axes[0].set_title(
             "Decoded while it happened: held-out minutes, replayed at real speed over ZeroMQ"
         )
-        axes[0].legend(loc="upper right", ncols=3)
+        axes[0].legend(loc="lower right", bbox_to_anchor=(1.0, 0.98), borderaxespad=0.0, ncols=3)
         axes[0].tick_params(labelbottom=False)
         axes[1].set_xlabel("session time (s)")
         _evidence(figure.add_subplot(grid[2, 0]), session, live)
