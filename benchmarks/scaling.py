@@ -18,14 +18,9 @@ from typing import Any
 
 import torch
 
-from offline.batches import prepare
 from offline.config import TrainConfig
-from offline.evaluate import ideal_values, score
-from offline.metrics import r2
+from offline.evaluate import evaluate
 from offline.train import train
-from offline.validation import validate
-from offline.windows import behaviours_of
-from rt_neds.bundle import build_model, load_spec
 from rt_neds.config import config_path, load_config
 from rt_neds.result import machine
 from rt_neds.simulate import simulate_file
@@ -45,27 +40,16 @@ def config_of(*changes: str) -> TrainConfig:
     return load_config(config_path("demo.toml"), TrainConfig, [*FOR_FEW_LABELS, *changes])
 
 
-def tested(bundle: Path, session: Path, config: TrainConfig) -> dict[str, float]:
-    """Scores of the test split."""
-    subject = prepare(session, config)
-    model = build_model(bundle, load_spec(bundle))
-    scores = validate(model, [subject], config, "test", torch.device("cpu"))
-    return {name: round(value, 4) for name, value in scores[subject.id].items()}
-
-
-def of_ideal_observer(session: Path, config: TrainConfig) -> dict[str, float]:
-    """Scores of the ideal observer on the same bins."""
-    binned, found = prepare(session, config).binned, {}
-    for m, b in enumerate(behaviours_of(config.behaviour), start=1):
-        bins = (binned.of_split("test") & binned.scored_TM[:, m]).nonzero()[0]
-        values = ideal_values(binned, b, config, bins)
-        if values is None:
-            continue
-        if b.kind == "continuous":
-            found[b.name] = round(r2(binned.values_TM[bins, m], values[:, 0]), 4)
-        else:
-            found[b.name] = round(score(binned, b, m, bins, values)["balanced_accuracy_bins"], 4)
-    return found
+def tested(bundle: Path, session: Path) -> dict[str, dict[str, float]]:
+    """Scores of the test split, streamed bin by bin, and the ideal observer's of the same bins."""
+    result = evaluate(bundle, session, baselines="none")
+    return {
+        which: {
+            name: round(of["r2"] if "r2" in of else of["balanced_accuracy_bins"], 4)
+            for name, of in result[which].items()
+        }
+        for which in ("decoding", "ideal")
+    }
 
 
 def main() -> None:
@@ -91,7 +75,7 @@ def main() -> None:
     seed = f"training.seed={args.seed}"
     path = RESULTS / "scaling.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    results |= {"machine": machine(), "ideal": of_ideal_observer(new, config_of())}
+    results["machine"] = machine()
     for sessions in args.pretrained_on:
         init = None
         if sessions:
@@ -107,10 +91,9 @@ def main() -> None:
             config = config_of(*changes)
             run = args.out / f"tuned{sessions}-{minutes:g}-{args.seed}"
             summary = train(config, [str(new)], run, init=init)
-            entry = {
-                "scores": tested(run / "bundle", new, config),
-                "seconds": summary["seconds"],
-            }
+            scores = tested(run / "bundle", new)
+            results["ideal"] = scores["ideal"]
+            entry = {"scores": scores["decoding"], "seconds": summary["seconds"]}
             label = f"{minutes:g}" if minutes else "all"
             by_seed = results.setdefault(f"pretrained_on_{sessions}", {}).setdefault(label, {})
             by_seed[f"seed_{args.seed}"] = entry

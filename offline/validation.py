@@ -1,5 +1,8 @@
 """What a network is worth while it trains: one score for each thing it can be asked.
 
+Each is a proper one: the best that can be said scores best. How many decisions are right is not,
+and of a dozen trials it says little.
+
 Shape suffixes: S scored bins, B windows, T bins, M modalities (0 is spikes), N units.
 """
 
@@ -11,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from offline.batches import Subject
+from offline.calibration import categorical_d2
 from offline.config import TrainConfig
 from offline.masking import UNIT_SCHEMES, draw_masks
-from offline.metrics import categorical_scores, poisson_d2, r2
+from offline.metrics import poisson_d2, r2
 from offline.predict import decode_spans, normalise
 from offline.windows import Split
 from rt_neds.model.neds import AHEAD, NEDS, SCHEMES, SPIKES
@@ -34,8 +38,9 @@ def validate(
     Returns
     -------
     dict of dict of float
-        By session id and what was asked: R2, balanced accuracy or Poisson D2 of each behaviour, and
-        bits per spike of each scheme of the configuration that asks for spikes alone.
+        By session id and what was asked: of each behaviour what share of it is explained (R2, of
+        counts and of classes D2), and bits per spike of each scheme of the configuration that asks
+        for spikes alone.
     """
     return {
         subject.id: _behaviours(model, subject, config, split, device)
@@ -76,10 +81,9 @@ def _behaviours(
         elif behaviour.kind == "poisson":
             scores[behaviour.name] = poisson_d2(true_S, value_SV[:, 0])
         else:
-            by_trial = categorical_scores(
-                true_S.astype(np.int64), value_SV, binned.trial_T[kept][scored].astype(np.int64)
+            scores[behaviour.name] = categorical_d2(
+                raws[behaviour.name][scored], true_S.astype(np.int64), binned.trial_T[kept][scored]
             )
-            scores[behaviour.name] = by_trial["balanced_accuracy_bins"]
     return scores
 
 

@@ -8,7 +8,7 @@ import torch
 
 from offline.batches import prepare
 from offline.beginning import build, fit_linear
-from offline.calibration import calibrate, temperature_of
+from offline.calibration import calibrate, categorical_d2, temperature_of
 from offline.predict import decode_spans
 from tests.making import tiny_config, write_session
 
@@ -35,6 +35,33 @@ def test_nothing_is_made_surer_and_few_trials_change_little():
     alone = temperature_of(*drawn(np.random.default_rng(2), 4, 1, 6.0))
     assert few == pytest.approx(alone, rel=1e-3)  # fifty bins of a trial are one piece of evidence
     assert few < 6.0
+
+
+def test_the_share_explained_is_that_of_the_written_formula():
+    raw_SC, class_S, trial_S = drawn(np.random.default_rng(3), 500, 3, 1.0)
+    p_SC = np.exp(raw_SC) / np.exp(raw_SC).sum(axis=1, keepdims=True)
+    surprise = -np.log(p_SC[np.arange(len(class_S)), class_S]).mean()
+    assert temperature_of(raw_SC, class_S, trial_S) == pytest.approx(1.0, abs=0.2)
+    assert categorical_d2(raw_SC, class_S, trial_S) == pytest.approx(
+        1 - surprise / np.log(2), abs=2e-3
+    )
+    assert categorical_d2(0 * raw_SC, class_S, trial_S) == pytest.approx(0.0, abs=1e-12)
+    right_SC = 20.0 * np.eye(2, dtype=np.float32)[class_S]
+    assert categorical_d2(right_SC, class_S, trial_S) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_being_too_sure_costs_nothing_that_calibration_mends_and_being_wrong_does():
+    raw_SC, class_S, trial_S = drawn(np.random.default_rng(4), 4000, 1, 1.0)
+    fair = categorical_d2(raw_SC, class_S, trial_S)
+    assert categorical_d2(5 * raw_SC, class_S, trial_S) == pytest.approx(fair, abs=1e-3)
+    assert categorical_d2(-raw_SC, class_S, trial_S) < 0.05 < fair
+
+
+def test_a_long_trial_counts_as_a_short_one():
+    raw_SC, class_S, trial_S = drawn(np.random.default_rng(5), 40, 1, 1.0)
+    bins_K = np.where(np.arange(40) % 2, 30, 1)
+    long = [np.repeat(of, bins_K, axis=0) for of in (raw_SC, class_S, trial_S)]
+    assert categorical_d2(*long) == pytest.approx(categorical_d2(raw_SC, class_S, trial_S))
 
 
 @pytest.mark.parametrize("linear", [False, True])
