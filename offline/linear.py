@@ -36,6 +36,9 @@ MOST_BINS = 12_000
 FEWEST_BINS = 20
 BINS_ALIKE = 50
 """So many neighbouring bins are evidence as one is."""
+IMAGINED = 4.0
+"""Trials of each class believed in beside those seen: eight labels that happen to be six of one
+class and two of another do not say that the one is three times as common."""
 WORTH = {"categorical": 2.0, "poisson": 1.0}
 """Nats per unit of a score, if a score is a probability less its mean; of a rate, to begin with."""
 
@@ -243,7 +246,7 @@ def begin_out(
     A histogram is that of all values, tilted by what was said: few numbers, so that few trials
     suffice. What is said is never taken for its contrary, as chance would have it where trials are
     few: how much it is believed is positive, and near what it is worth in theory until there is
-    evidence of more or less.
+    evidence of more or less. Classes are taken to be as common as each other until there is.
     """
     said, value = _float(said_SR), _float(value_S)
     shape_CJ, base_C = torch.eye(behaviour.outputs), torch.zeros(behaviour.outputs)
@@ -271,8 +274,12 @@ def begin_out(
         optimiser.zero_grad()
         raw_SC = nnf.linear(said, weight_CR(), bias_C())
         loss = loss_of(behaviour.kind, raw_SC[None], value[None], asked_1S, scale)
-        doubt = believed.square().sum() + surer.square().sum() + shift_J.square().sum()
-        loss = loss + 0.5 * doubt / independent
+        doubt = 0.5 * (believed.square().sum() + surer.square().sum())
+        if behaviour.kind == "categorical":
+            doubt = doubt - IMAGINED * torch.log_softmax(raw_SC.mean(dim=0), dim=0).sum()
+        else:
+            doubt = doubt + 0.5 * shift_J.square().sum()
+        loss = loss + doubt / independent
         loss.backward()
         return loss
 

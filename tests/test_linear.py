@@ -191,6 +191,19 @@ def test_chance_is_not_believed_and_never_its_contrary():
     assert high > 1.8
 
 
+def test_eight_labels_do_not_say_which_class_is_common_and_eight_hundred_do():
+    for trials, expected in ((8, (2 + 4) / (8 + 8)), (800, 0.25)):
+        rng = np.random.default_rng(trials)
+        side_S = np.repeat(np.arange(trials) % 4 == 0, 20).astype(int)  # a quarter of the trials
+        # A decoder that was fitted to few of the rare class takes everything for the common one.
+        said_SR = np.stack([0 * side_S, 0 * side_S - 0.5], axis=1) + rng.normal(size=2) * 1e-3
+        out = LinearDecoder(4, (CHOICE,)).out["choice"]
+        linear.begin_out(out, said_SR, side_S, CHOICE, Scale(), trials=trials)
+        raw_SC = out(torch.from_numpy(said_SR).float()).detach()
+        stated = torch.softmax(raw_SC, dim=1)[:, 1].mean()
+        assert stated == pytest.approx(expected, abs=0.03)
+
+
 def test_where_spikes_are_hidden_nothing_is_said(begun):
     _, model, _ = begun
     model = copy.deepcopy(model)
