@@ -314,15 +314,33 @@ def bench_growth(size: str, rounds: int, bins: int) -> list[dict[str, object]]:
 
 
 def bench_probes(size: str, rounds: int, bins: int) -> list[dict[str, object]]:
-    """So many probes by one process, one after the other: what each of them costs."""
-    made = [make_model(SIZES[size], UNITS) for _ in range(4)]
+    """So many probes by one process, what each of them costs: each with a bundle of its own, one
+    after the other; and as sessions of one bundle, whose bins closed together.
+    """
     names, contestants = [b.name for b in BEHAVIOURS], {}
+    of_one, counts_TN = make_model(SIZES[size], UNITS)
+    own = [FusedStep(make_model(SIZES[size], UNITS)[0], "a", names) for _ in range(4)]
+    shared = [FusedStep(of_one, "a", names) for _ in range(8)]
+    for step in shared:
+        assert step.share(shared[0])
     for probes in (1, 2, 4):
-        steps = [stepping(FusedStep(model, "a", names), counts) for model, counts in made[:probes]]
-        contestants[probes] = lambda steps=steps: [step() for step in steps]
+        alone = [stepping(step, counts_TN) for step in own[:probes]]
+        contestants["own", probes] = lambda alone=alone: [step() for step in alone]
+    for probes in (2, 4, 8):
+        contestants["one", probes] = stepping_together(shared[:probes], counts_TN)
     return timed_rows(
-        contestants, rounds, bins, lambda key: {"size": size, "probes": key}, lambda key: key
+        contestants,
+        rounds,
+        bins,
+        lambda key: {"size": size, "bundles": key[0], "probes": key[1]},
+        lambda key: key[1],
     )
+
+
+def stepping_together(steps: list[FusedStep], counts_TN: NDArray[np.float32]) -> Contestant:
+    """The next bin of each stream, at each call."""
+    bins, seen = itertools.cycle(counts_TN), [(True,)] * len(steps)
+    return lambda: FusedStep.together(steps, [(next(bins),) for _ in steps], seen)
 
 
 def stepping(step: FusedStep, counts_TN: NDArray[np.float32]) -> Contestant:
@@ -360,6 +378,7 @@ COLUMNS = {
     "size": "size",
     "context": "context",
     "units": "units",
+    "bundles": "bundles",
     "probes": "probes",
     "who": "who",
     "p50_us": "p50",
@@ -379,7 +398,7 @@ def show(rows: list[dict[str, object]], title: str, console: Console) -> None:
     table = Table(title=title)
     keys = [key for key in COLUMNS if key in rows[0]]
     for key in keys:
-        left = key in ("who", "size")
+        left = key in ("who", "size", "bundles")
         table.add_column(COLUMNS[key], justify="left" if left else "right", no_wrap=left)
     for before, row in zip([rows[0], *rows], rows, strict=False):
         if any(row.get(key) != before.get(key) for key in ("size",)):

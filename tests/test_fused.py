@@ -63,9 +63,9 @@ def random_model(size=SIZES[0], seed: int = 0) -> NEDS:
     return model
 
 
-def random_stream(model: NEDS, bins: int, seed: int = 0, shown: float = 0.8):
+def random_stream(model: NEDS, bins: int, seed: int = 0, shown: float = 0.8, session: str = "a"):
     rng = np.random.default_rng(seed)
-    units = model.sessions[model.session_ids.index("a")].units
+    units = model.parts(session).units
     counts_TN = rng.poisson(rng.uniform(0, 2, units), (bins, units)).astype(np.float32)
     observed_T = rng.random(bins) < shown
     return counts_TN, observed_T, rng.random(units) < 0.3
@@ -254,7 +254,7 @@ def test_allocates_nothing():
 def test_allocates_nothing_inside_the_kernel():
     step = FusedStep(random_model(), "a", NAMES)
     counts_N = np.ones(12, np.float32)
-    arrays = sum(isinstance(argument, np.ndarray) for argument in step._arguments)
+    arrays = 1 + sum(isinstance(argument, np.ndarray) for argument in step._trunk.arguments)
     _nrt_python.memsys_enable_stats()
     try:
         before = rtsys.get_allocation_stats()
@@ -265,6 +265,54 @@ def test_allocates_nothing_inside_the_kernel():
         _nrt_python.memsys_disable_stats()
     # The call itself wraps each array it is given in a small header, and frees it.
     assert after.alloc - before.alloc == after.free - before.free == 100 * arrays
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("rounded", [False, True])
+def test_streams_together_give_the_same_bits_as_alone(size, rounded):
+    model = random_model(size)
+    model = round_trunk(model) if rounded else model
+    asked = {"a": NAMES, "other": ["licks", "choice"]}  # of 12 units, say, and of 4
+    streams, alone = {}, {}
+    for n, (session, wanted) in enumerate([*asked.items(), ("a", ["speed"])]):
+        counts_TN, observed_T, missing_N = random_stream(model, 90, seed=n, session=session)
+        missing_N = missing_N if n == 1 else None
+        step = FusedStep(model, session, wanted, missing_N)
+        step.reset(1000 * n)
+        alone[n] = streamed(step, counts_TN, observed_T)
+        next_TN = step.next_TN()
+        step.reset(1000 * n)
+        streams[n] = step, counts_TN, observed_T, next_TN.copy()
+    steps = [step for step, *_ in streams.values()]
+    assert all(step.share(steps[0]) for step in steps)
+    rng, at, got = np.random.default_rng(0), dict.fromkeys(streams, 0), {n: [] for n in streams}
+    while any(at[n] < 90 for n in streams):
+        cuts, room = {}, CHUNK
+        for n in rng.permutation(list(streams)):
+            bins = min(int(rng.integers(0, 4)), 90 - at[n], room)
+            if bins:
+                cuts[n], room = slice(at[n], at[n] + bins), room - bins
+                at[n] += bins
+        if not cuts:
+            continue
+        raws = FusedStep.together(
+            [streams[n][0] for n in cuts],
+            [streams[n][1][cut] for n, cut in cuts.items()],
+            [streams[n][2][cut] for n, cut in cuts.items()],
+        )
+        for n, raw_TO in zip(cuts, raws, strict=True):
+            got[n].append(raw_TO.copy())
+    for n, (step, _, _, next_TN) in streams.items():
+        np.testing.assert_array_equal(np.concatenate(got[n]), alone[n])
+        np.testing.assert_allclose(step.next_TN()[-1], next_TN[-1], atol=ATOL)
+
+
+def test_only_the_same_trunk_is_shared():
+    model, other = random_model(), random_model(seed=1)
+    step = FusedStep(model, "a", NAMES)
+    assert FusedStep(model, "other", ["licks"]).share(step)
+    assert not FusedStep(other, "a", NAMES).share(step)
+    assert not FusedStep(round_trunk(random_model()), "a", NAMES).share(step)
 
 
 def test_is_compiled_once_whatever_it_is_given():

@@ -2,21 +2,25 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from rt_neds.assemble import assemble
 from rt_neds.bundle import build_model, load_spec
 from rt_neds.children import free_port
 from rt_neds.config import parse_config
 from rt_neds.errors import ConfigError
-from rt_neds.frames import DecodedFrame
+from rt_neds.frames import BinnedFrame, DecodedFrame
 from rt_neds.replay import batches
 from rt_neds.serve import serve
 from rt_neds.serve_config import ServeConfig, each_probe
 from rt_neds.session import load_session
-from rt_neds.stream.loop import run_together
+from rt_neds.stream.decoder import Decoder, decode_together, make_step
+from rt_neds.stream.fused import FusedStep
+from rt_neds.stream.loop import calls_of, run_together
 from rt_neds.stream.publisher import DecodedListener, Note
 from rt_neds.stream.receiver import Announcement
 from rt_neds.stream.sender import Sender
@@ -76,7 +80,20 @@ def equal(frames, expected):
         np.testing.assert_array_equal(a.values_V, b.values_V)
 
 
-def test_loops_take_turns_and_do_not_disturb_each_other(tiny, alone):
+def counting_calls(monkeypatch):
+    """How many streams went through each call of the network that took several."""
+    calls, together = [], FusedStep.together
+
+    def spy(steps, *args):
+        calls.append(len(steps))
+        return together(steps, *args)
+
+    monkeypatch.setattr(FusedStep, "together", staticmethod(spy))
+    return calls
+
+
+def test_loops_take_turns_and_do_not_disturb_each_other(tiny, alone, monkeypatch):
+    calls = counting_calls(monkeypatch)
     spec = load_spec(tiny[1] / "bundle")
     model, session = build_model(tiny[1] / "bundle", spec), load_session(tiny[0])
     sources, sinks, loops = [], [], []
@@ -90,8 +107,75 @@ def test_loops_take_turns_and_do_not_disturb_each_other(tiny, alone):
     for probe, sink in zip(SECONDS, sinks, strict=True):
         equal(sink.frames, alone[probe])
         assert {frame.probe for frame in sink.frames} == {probe}
+    assert calls == [2] * len(alone["imec0"])  # one bundle, so one call for the bins of both
     sources[1].announced = Announcement("tiny", 30_000.0, ("tiny/0",))
     assert run_together(loops, lambda ms: None, lambda: False) == 1
+
+
+def test_probes_of_other_weights_are_decoded_by_themselves(tiny, alone, monkeypatch):
+    calls = counting_calls(monkeypatch)
+    spec, session = load_spec(tiny[1] / "bundle"), load_session(tiny[0])
+    models = [build_model(tiny[1] / "bundle", spec) for _ in range(3)]
+    with torch.no_grad():
+        models[1].layers[0].widen.bias[0] += 0.125
+    loops, sinks, sources = [], [], []
+    for model in models:
+        sources.append(ListSource(batches(session, 20.0, epoch=1, end=4 * 30_000)))
+        sinks.append(ListSink())
+        config = ServeConfig(probe="imec0", bundle="b")
+        loops.append(assemble(config, spec, model, sources[-1], sinks[-1], None))
+    stop = lambda: not any(source.items for source in sources)  # noqa: E731
+    assert run_together(loops, lambda ms: None, stop) is None
+    assert set(calls) == {2}  # the first and the third
+    for sink in (sinks[0], sinks[2]):
+        equal(sink.frames, alone["imec0"])
+    assert any(
+        (a.values_V != b.values_V).any()
+        for a, b in zip(sinks[0].frames, sinks[1].frames, strict=True)
+    )
+
+
+def test_a_unit_that_falls_silent_in_between_is_missed_from_its_bin_on(tiny):
+    spec = load_spec(tiny[1] / "bundle")
+    model, session = build_model(tiny[1] / "bundle", spec), spec.session()
+    units = len(session.units)
+    silent_N = np.arange(units) == 2
+
+    def frames(seed, fell_at):
+        rng = np.random.default_rng(seed)
+        for t in range(40):
+            counts_N = rng.poisson(1.0, units).astype(np.float32)
+            counts_N[2] = 0
+            of = {"epoch": 1, "bin": t, "end": 600 * (t + 1), "counts_N": counts_N}
+            yield BinnedFrame(
+                **of, spikes=0, late=0, unknown=0, lost=0, observed=True, first_of_run=t == 0,
+                sent_ns=0, received_ns=0, binned_ns=0, silent_N=silent_N if t >= fell_at else None,
+            )  # fmt: skip
+
+    def decoder():
+        none_N = np.zeros(units, bool)
+        return Decoder(spec, session, make_step(model, spec, session, none_N), none_N)
+
+    streams = [list(frames(0, 13)), list(frames(1, 99))]
+    expected = [[decoder_of.decode(f).copy() for f in of] for decoder_of, of in
+                ((decoder(), of) for of in streams)]  # fmt: skip
+    pair = [decoder(), decoder()]
+    assert pair[0].share(pair[1])
+    for t in range(0, 40, 4):
+        values = decode_together(pair, [of[t : t + 4] for of in streams])
+        for got_TV, want in zip(values, expected, strict=True):
+            np.testing.assert_array_equal(got_TV, want[t : t + 4])
+
+
+@pytest.mark.parametrize(
+    ("closed", "packed"),
+    [([1] * 10, [8, 2]), ([8, 8], [8, 8]), ([3, 6, 1], [3, 7]), ([], [])],
+)
+def test_no_call_takes_more_bins_than_it_may(closed, packed):
+    loops = [SimpleNamespace(_closed=[None] * bins) for bins in closed]
+    calls = list(calls_of(loops))
+    assert [sum(len(loop._closed) for loop in call) for call in calls] == packed
+    assert [loop for call in calls for loop in call] == loops
 
 
 def test_two_probes_over_sockets(tiny, alone):

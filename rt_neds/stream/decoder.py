@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -177,6 +177,11 @@ class Decoder:
             self._step.reset(frames[0].bin)
         return self._values.of(self._raw_TO(frames))
 
+    def share(self, other: Decoder) -> bool:
+        """Whether the bins of both can go through one call of the network."""
+        mine, others = self._step, other._step
+        return isinstance(mine, FusedStep) and isinstance(others, FusedStep) and mine.share(others)
+
     def _raw_TO(self, frames: Sequence[BinnedFrame]) -> NDArray[np.float32]:
         """Raw outputs; the step is told of units that fall silent, or fire again, in between."""
         before: list[NDArray[np.float32]] = []
@@ -230,6 +235,33 @@ class Decoder:
             self._step.steps((counts_N,), (True,))
         self._step.steps((counts_N,) * CHUNK, (True,) * CHUNK)
         self._step.reset(0)
+
+
+def decode_together(
+    decoders: Sequence[Decoder], frames_of: Sequence[Sequence[BinnedFrame]]
+) -> list[NDArray[np.float32]]:
+    """As ``decode_chunk`` of each of several decoders that share a trunk, to the same bits.
+
+    They have at most ``CHUNK`` bins, all together. Where a unit falls silent in between, one
+    decodes after the other.
+    """
+    steady = all(
+        frame.silent_N is decoder._silent_N
+        for decoder, frames in zip(decoders, frames_of, strict=True)
+        for frame in frames
+    )
+    if len(decoders) == 1 or not steady:
+        return [d.decode_chunk(frames) for d, frames in zip(decoders, frames_of, strict=True)]
+    for decoder, frames in zip(decoders, frames_of, strict=True):
+        decoder._next_before.clear()
+        if frames[0].first_of_run:
+            decoder._step.reset(frames[0].bin)
+    raws = FusedStep.together(
+        [cast(FusedStep, decoder._step) for decoder in decoders],
+        [[frame.counts_N for frame in frames] for frames in frames_of],
+        [[frame.observed for frame in frames] for frames in frames_of],
+    )
+    return [decoder._values.of(raw) for decoder, raw in zip(decoders, raws, strict=True)]
 
 
 def check_streamable(spec: BundleSpec) -> None:

@@ -7,8 +7,8 @@ weight once per bin; what this saves is everything around that:
   they fit, as a bundle's do; weights of units that were silent are not read at all.
 * Standardisation, and what stands in for missing units, are folded into the read-in at load.
 
-When the loop is behind the clock, a few bins go through one call: a weight is then read once for
-all of them.
+When the loop is behind the clock, a few bins go through one call, and so do those of several probes
+whose networks share a trunk: a weight of it is then read once for all of them.
 
 Shape suffixes: as in :mod:`rt_neds.stream.fused_kernel`.
 """
@@ -29,7 +29,7 @@ from rt_neds.model.attention import ROTARY_BASE
 from rt_neds.model.neds import NEDS, SCHEMES
 from rt_neds.model.rounding import is_rounded
 from rt_neds.stream.binner import CHUNK
-from rt_neds.stream.fused_kernel import LANES, PAIR, PANEL, fused_step, place
+from rt_neds.stream.fused_kernel import LANES, PAIR, PANEL, STREAM, fused_step, place
 
 F4 = NDArray[np.float32]
 F8 = NDArray[np.float64]
@@ -51,6 +51,13 @@ def _zeros(*shape: int) -> F4:
         raw, line = np.zeros(numbers + 16, np.float32), 64
     start = -raw.ctypes.data % line // raw.itemsize
     return raw[start : start + numbers].reshape(shape)
+
+
+def _aligned(array: NDArray) -> F4:
+    """The same numbers, on cache lines."""
+    copied = _zeros(*array.shape)
+    copied[...] = array
+    return copied
 
 
 def _up(n: int, to: int = PAIR) -> int:
@@ -103,13 +110,13 @@ def _read_in(parts: Any) -> tuple[F8, F8]:
     return np.concatenate(weights), np.concatenate([bias_E, _f8(parts.linear.bias_U)])
 
 
-def _shared(model: Any, spikes_D: F8) -> tuple[F8, F8]:
-    """What all sessions make of that; ``spikes_D`` is added to the spike token."""
+def _shared(model: Any) -> tuple[F8, F8]:
+    """What all sessions make of that."""
     weight_EI, bias_E = _map(model.spikes_shared)
     if model.linear_in is None:
-        return weight_EI, bias_E + spikes_D
+        return weight_EI, bias_E
     of_said_EU, more_E = _map(model.linear_in)
-    return np.concatenate([weight_EI, of_said_EU], axis=1), bias_E + more_E + spikes_D
+    return np.concatenate([weight_EI, of_said_EU], axis=1), bias_E + more_E
 
 
 def _head(parts: Any, name: str, said: int) -> F8:
@@ -144,10 +151,9 @@ def _instead(parts: Any, missing_N: NDArray[np.bool_] | None) -> F8:
     return instead_NE
 
 
-def _blocks(model: Any, parts: Any, spikes_D: F8, missing_N: Any, half: bool) -> Iterator[Any]:
-    """All weights in the order they are read; ``spikes_D`` is added to the spike token."""
-    yield _rows(*_of_root_sums(parts.spikes_in, *_read_in(parts), missing_N)).ravel()
-    yield from _panels(half, _shared(model, spikes_D))
+def _blocks(model: Any, half: bool) -> Iterator[F4]:
+    """Weights that all sessions share, in the order they are read."""
+    yield from _panels(half, _shared(model))
     for layer in model.layers:
         yield _norm(layer.norm1)
         weight_EI, bias_E = _map(layer.attention.qkv)
@@ -167,6 +173,50 @@ def _dark(model: Any, session: str) -> F8:
     """Token of a bin that shows nothing, in a session that is decoded."""
     session_D = _f8(model.session_XD)[model.session_ids.index(session)]
     return _f8(model.hidden_D) + session_D + _f8(model.scheme_XD)[SCHEMES.index("decoding")]
+
+
+def _padded(vector_D: F8) -> F4:
+    return _aligned(np.pad(vector_D, (0, _up(len(vector_D)) - len(vector_D))))
+
+
+class _Trunk:
+    """Weights that all sessions of a network share, and where the work on them is done."""
+
+    def __init__(self, model: Any, said: int) -> None:
+        c, T = model.config, CHUNK
+        D, rows, width = _up(c.dim), c.context + CHUNK, c.dim // c.heads
+        half = is_rounded(model)
+        blocks = list(_blocks(model, half))
+        self.weights = _zeros(sum(block.size for block in blocks))
+        np.concatenate(blocks, out=self.weights, casting="same_kind")
+        self.config = c, half, said
+        self.arguments = (
+            self.weights,
+            int(half),
+            c.layers,
+            c.heads,
+            ROTARY_BASE ** -(np.arange(0, width, 2, dtype=np.float64) / width),
+            np.float32(math.log2(math.e) / math.sqrt(width)),  # softmax is of powers of two
+            np.array(c.history, np.int64),
+            c.context,
+            np.float32(model.norm.eps),
+            c.dim,
+            c.widen * c.dim,
+            np.float32(model.memory.longest if model.memory is not None else 0),
+            np.zeros(T, bool),  # observed_T
+            _zeros(T, 2, width // 2),  # turn_T2F
+            _zeros(4, T, _up(c.dim + said) + PANEL),  # work_4TD
+            _zeros(T, said + 1),  # said_TU
+            _zeros(T, 3 * D),  # qkv_T3D
+            _zeros(T, _up(c.widen * c.dim)),  # wide_TG
+            _zeros(1, _up(rows, LANES)),  # scores_1R
+        )
+
+    def same_as(self, other: _Trunk) -> bool:
+        """Whether nothing would change if the other took its place."""
+        return self.config == other.config and np.array_equal(
+            self.weights.view(np.uint32), other.weights.view(np.uint32)
+        )
 
 
 class FusedStep:
@@ -201,86 +251,76 @@ class FusedStep:
         model.start(session)  # refuses a model that cannot be streamed
         if not wanted or not set(wanted) <= set(model.modalities[1:]):
             raise ValueError(f"asked for {list(wanted)}; expected one or more behaviours")
-        c = model.config
+        c, T = model.config, CHUNK
         parts: Any = model.sessions[model.session_ids.index(session)]
-        layers: Any = model.layers
-        sinks = [_f8(layer.attention.sink_value_HF) for layer in layers]
-        T, rows = CHUNK, c.context + CHUNK  # what a whole chunk sees, and the sink
-        D, R, width = _up(c.dim), _up(rows, LANES), c.dim // c.heads
-        V, half = _up(width, LANES), is_rounded(model)
-        dark_D = _zeros(D)
-        dark_D[: c.dim] = _dark(model, session)
-        spikes_D = _f8(model.modality_MD)[0] + _dark(model, session)
-        blocks = list(_blocks(model, parts, spikes_D, missing_N, half))
-        weights = _zeros(sum(block.size for block in blocks))
-        np.concatenate(blocks, out=weights, casting="same_kind")
         said = 0 if parts.linear is None else len(parts.linear.bias_U)
+        self._trunk = _Trunk(model, said)
+        dark_D = _dark(model, session)
+        read_in = _of_root_sums(parts.spikes_in, *_read_in(parts), missing_N)
         heads_OI = np.concatenate([_head(parts, name, said) for name in wanted]).astype(np.float32)
-        self._raw_TO, self._bin = np.zeros((T, len(heads_OI)), np.float32), 0
-        self._counts_TN = np.zeros((T, parts.units), np.float32)
-        self._observed_T = np.zeros(T, bool)
-        self._counts_CN = _zeros(max(c.history), parts.units)
-        self._sums_KN = _zeros(len(c.history), parts.units)
-        self._keys_LHX = _zeros(c.layers, c.heads, R * (1 + width))
-        self._values_LHX = _zeros(c.layers, c.heads, V * (1 + rows))
-        self._sink_LHX = np.zeros_like(self._values_LHX)
-        for f in range(width):
-            self._sink_LHX[:, :, place(f, rows - 1, V, rows)] = np.array(sinks)[:, :, f]
-        self._unseen_X = [place(r, -1, R, width) for r in range(R) if r != rows - 1]
-        self._memory_D = _zeros(D)
-        self.nbytes = weights.nbytes + self._keys_LHX.nbytes + self._values_LHX.nbytes
-        inputs, work_4TD = self._sums_KN.size + 4, _zeros(4, T, _up(c.dim + said) + PANEL)
-        self._token_TD = work_4TD[1, :, : c.dim]  # what is read out
+        inputs = len(c.history) * parts.units + 4
+        rows, width = c.context + T, c.dim // c.heads  # what a whole chunk sees, and the sink
+        R, V = _up(rows, LANES), _up(width, LANES)
+        self._arrays: dict[str, NDArray] = {
+            "counts_TN": np.zeros((T, parts.units), np.float32),
+            "observed_T": np.zeros(T, np.int64),
+            "counts_CN": _zeros(max(c.history), parts.units),
+            "sums_KN": _zeros(len(c.history), parts.units),
+            "found_I": np.zeros(inputs, np.int64),
+            "root_I": _zeros(inputs),
+            "read_in": _aligned(_rows(*read_in)),
+            "spikes_D": _padded(_f8(model.modality_MD)[0] + dark_D),
+            "dark_D": _padded(dark_D),
+            "heads_OI": heads_OI,
+            "keys_LHX": _zeros(c.layers, c.heads, R * (1 + width)),
+            "values_LHX": _zeros(c.layers, c.heads, V * (1 + rows)),
+            "memory_D": _zeros(_up(c.dim)),
+            "dark_1": np.zeros(1, np.int64),
+            "token_TD": _zeros(T, c.dim),
+            "raw_TO": np.zeros((T, len(heads_OI)), np.float32),
+        }
+        self._stream_1 = np.zeros(1, STREAM)
+        for name, array in self._arrays.items():
+            assert array.flags.c_contiguous, name
+            self._stream_1[name] = array.ctypes.data
+        for name, size in (("units", parts.units), ("inputs", inputs), ("outputs", len(heads_OI))):
+            self._stream_1[name] = size
+        # What a step touches, ready to hand: looking it up costs more than it does.
+        self._fields = self._stream_1.view(np.int64)
+        self._counts_TN, self._observed_T = self._arrays["counts_TN"], self._arrays["observed_T"]
+        self._raw_TO, self._bin, self._bins = self._arrays["raw_TO"], 0, 0
+        self._set_sinks(model, rows, R, V, width)
+        self.nbytes = sum(
+            array.nbytes for name, array in self._arrays.items() if name[:4] in ("read", "keys")
+        )
+        self.nbytes += self._trunk.weights.nbytes
         weight_DD, bias_D = _map(model.next)
         weight_ND, bias_N = _map(parts.spikes_out.linear)
         # Weights of a silent unit are not read: to take it for missing is to change the bias.
-        self._bias_E, self._instead_NE = weights[: c.dim + said], _instead(parts, missing_N)
+        self._bias_E = self._arrays["read_in"][0, : c.dim + said]
+        self._instead_NE = _instead(parts, missing_N)
         self._believed_E = self._bias_E.astype(np.float64)
         self._next_DN = np.ascontiguousarray((weight_ND @ weight_DD).T, np.float32)
         self._next_N = (weight_ND @ bias_D + bias_N).astype(np.float32)
-        self._bins = 0
-        self._arguments = (
-            self._counts_TN,
-            self._observed_T,
-            weights,
-            int(half),
-            dark_D,
-            heads_OI,
-            ROTARY_BASE ** -(np.arange(0, width, 2, dtype=np.float64) / width),
-            np.float32(math.log2(math.e) / math.sqrt(width)),  # softmax is of powers of two
-            np.array(c.history, np.int64),
-            c.context,
-            np.float32(model.norm.eps),
-            c.dim,
-            c.widen * c.dim,
-            self._counts_CN,
-            self._sums_KN,
-            self._keys_LHX,
-            self._values_LHX,
-            np.zeros(inputs, np.int64),  # found_I
-            _zeros(inputs),  # root_I
-            np.float32(model.memory.longest if model.memory is not None else 0),
-            self._memory_D,
-            np.zeros(1, np.int64),  # dark_1
-            _zeros(T, 2, width // 2),  # turn_T2F
-            work_4TD,
-            _zeros(T, said + 1),  # said_TU
-            _zeros(T, 3 * D),  # qkv_T3D
-            _zeros(T, _up(c.widen * c.dim)),  # wide_TG
-            _zeros(1, R),  # scores_1R
-            self._raw_TO,
-        )
         self.reset()
-        self.step(self._counts_TN[0], False)  # compiles
+        self.step(self._arrays["counts_TN"][0], False)  # compiles
         self.reset()
+
+    def _set_sinks(self, model: Any, rows: int, R: int, V: int, width: int) -> None:
+        """What keys and values of nobody but the sink are."""
+        sinks = np.array([_f8(layer.attention.sink_value_HF) for layer in model.layers])
+        self._sink_LHX = np.zeros_like(self._arrays["values_LHX"])
+        for f in range(width):
+            self._sink_LHX[:, :, place(f, rows - 1, V, rows)] = sinks[:, :, f]
+        self._unseen_X = [place(r, -1, R, width) for r in range(R) if r != rows - 1]
 
     def reset(self, first_bin: int = 0) -> None:
         """Forget the past; the next bin has this number."""
-        self._bin = first_bin
-        self._counts_CN[:], self._sums_KN[:], self._memory_D[:] = 0, 0, 0
-        self._keys_LHX[:] = 0
-        self._keys_LHX[:, :, self._unseen_X] = -np.inf
-        self._values_LHX[:] = self._sink_LHX
+        self._bin, self._bins = int(first_bin), 0
+        for name in ("counts_CN", "sums_KN", "memory_D", "keys_LHX"):
+            self._arrays[name][:] = 0
+        self._arrays["keys_LHX"][:, :, self._unseen_X] = -np.inf
+        self._arrays["values_LHX"][:] = self._sink_LHX
 
     def step(self, counts_N: F4, observed: bool) -> F4:
         """Decode the next bin; see :meth:`steps`."""
@@ -302,16 +342,45 @@ class FusedStep:
             The ``outputs`` numbers of each behaviour, one after the other; valid until the next
             call.
         """
-        bins = len(counts_TN)
+        self._take(counts_TN, observed_T)
+        fused_step(self._stream_1, *self._trunk.arguments)
+        return self._raw_TO[: self._bins]
+
+    def _take(self, counts_TN: Sequence[F4], observed_T: Sequence[bool]) -> None:
+        bins, kept_TN = len(counts_TN), self._counts_TN
         for t in range(bins):  # whatever came, the kernel meets one type of array
-            if len(counts_TN[t]) != self._counts_TN.shape[1]:
-                raise ValueError(f"{len(counts_TN[t])} counts for {self._counts_TN.shape[1]} units")
-            self._counts_TN[t] = counts_TN[t]
+            if len(counts_TN[t]) != kept_TN.shape[1]:
+                raise ValueError(f"{len(counts_TN[t])} counts for {kept_TN.shape[1]} units")
+            kept_TN[t] = counts_TN[t]
             self._observed_T[t] = observed_T[t]
-        fused_step(bins, self._bin, *self._arguments)
-        self._bin += bins
+        self._bin += self._bins
         self._bins = bins
-        return self._raw_TO[:bins]
+        self._fields[0], self._fields[1] = bins, self._bin
+
+    def share(self, other: FusedStep) -> bool:
+        """Use the other's trunk if it is the same, so that both can go through it in one call."""
+        if self._trunk is not other._trunk and self._trunk.same_as(other._trunk):
+            self._trunk = other._trunk
+        return self._trunk is other._trunk
+
+    @staticmethod
+    def together(
+        steps: Sequence[FusedStep],
+        counts_PTN: Sequence[Sequence[F4]],
+        observed_PT: Sequence[Sequence[bool]],
+    ) -> list[F4]:
+        """As :meth:`steps` of each of several streams that share a trunk, to the same bits.
+
+        They have at most ``CHUNK`` bins, all together: each weight of the trunk is read once for
+        all of them.
+        """
+        for step, counts_TN, observed_T in zip(steps, counts_PTN, observed_PT, strict=True):
+            assert step._trunk is steps[0]._trunk, "streams of different trunks"
+            step._take(counts_TN, observed_T)
+        streams_P = np.concatenate([step._stream_1 for step in steps])
+        assert streams_P["bins"].sum() <= CHUNK, "more bins than one call takes"
+        fused_step(streams_P, *steps[0]._trunk.arguments)
+        return [step._raw_TO[: step._bins] for step in steps]
 
     def miss(self, silent_N: NDArray[np.bool_] | None) -> None:
         """From the next bin on take these units, too, for missing, until others are named.
@@ -330,4 +399,4 @@ class FusedStep:
         -------
         ndarray of float32, shape (bins, units)
         """
-        return self._token_TD[: self._bins] @ self._next_DN + self._next_N
+        return self._arrays["token_TD"][: self._bins] @ self._next_DN + self._next_N

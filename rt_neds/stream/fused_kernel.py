@@ -1,20 +1,23 @@
-"""The compiled part of the fused step: one call for one bin or a few, one CPU core, float32.
+"""The compiled part of the fused step: one call for a few bins of some streams, one CPU core.
 
 What lies in which array is :mod:`rt_neds.stream.fused`'s business; this file only computes. All of
 it must stay in one file: numba's cache does not notice that a function changed in another.
 
-* Weights lie in one array in the order they are read, as the prefetcher likes them, in four bytes
-  each or in two; all tokens use a weight while it is in a register.
+* All in float32; weights that streams share lie in one array in the order they are read, as the
+  prefetcher likes them, in four bytes each or in two, and all tokens, of whichever stream, use a
+  weight while it is in a register.
+* A stream is a record of where its own arrays are, for streams differ in units and in outputs.
 * Keys lie such that scores are one more linear map, whose bias says who is seen, and values such
   that mixing them is another; the sink is a row of both that never changes.
 * Every number is summed input by input, whatever is computed beside it: the same stream gives the
   same bits however it was cut into calls.
 
-Shape suffixes: T bins of this call, N units, K boxcar widths, C bins of the longest boxcar, D model
-width, U numbers that a linear decoder says, E outputs and I inputs of a linear map, G width of the
-feed-forward layer, L layers, H heads, F width of a head (of rotary angles: half of it), R rows of
-the ring and the sink, X numbers of a linear map, O numbers read out. D, E and G are padded to whole
-pairs of vectors, R and values to whole vectors; what is beyond ``dim`` is zero or never read.
+Shape suffixes: P streams, T bins of this call, N units, K boxcar widths, C bins of the longest
+boxcar, D model width, U numbers that a linear decoder says, E outputs and I inputs of a linear map,
+G width of the feed-forward layer, L layers, H heads, F width of a head (of rotary angles: half of
+it), R rows of the ring and the sink, X numbers of a linear map, O numbers read out. D, E and G are
+padded to whole pairs of vectors, R and values to whole vectors; what is beyond ``dim`` is zero or
+never read.
 """
 
 from __future__ import annotations
@@ -38,6 +41,19 @@ not wait for each other as the processor can have under way."""
 TILE = 8 if LANES == 16 else 6
 """Most tokens computed together, a pair at a time: 12 sums, two weights and an input are 15
 vectors of 16; with 32 vectors, all of a chunk."""
+STREAM = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            *("bins", "bin", "units", "inputs", "outputs"),
+            *("counts_TN", "observed_T", "counts_CN", "sums_KN", "found_I", "root_I"),
+            *("read_in", "spikes_D", "dark_D", "heads_OI", "keys_LHX", "values_LHX"),
+            *("memory_D", "dark_1", "token_TD", "raw_TO"),
+        )
+    ]
+)
+"""One stream: how many bins it has now and the number of the first, its sizes, and the addresses of
+its arrays."""
 AHEAD = 1024
 """Bytes by which weights are fetched before their turn: processors do not look past a page."""
 
@@ -45,6 +61,34 @@ AHEAD = 1024
 # may also be taken in any order, or they could not be taken many lanes at a time.
 _plain = numba.njit(error_model="numpy", fastmath={"contract"})
 _summing = numba.njit(error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+
+# -- streams -------------------------------------------------------------------------------------
+
+
+def _pointer_to(kind: Any) -> Any:
+    @intrinsic
+    def pointer(typingctx, address):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(address), generate
+
+    return pointer
+
+
+_to_floats, _to_integers = _pointer_to(types.float32), _pointer_to(types.int64)
+
+
+@_plain
+def _floats(address, rows, columns):  # type: ignore[no-untyped-def]
+    """What lies at an address of a stream."""
+    return numba.carray(_to_floats(address), (rows, columns))
+
+
+@_plain
+def _integers(address, size):  # type: ignore[no-untyped-def]
+    return numba.carray(_to_integers(address), (size,))
+
 
 # -- linear maps ---------------------------------------------------------------------------------
 
@@ -357,8 +401,8 @@ def place(output, i, outputs, inputs):  # type: ignore[no-untyped-def]
 
 
 @_plain
-def _remember(qkv_T3D, bins, bin_, observed_T, width, rows, keys_HX, values_HX):  # type: ignore[no-untyped-def]
-    """Put keys and values of the spike tokens into a layer's ring; nobody sees them yet."""
+def _remember(qkv_T3D, first, bins, bin_, observed_T, width, rows, keys_HX, values_HX):  # type: ignore[no-untyped-def]
+    """Put keys and values of a stream's tokens into a layer's ring; nobody sees them yet."""
     D, R, V = (
         qkv_T3D.shape[1] // 3,
         keys_HX.shape[1] // (1 + width),
@@ -368,17 +412,18 @@ def _remember(qkv_T3D, bins, bin_, observed_T, width, rows, keys_HX, values_HX):
         row = (bin_ + t) % (rows - 1)
         for head in range(len(keys_HX)):
             keys_HX[head, place(row, -1, R, width)] = np.float32(-np.inf)
-            if observed_T[t]:
+            if observed_T[first + t]:
                 for f in range(width):
                     at = head * width + f
-                    keys_HX[head, place(row, f, R, width)] = qkv_T3D[t, D + at]
-                    values_HX[head, place(f, row, V, rows)] = qkv_T3D[t, 2 * D + at]
+                    keys_HX[head, place(row, f, R, width)] = qkv_T3D[first + t, D + at]
+                    values_HX[head, place(f, row, V, rows)] = qkv_T3D[first + t, 2 * D + at]
 
 
 @_plain
 def _attend(  # type: ignore[no-untyped-def]
-    keys_HX, values_HX, qkv_T3D, scores_1R, mixed_TD, bins, bin_, observed_T, width, rows, context
-):
+    keys_HX, values_HX, qkv_T3D, scores_1R, mixed_TD, first, bins, bin_, observed_T, width, rows,
+    context,
+):  # fmt: skip
     """Mix the values of a layer's ring for each query; the sink is the last of the rows."""
     R, V = scores_1R.shape[1], values_HX.shape[1] // (1 + rows)
     for head in range(len(keys_HX)):
@@ -387,24 +432,24 @@ def _attend(  # type: ignore[no-untyped-def]
             # One row comes into sight, if it was observed, and one goes out of it.
             new, old = (bin_ + t) % (rows - 1), (bin_ + t - context) % (rows - 1)
             keys_X[place(old, -1, R, width)] = np.float32(-np.inf)
-            if observed_T[t]:
+            if observed_T[first + t]:
                 keys_X[place(new, -1, R, width)] = np.float32(0)
-            _mix(keys_X, R, width, qkv_T3D, t, at, scores_1R, 0, 0)
+            _mix(keys_X, R, width, qkv_T3D, first + t, at, scores_1R, 0, 0)
             _softmax(scores_1R[0])
             # A head narrower than its vectors spills over the next one, which comes later.
-            _mix(values_X, V, rows, scores_1R, 0, 0, mixed_TD, t, at)
+            _mix(values_X, V, rows, scores_1R, 0, 0, mixed_TD, first + t, at)
 
 
 @_plain
 def _average(  # type: ignore[no-untyped-def]
-    gates_T3D, bins, observed_T, dim, context, longest, memory_D, dark_1, after_TD
+    gates_T3D, first, bins, observed_T, dim, context, longest, memory_D, dark_1, after_TD
 ):  # fmt: skip
-    """Move the memory on, bin by bin; gates lie before the values of each token.
+    """Move a stream's memory on, bin by bin; gates lie before the values of each token.
 
     ``dark_1`` counts the bins since anything was observed.
     """
     D, one, bits = gates_T3D.shape[1] // 3, np.float32(1), np.float32(math.log2(math.e))
-    for t in range(bins):
+    for t in range(first, first + bins):
         dark_1[0] = 0 if observed_T[t] else dark_1[0] + 1
         if dark_1[0] >= context:
             memory_D[:] = 0
@@ -418,72 +463,120 @@ def _average(  # type: ignore[no-untyped-def]
 
 
 @_summing
-def _read_out(normed_TD, said_TU, heads_OI, dim, raw_TO, bins):  # type: ignore[no-untyped-def]
-    """Each number read out: a row of weights, its bias after those of the token of its bin, then
-    those of what a linear decoder said of it.
+def _read_out(stream, first, normed_TD, said_TU, dim):  # type: ignore[no-untyped-def]
+    """Each number a stream reads out: a row of weights, its bias after those of the token of its
+    bin, then those of what a linear decoder said of it.
     """
-    for o in range(raw_TO.shape[1]):
-        for t in range(bins):
-            total, head_I, normed_D = np.float32(0), heads_OI[o], normed_TD[t]
+    U = said_TU.shape[1]
+    heads_OI = _floats(stream.heads_OI, stream.outputs, dim + 1 + U)
+    raw_TO = _floats(stream.raw_TO, stream.bins, stream.outputs)
+    token_TD = _floats(stream.token_TD, stream.bins, dim)
+    for t in range(stream.bins):
+        token_TD[t] = normed_TD[first + t, :dim]
+    for o in range(stream.outputs):
+        for t in range(stream.bins):
+            total, head_I, normed_D = np.float32(0), heads_OI[o], normed_TD[first + t]
             for d in range(dim):
                 total += head_I[d] * normed_D[d]
             total += head_I[dim]
-            for u in range(said_TU.shape[1]):
-                total += head_I[dim + 1 + u] * said_TU[t, u]
+            for u in range(U):
+                total += head_I[dim + 1 + u] * said_TU[first + t, u]
             raw_TO[t, o] = total
+
+
+@_plain
+def _enter(  # type: ignore[no-untyped-def]
+    stream, first, E, dim, history_K, frequency_F, observed_T, turn_T2F, normed_TD, said_TU
+):
+    """What a stream's bins read in, on so many rows from ``first`` on; returns the row after."""
+    inputs, said = stream.inputs, said_TU.shape[1] - 1  # the last is whether anything is said
+    counts_TN = _floats(stream.counts_TN, stream.bins, stream.units)
+    counts_CN = _floats(stream.counts_CN, history_K.max(), stream.units)
+    sums_KN = _floats(stream.sums_KN, history_K.size, stream.units)
+    found_I, observed = _integers(stream.found_I, inputs), _integers(stream.observed_T, stream.bins)
+    root_I = _floats(stream.root_I, 1, inputs)[0]
+    weights = _floats(stream.read_in, 1, E * (inputs - 3))[0]
+    for t in range(stream.bins):
+        row, bin_ = first + t, stream.bin + t
+        observed_T[row] = observed[t] != 0
+        for f in range(frequency_F.size):
+            turn_T2F[row, 0, f] = math.cos(bin_ * frequency_F[f])
+            turn_T2F[row, 1, f] = math.sin(bin_ * frequency_F[f])
+        _sum_counts(counts_TN[t], observed_T[row], bin_, history_K, counts_CN, sums_KN)
+        normed_TD[row, :E], said_TU[row] = 0, 0
+        if observed_T[row]:
+            _read_in(weights, sums_KN, found_I, root_I, normed_TD[row, :E], dim)
+            said_TU[row, :said], said_TU[row, said] = normed_TD[row, dim : dim + said], 1
+    return first + stream.bins
+
+
+@_plain
+def _begin(stream, first, x_TD, observed_T, D):  # type: ignore[no-untyped-def]
+    """Make tokens of a stream out of what its spikes read in as; returns the row after."""
+    spikes_D, dark_D = _floats(stream.spikes_D, 1, D)[0], _floats(stream.dark_D, 1, D)[0]
+    for t in range(first, first + stream.bins):
+        for d in range(D):
+            x_TD[t, d] = x_TD[t, d] + spikes_D[d] if observed_T[t] else dark_D[d]
+    return first + stream.bins
 
 
 @numba.njit(error_model="numpy", cache=True, nogil=True)
 def fused_step(  # type: ignore[no-untyped-def]
-    bins, bin_, counts_TN, observed_T,
-    weights, half, dark_D, heads_OI,
-    frequency_F, query_scale, history_K, context, epsilon, dim, widened,
-    counts_CN, sums_KN, keys_LHX, values_LHX,
-    found_I, root_I, longest, memory_D, dark_1, turn_T2F, work_4TD, said_TU, qkv_T3D, wide_TG,
-    scores_1R, raw_TO,
+    streams_P, weights, half, layers, heads, frequency_F, query_scale, history_K, context, epsilon,
+    dim, widened, longest, observed_T, turn_T2F, work_4TD, said_TU, qkv_T3D, wide_TG, scores_1R,
 ):  # fmt: skip
-    """The first ``bins`` bins of the counts; :class:`FusedStep` owns all arrays."""
-    L, H = keys_LHX.shape[:2]
+    """The bins of all streams; :class:`FusedStep` owns a stream's arrays, its trunk all others."""
     D, G, width = qkv_T3D.shape[1] // 3, wide_TG.shape[1], 2 * frequency_F.size
+    R, V = scores_1R.shape[1], (width + LANES - 1) // LANES * LANES
     rows, one = context + len(qkv_T3D), np.float32(1)  # of the ring, and the sink
-    said = said_TU.shape[1] - 1  # numbers; the last is whether anything is said
+    said = said_TU.shape[1] - 1
     E = (dim + said + PAIR - 1) // PAIR * PAIR
     x_TD, normed_TD, more_TD, mixed_TD = work_4TD[0], work_4TD[1], work_4TD[2], work_4TD[3]
     more_TD[:] = 0
-    for t in range(bins):
-        for f in range(frequency_F.size):
-            turn_T2F[t, 0, f] = math.cos((bin_ + t) * frequency_F[f])
-            turn_T2F[t, 1, f] = math.sin((bin_ + t) * frequency_F[f])
-        _sum_counts(counts_TN[t], observed_T[t], bin_ + t, history_K, counts_CN, sums_KN)
-        normed_TD[t, :E], said_TU[t] = 0, 0
-        if observed_T[t]:
-            _read_in(weights, sums_KN, found_I, root_I, normed_TD[t, :E], dim)
-            said_TU[t, :said], said_TU[t, said] = normed_TD[t, dim : dim + said], 1
-    at = E * (1 + sums_KN.size)
-    at = _linear(weights, at, half, D, dim + said, bins, normed_TD, 0, 0, x_TD, 0, 0)
-    for t in range(bins):
-        if not observed_T[t]:
-            x_TD[t, :D] = dark_D
-    for layer in range(L):
-        keys_HX, values_HX = keys_LHX[layer], values_LHX[layer]
-        at = _add_and_norm(weights, at, x_TD, more_TD, normed_TD, bins, dim, D, epsilon)
-        at = _linear(weights, at, half, 3 * D, dim, bins, normed_TD, 0, 0, qkv_T3D, 0, 0)
-        _rotate(qkv_T3D, 0, bins, H, turn_T2F, query_scale)
-        _rotate(qkv_T3D, D, bins, H, turn_T2F, one)
-        _remember(qkv_T3D, bins, bin_, observed_T, width, rows, keys_HX, values_HX)
-        _attend(
-            keys_HX, values_HX, qkv_T3D, scores_1R, mixed_TD, bins, bin_, observed_T, width, rows,
-            context,
-        )  # fmt: skip
-        at = _linear(weights, at, half, D, dim, bins, mixed_TD, 0, 0, more_TD, 0, 0)
-        at = _add_and_norm(weights, at, x_TD, more_TD, normed_TD, bins, dim, D, epsilon)
-        at = _linear(weights, at, half, G, dim, bins, normed_TD, 0, 0, wide_TG, 0, 0)
-        _gelu(wide_TG, bins, widened)
-        at = _linear(weights, at, half, D, widened, bins, wide_TG, 0, 0, more_TD, 0, 0)
+    T = first = 0
+    for stream in streams_P:
+        T = _enter(
+            stream, T, E, dim, history_K, frequency_F, observed_T, turn_T2F, normed_TD, said_TU
+        )
+    at = _linear(weights, 0, half, D, dim + said, T, normed_TD, 0, 0, x_TD, 0, 0)
+    for stream in streams_P:
+        first = _begin(stream, first, x_TD, observed_T, D)
+    keys_X, values_X = R * (1 + width), V * (1 + rows)
+    for layer in range(layers):
+        at = _add_and_norm(weights, at, x_TD, more_TD, normed_TD, T, dim, D, epsilon)
+        at = _linear(weights, at, half, 3 * D, dim, T, normed_TD, 0, 0, qkv_T3D, 0, 0)
+        _rotate(qkv_T3D, 0, T, heads, turn_T2F, query_scale)
+        _rotate(qkv_T3D, D, T, heads, turn_T2F, one)
+        first = 0
+        for stream in streams_P:
+            bins, bin_ = stream.bins, stream.bin
+            keys_HX = _floats(stream.keys_LHX + 4 * layer * heads * keys_X, heads, keys_X)
+            values_HX = _floats(stream.values_LHX + 4 * layer * heads * values_X, heads, values_X)
+            _remember(qkv_T3D, first, bins, bin_, observed_T, width, rows, keys_HX, values_HX)
+            _attend(
+                keys_HX, values_HX, qkv_T3D, scores_1R, mixed_TD, first, bins, bin_, observed_T,
+                width, rows, context,
+            )  # fmt: skip
+            first += bins
+        at = _linear(weights, at, half, D, dim, T, mixed_TD, 0, 0, more_TD, 0, 0)
+        at = _add_and_norm(weights, at, x_TD, more_TD, normed_TD, T, dim, D, epsilon)
+        at = _linear(weights, at, half, G, dim, T, normed_TD, 0, 0, wide_TG, 0, 0)
+        _gelu(wide_TG, T, widened)
+        at = _linear(weights, at, half, D, widened, T, wide_TG, 0, 0, more_TD, 0, 0)
     if longest > 0:  # there is a memory
-        at = _add_and_norm(weights, at, x_TD, more_TD, normed_TD, bins, dim, D, epsilon)
-        at = _linear(weights, at, half, 2 * D, dim, bins, normed_TD, 0, 0, qkv_T3D, 0, 0)
-        _average(qkv_T3D, bins, observed_T, dim, context, longest, memory_D, dark_1, mixed_TD)
-        at = _linear(weights, at, half, D, dim, bins, mixed_TD, 0, 0, more_TD, 0, 0)
-    _add_and_norm(weights, at, x_TD, more_TD, normed_TD, bins, dim, D, epsilon)
-    _read_out(normed_TD, said_TU, heads_OI, dim, raw_TO, bins)
+        at = _add_and_norm(weights, at, x_TD, more_TD, normed_TD, T, dim, D, epsilon)
+        at = _linear(weights, at, half, 2 * D, dim, T, normed_TD, 0, 0, qkv_T3D, 0, 0)
+        first = 0
+        for stream in streams_P:
+            memory_D, dark_1 = _floats(stream.memory_D, 1, D)[0], _integers(stream.dark_1, 1)
+            _average(
+                qkv_T3D, first, stream.bins, observed_T, dim, context, longest, memory_D, dark_1,
+                mixed_TD,
+            )  # fmt: skip
+            first += stream.bins
+        at = _linear(weights, at, half, D, dim, T, mixed_TD, 0, 0, more_TD, 0, 0)
+    _add_and_norm(weights, at, x_TD, more_TD, normed_TD, T, dim, D, epsilon)
+    first = 0
+    for stream in streams_P:
+        _read_out(stream, first, normed_TD, said_TU, dim)
+        first += stream.bins

@@ -8,7 +8,7 @@ long as more is there to be read. All of them are published.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rt_neds.clock import monotonic_ns
 from rt_neds.frames import BinnedFrame, DecodedFrame, SpikeBatch
 from rt_neds.stream.binner import CHUNK, Binner
-from rt_neds.stream.decoder import Decoder
+from rt_neds.stream.decoder import Decoder, decode_together
 from rt_neds.stream.receiver import Announcement
 from rt_neds.stream.silent import FallenSilent
 from rt_neds.stream.validity import Validity
@@ -90,7 +90,7 @@ class Loop:
         self._silent = silent
         self._heard: Announcement | None = None
         self._closed: list[tuple[BinnedFrame, int]] = []  # with their flags; not yet decoded
-        self._behind = False
+        self._behind = self.due = False
         self._published = 0
         self._started_ns = monotonic_ns()
         self._next_note_ns = 0
@@ -127,10 +127,26 @@ class Loop:
         """Whether closed bins wait to be decoded."""
         return bool(self._closed)
 
+    def share(self, other: Loop) -> bool:
+        """Whether bins of both can be decoded in one call."""
+        return self._decoder.share(other._decoder)
+
     def turn(self, timeout_ms: int) -> bool:
         """Wait for one batch, and do all there is to do; False once the source changed."""
+        if not self.gather(timeout_ms):
+            return False
+        if self.due:
+            self._decode()
+        self.note_if_due()
+        return True
+
+    def gather(self, timeout_ms: int) -> bool:
+        """Wait for one batch and bin it; False once the source changed.
+
+        ``due`` says afterwards whether it is time to decode what closed.
+        """
         if not self._next_note_ns:  # the schema goes out before the first frame
-            self._note_if_due()
+            self.note_if_due()
         batch = self._source.read(0 if self._closed else timeout_ms)
         announced = self._source.announced
         if announced is not self._heard:  # to compare hundreds of units takes long
@@ -140,9 +156,7 @@ class Loop:
                 return False
         if batch is not None:
             self._take(batch)
-        if batch is None or not self._behind:
-            self._decode()
-        self._note_if_due()
+        self.due = self.pending and (batch is None or not self._behind)
         return True
 
     def _take(self, batch: SpikeBatch) -> None:
@@ -156,15 +170,8 @@ class Loop:
             self._closed.append((binned, self._validity.flags(binned)))
 
     def _decode(self) -> None:
-        if not self._closed:
-            return
-        values_TV = self._decoder.decode_chunk([binned for binned, _ in self._closed])
-        decoded_ns = monotonic_ns()
-        for (binned, flags), values_V in zip(self._closed, values_TV, strict=True):
-            self._publish(binned, flags, values_V, decoded_ns)
-        # Behind the clock there is no time to look back.
-        self._decoder.look_back([] if self._behind else [binned for binned, _ in self._closed])
-        self._closed.clear()
+        if self._closed:
+            decode_loops((self,))
 
     def _publish(
         self, binned: BinnedFrame, flags: int, values_V: NDArray[np.float32], decoded_ns: int
@@ -200,7 +207,8 @@ class Loop:
         )
         self._published += 1
 
-    def _note_if_due(self) -> None:
+    def note_if_due(self) -> None:
+        """Publish schema and status, once a second."""
         now = monotonic_ns()
         if now < self._next_note_ns:
             return
@@ -244,7 +252,9 @@ def run_together(
 ) -> int | None:
     """Run the loops of several probes, taking turns, in this one thread.
 
-    Each decodes by itself: to batch their steps on a GPU would be a step further.
+    What closed in one turn goes through the network in one call, where bundles share a trunk.
+    Nobody waits for a neighbour's bin: while one is decoded the others close theirs, and those are
+    decoded together.
 
     Parameters
     ----------
@@ -260,9 +270,48 @@ def run_together(
     """
     if len(loops) == 1:
         return 0 if loops[0].run(stop) == "source changed" else None
+    groups: list[list[Loop]] = []
+    for loop in loops:
+        group = next((group for group in groups if loop.share(group[0])), None)
+        if group is None:
+            groups.append([loop])
+        else:
+            group.append(loop)
     while not stop():
         wait(0 if any(loop.pending for loop in loops) else TOGETHER_MS)
         for which, loop in enumerate(loops):
-            if not loop.turn(0):
+            if not loop.gather(0):
                 return which
+        for group in groups:
+            for together in calls_of([loop for loop in group if loop.due]):
+                decode_loops(together)
+        for loop in loops:
+            loop.note_if_due()
     return None
+
+
+def calls_of(loops: Sequence[Loop]) -> Iterator[list[Loop]]:
+    """Loops whose closed bins go through the network together, ``CHUNK`` of them at most."""
+    together: list[Loop] = []
+    for loop in loops:
+        if sum(len(one._closed) for one in (*together, loop)) > CHUNK:
+            yield together
+            together = []
+        together.append(loop)
+    if together:
+        yield together
+
+
+def decode_loops(loops: Sequence[Loop]) -> None:
+    """Decode, publish and forget what closed in some loops that share a trunk."""
+    closed = [[binned for binned, _ in loop._closed] for loop in loops]
+    values = decode_together([loop._decoder for loop in loops], closed)
+    decoded_ns = monotonic_ns()
+    for loop, values_TV in zip(loops, values, strict=True):
+        for (binned, flags), values_V in zip(loop._closed, values_TV, strict=True):
+            loop._publish(binned, flags, values_V, decoded_ns)
+    for loop, frames in zip(loops, closed, strict=True):
+        # Behind the clock there is no time to look back.
+        loop._decoder.look_back([] if loop._behind else frames)
+        loop._closed.clear()
+        loop.due = False
