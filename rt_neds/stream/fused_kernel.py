@@ -54,8 +54,9 @@ STREAM = np.dtype(
 )
 """One stream: how many bins it has now and the number of the first, its sizes, and the addresses of
 its arrays."""
-AHEAD = 1024
-"""Bytes by which weights are fetched before their turn: processors do not look past a page."""
+AHEAD = 16384
+"""Bytes by which weights are fetched before their turn, into an outer cache. After a bin's sleep
+they lie in memory, which takes long, and processors do not look past a page by themselves."""
 
 # "contract" lets a product and a sum be one instruction, which rounds once less. Sums over a token
 # may also be taken in any order, or they could not be taken many lanes at a time.
@@ -125,20 +126,19 @@ class _TileWriter:
         return [b.bitcast(words, self.vector) for words in both]
 
     def fetch(self, row: Any) -> None:
-        """Ask for what will be read later on."""
+        """Ask for what will be read later on; nearer caches are left to what is read now."""
         b, byte, i32 = self.builder, ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
         prefetch = b.module.declare_intrinsic("llvm.prefetch", [byte], kind)
         for word in range(0, self.vectors * LANES // (2 if self.half else 1), 16):
             line = b.bitcast(b.gep(row, [self.size(word + AHEAD // 4)]), byte)
-            b.call(prefetch, [line, i32(0), i32(3), i32(1)])
+            b.call(prefetch, [line, i32(0), i32(1), i32(1)])
 
     def multiply(self, i: Any, weights: Any, stride: Any, x: Any, x_stride: Any) -> None:
         """Add the products of input ``i``."""
         b = self.builder
         row = b.gep(weights, [b.mul(i, stride)])
-        if self.tokens == 1:
-            self.fetch(row)
+        self.fetch(row)
         lane0, mask = ir.IntType(32)(0), self.words([0] * LANES)
         of_row = self.weights(row)
         for m in range(self.tokens):
