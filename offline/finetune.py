@@ -34,8 +34,9 @@ def begin_at_bundle(model: NEDS, folder: str | Path, config: TrainConfig) -> lis
     """Give a network the trunk of a bundle, and the parts of the sessions they have in common.
 
     The trunk is everything that belongs to no session. Modalities are matched by name, so that
-    behaviours may be added or left out. A session that the bundle does not know keeps its fresh
-    read-in and read-out and begins with the mean of the known sessions' embeddings.
+    behaviours may be added or left out. A session that the bundle does not know begins with the
+    mean of the known sessions' embeddings and keeps its fresh read-in and read-out; or, where a
+    linear decoder is heard, with what others make of that and a read-in that says nothing yet.
 
     Parameters
     ----------
@@ -76,6 +77,7 @@ def begin_at_bundle(model: NEDS, folder: str | Path, config: TrainConfig) -> lis
             _take_parts(model.parts(session), known.parts(session))
         else:
             model.session_XD[x] = known.session_XD.mean(dim=0)
+            _begin_like_others(model, session, known, spec)
     return list(known.session_ids)
 
 
@@ -96,6 +98,23 @@ def trunk(model: NEDS) -> dict[str, nn.Parameter]:
         for name, parameter in model.named_parameters()
         if not name.startswith("sessions.") and name not in ("session_XD", "modality_MD")
     }
+
+
+def _begin_like_others(model: NEDS, session: str, known: NEDS, spec: BundleSpec) -> None:
+    """Read out of a new session's tokens what is read out of other sessions' in the mean."""
+    parts = model.parts(session)
+    if parts.linear is None:
+        return
+    for parameter in parts.spikes_in.linear.parameters():
+        parameter.zero_()
+    for name, head in parts.behaviour_out.items():
+        theirs = [
+            known.parts(other.id).behaviour_out[name].state_dict()
+            for other in spec.sessions
+            if name in other.behaviours
+        ]
+        for key, tensor in head.state_dict().items() if theirs else ():
+            tensor.copy_(torch.stack([of[key] for of in theirs]).mean(dim=0))
 
 
 def _take_parts(own: SessionParts, known: SessionParts) -> None:

@@ -220,22 +220,63 @@ def test_where_spikes_are_hidden_nothing_is_said(begun):
     assert not torch.isclose(before[:, 10:], after[:, 10:]).all()
 
 
-def test_a_new_session_begins_at_its_own_regression(session, tmp_path):
-    config = config_of()
-    bundle = train(config, [str(session)], tmp_path / "run")["bundle"]
-    subject = prepare(write_session(tmp_path / "n.h5", session_id="n", units=5, seed=3), config)
+def begun_at(bundle, tmp_path, config, name):
+    """A new session, and the network that begins it at a bundle."""
+    path = write_session(tmp_path / f"{name}.h5", session_id=name, units=5, seed=3)
+    subject = prepare(path, config)
     model = build(config, [subject]).eval()
-    known = begin_at_bundle(model, bundle, config)
-    fit_linear(model, [subject], known)
-    parts = model.parts("n")
-    bins = subject.binned.spans("val")
-    raws = decode_spans(model, subject.binned, bins, wanted=["speed"])
-    z_SF = linear.features(subject.binned, np.arange(*bins[0]), parts.spikes_in)
+    fit_linear(model, [subject], begin_at_bundle(model, bundle, config))
+    return subject, model
+
+
+def test_a_new_session_begins_at_its_own_regression_and_what_others_make_of_it(session, tmp_path):
+    config = config_of()
+    folder = train(config, [str(session)], tmp_path / "run")["bundle"]
+    subject, model = begun_at(folder, tmp_path, config, "n")
+    parts, (span,) = model.parts("n"), subject.binned.spans("val")
+    z_SF = linear.features(subject.binned, np.arange(*span), parts.spikes_in)
     with torch.no_grad():
-        said = parts.linear(torch.from_numpy(z_SF)[None])
-        alone = parts.linear.read_out("speed", said)[0]
-    torch.testing.assert_close(torch.from_numpy(raws["speed"]), alone, atol=1e-4, rtol=0)
+        alone = parts.linear.read_out("speed", parts.linear(torch.from_numpy(z_SF)[None]))[0]
     assert alone.std(dim=0).max() > 0.1
+    raws = decode_spans(model, subject.binned, [span], wanted=["speed"])["speed"]
+    others = build_model(folder, load_spec(folder)).parts("tiny").behaviour_out["speed"]
+    for mine, other in zip(
+        parts.behaviour_out["speed"].parameters(), others.parameters(), strict=True
+    ):
+        assert torch.equal(mine, other)
+    with torch.no_grad():
+        for parameter in parts.behaviour_out.parameters():
+            parameter.zero_()
+    bare = decode_spans(model, subject.binned, [span], wanted=["speed"])["speed"]
+    torch.testing.assert_close(torch.from_numpy(bare), alone, atol=1e-4, rtol=0)
+    assert np.abs(raws - bare).max() > 1e-3  # what the other session learned is heard
+
+
+def test_a_new_sessions_own_read_in_says_nothing_yet(session, tmp_path):
+    config = config_of()
+    folder = train(config, [str(session)], tmp_path / "run")["bundle"]
+    subject, model = begun_at(folder, tmp_path, config, "n")
+    (span,) = subject.binned.spans("val")
+    before = decode_spans(model, subject.binned, [span], wanted=["speed"])["speed"]
+    with torch.no_grad():
+        model.spikes_shared.weight += 1.0  # what it is made of, was there anything
+    after = decode_spans(model, subject.binned, [span], wanted=["speed"])["speed"]
+    np.testing.assert_array_equal(before, after)
+
+
+def test_a_share_of_training_hears_regression_alone(begun):
+    _, model, _ = begun
+    model = copy.deepcopy(model).train()
+    model.token_dropout.p = 0.0
+    parts, z = model.parts("tiny"), torch.randn(400, 1, 2 * 8)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        token = model._token(0, "tiny", z, parts.linear(z), torch.zeros(400, 1, 3))
+        alone = model.spikes_shared.bias + model.linear_in(parts.linear(z))
+        whole = model.eval()._token(0, "tiny", z, parts.linear(z), torch.zeros(400, 1, 3))
+    heard_B = (token - alone).abs().amax(dim=(1, 2)) > 1e-6
+    assert 0.4 < heard_B.float().mean() < 0.6
+    torch.testing.assert_close(token[heard_B], whole[heard_B])
 
 
 def test_a_session_the_bundle_knows_is_fitted_anew_and_read_out_as_before(session, tmp_path):

@@ -42,6 +42,10 @@ SCHEMES = (
 section 3). Each says what is hidden (``offline.masking``)."""
 
 SPIKES = "spikes"
+ALONE = 0.5
+"""Share of training samples that are shown of the spikes only what a linear decoder makes of them.
+That means the same of every animal: what is learned of it is of use for the next one, and a few
+trials are not learned by heart (``docs/decisions/0029``)."""
 AHEAD = "ahead"
 """Output: log-rates of each bin's spikes, read from what the bin before it knew."""
 NEXT = "next"
@@ -355,8 +359,12 @@ class NEDS(nn.Module):
         """What modality ``m`` of each bin reads in as, shape (B, T, D)."""
         name, parts = self.modalities[m], self.parts(session)
         if m == 0:
-            token = self.spikes_shared(nnf.softsign(parts.spikes_in(z_BTF)))
-            return token if self.linear_in is None else token + self.linear_in(said_BTU)
+            squashed = nnf.softsign(parts.spikes_in(z_BTF))
+            if self.linear_in is None:
+                return self.spikes_shared(squashed)
+            if self.training:
+                squashed = squashed * (torch.rand(len(squashed), 1, 1) >= ALONE).to(squashed)
+            return self.spikes_shared(squashed) + self.linear_in(said_BTU)
         if name in self.categorical_in:
             return self.categorical_in[name](values_BTM[:, :, m])
         return parts.behaviour_in[name](values_BTM[:, :, m])
