@@ -190,6 +190,8 @@ class _Trunk:
         self.weights = _zeros(sum(block.size for block in blocks))
         np.concatenate(blocks, out=self.weights, casting="same_kind")
         self.config = c, half, said
+        self.streams_P = np.zeros(T, STREAM)  # each has a bin at least
+        self.fields_PX = self.streams_P.view(np.int64).reshape(T, -1)
         self.arguments = (
             self.weights,
             int(half),
@@ -377,9 +379,11 @@ class FusedStep:
         for step, counts_TN, observed_T in zip(steps, counts_PTN, observed_PT, strict=True):
             assert step._trunk is steps[0]._trunk, "streams of different trunks"
             step._take(counts_TN, observed_T)
-        streams_P = np.concatenate([step._stream_1 for step in steps])
-        assert streams_P["bins"].sum() <= CHUNK, "more bins than one call takes"
-        fused_step(streams_P, *steps[0]._trunk.arguments)
+        assert sum(step._bins for step in steps) <= CHUNK, "more bins than one call takes"
+        trunk = steps[0]._trunk
+        for p, step in enumerate(steps):
+            trunk.fields_PX[p] = step._fields
+        fused_step(trunk.streams_P[: len(steps)], *trunk.arguments)
         return [step._raw_TO[: step._bins] for step in steps]
 
     def miss(self, silent_N: NDArray[np.bool_] | None) -> None:

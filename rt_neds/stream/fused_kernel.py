@@ -41,6 +41,9 @@ not wait for each other as the processor can have under way."""
 TILE = 8 if LANES == 16 else 6
 """Most tokens computed together, a pair at a time: 12 sums, two weights and an input are 15
 vectors of 16; with 32 vectors, all of a chunk."""
+FEW = 4 if LANES == 16 else 2
+"""Most tokens for which twice as many outputs are computed together: with fewer sums under way
+each waits for itself."""
 STREAM = np.dtype(
     [
         (name, np.int64)
@@ -212,6 +215,7 @@ _some = _tile_of(
     (
         *((half, 1, vectors) for half in (0, 1) for vectors in range(2, 9, 2)),
         *((half, tokens, 2) for half in (0, 1) for tokens in range(2, TILE + 1)),
+        *((half, tokens, 4) for half in (0, 1) for tokens in range(2, FEW + 1)),
     )
 )
 
@@ -243,14 +247,16 @@ def _linear(weights, at, half, outputs, inputs, tokens, x, x_row, x_column, y, y
                 x, x_at, x_stride, y, y_at, y_stride,
             )  # fmt: skip
         else:
-            for pair in range(0, width, PAIR):
+            most = 2 * PAIR if tokens <= FEW else PAIR
+            for part in range(0, width, most):
+                vectors = min(most, width - part) // LANES
                 for tile in range(tiles):
                     m, end = tokens * tile // tiles, tokens * (tile + 1) // tiles
                     x_at = (x_row + m) * x_stride + x_column
-                    y_at = (y_row + m) * y_stride + y_column + panel + pair
+                    y_at = (y_row + m) * y_stride + y_column + panel + part
                     _some(
-                        half, end - m, 2, weights, at + pair, w_at + (pair >> half), stride, inputs,
-                        x, x_at, x_stride, y, y_at, y_stride,
+                        half, end - m, vectors, weights, at + part, w_at + (part >> half), stride,
+                        inputs, x, x_at, x_stride, y, y_at, y_stride,
                     )  # fmt: skip
         at = w_at + stride * inputs
     return at
