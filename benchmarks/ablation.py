@@ -25,6 +25,7 @@ import torch
 from offline.config import TrainConfig
 from offline.evaluate import evaluate
 from offline.train import train
+from rt_neds.bundle import load_spec
 from rt_neds.config import config_path, load_config
 from rt_neds.result import machine, write_json
 from rt_neds.simulate import simulate_file
@@ -66,8 +67,9 @@ def changes_of(label: str, dataset: str) -> list[str]:
 def scores_of(bundle: str, session: Path) -> dict[str, float]:
     """One number for each thing that the network was taught."""
     result = evaluate(bundle, session, baselines="none")
+    schemes = load_spec(bundle).training["config"]["masking"]["schemes"]
     found = {}
-    for name, of in result["decoding"].items():
+    for name, of in result["decoding"].items() if schemes.get("decoding") else ():
         found[name] = of["r2"] if "r2" in of else of["balanced_accuracy_bins"]
     for metric, of in result["encoding"].items():
         if of is not None:
