@@ -60,7 +60,6 @@ def changes_of(label: str, dataset: str) -> list[str]:
     return [
         f"masking.schemes={{{schemes}}}",
         f"masking.ahead={'true' if label == AHEAD else 'false'}",
-        *(["masking.region=region"] if dataset == "simulated" else []),
     ]
 
 
