@@ -48,6 +48,10 @@ class Subject:
         Number of anchors.
     reach : callable
         Gives the session on the grid, and the anchors: bins that training windows must touch.
+    folder : path or None
+        Where it is kept on disk, if it is.
+    hear : callable or None
+        Gives the linear decoders that training hears, if it hears any.
     """
 
     id: str
@@ -59,7 +63,8 @@ class Subject:
     rate_N: NDArray[np.float64]
     length: int
     reach: Callable[[], tuple[BinnedSession, NDArray[np.int64]]]
-    fits: Fits | None = None
+    folder: Path | None = None
+    hear: Callable[[], Fits] | None = None
 
     @property
     def binned(self) -> BinnedSession:
@@ -245,11 +250,11 @@ def bin_windows(
         missing_BN=tensor(masks.missing_BN[rows]),
         ahead_BT=tensor(masks.ahead_BT[rows]),
         fits=None
-        if (fits := draw.subject.fits) is None
+        if draw.subject.hear is None
         else (
-            fits.weight_XUF.to(device),
+            (fits := draw.subject.hear()).weight_XUF.to(device),
             fits.bias_XU.to(device),
-            tensor(_cut(binned, fits.fit_T, firsts_B, T)),
+            tensor(_cut(binned, fits.fit_T, firsts_B, T).astype(np.int64)),
         ),
         share={
             name: entries / asked_of_step[name]

@@ -6,12 +6,14 @@ Shape suffixes: T bins, K boxcar widths, N units, F features (widths x units).
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from offline.batches import Subject
+from offline.cache import held, kept_fits
 from offline.config import TrainConfig
 from offline.linear import fit
 from offline.windows import BinnedSession, behaviours_of
@@ -25,10 +27,10 @@ def build(config: TrainConfig, subjects: list[Subject]) -> NEDS:
     """The network, its read-ins standardised and its spike read-outs at the mean rates."""
     units = {s.id: len(s.binned.session.unit_ids) for s in subjects}
     model = NEDS(config.model, behaviours_of(config.behaviour), units)
-    rng = np.random.default_rng(0)
     for subject in subjects:
         parts = model.parts(subject.id)
-        counts_TN, sums_TKN = _statistics_sample(subject.binned, config, rng)
+        # The same windows of it, whoever else is there: what was fitted to them is kept.
+        counts_TN, sums_TKN = _statistics_sample(subject.binned, config, np.random.default_rng(0))
         root_TKN = np.sqrt(sums_TKN)
         # A near-silent unit must not become a hammer when it speaks: its sd has a floor.
         parts.spikes_in.mean_KN.copy_(torch.from_numpy(root_TKN.mean(axis=0)))
@@ -46,18 +48,17 @@ def build(config: TrainConfig, subjects: list[Subject]) -> NEDS:
 def fit_linear(model: NEDS, subjects: list[Subject], known: Collection[str] = ()) -> None:
     """Fit each session's linear decoder to its training split, in place.
 
-    ``known`` sessions go on from a bundle: what their read-outs make of it is kept.
+    What was fitted is kept beside a session that is kept on disk. ``known`` sessions go on from a
+    bundle: what their read-outs make of it is not changed.
     """
     for subject in subjects:
         parts = model.parts(subject.id)
         if parts.linear is None:
             continue
-        before = {name: p.clone() for name, p in parts.linear.out.state_dict().items()}
-        subject.fits = fit(
-            subject.binned, model.behaviours, subject.scales, parts.spikes_in, parts.linear
-        )
-        if subject.id in known:
-            parts.linear.out.load_state_dict(before)
+        fitted = partial(fit, subject.binned, model.behaviours, subject.scales, parts.spikes_in)
+        keep = held if subject.folder is None else partial(kept_fits, subject.folder)
+        subject.hear = keep(parts.spikes_in, fitted)
+        subject.hear().give(parts.linear, outs=subject.id not in known)
 
 
 def _statistics_sample(

@@ -10,17 +10,22 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 
 import msgspec
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 
 from offline.batches import Subject, prepare
 from offline.config import TrainConfig
+from offline.linear import METHOD, Fits
 from offline.windows import BinnedSession
 from rt_neds.errors import SessionError
+from rt_neds.model.readin import SpikeReadIn
 from rt_neds.model.readout import Scale
 from rt_neds.session import Session
 
@@ -81,7 +86,48 @@ def kept(path: str | Path, config: TrainConfig, cache: Path) -> Subject:
         rate_N=np.array(entry.mean_rate, np.float64),
         length=entry.length,
         reach=partial(_open, folder),
+        folder=folder,
     )
+
+
+def held(spikes_in: SpikeReadIn, fitted: Callable[[], Fits]) -> Callable[[], Fits]:
+    """As :func:`kept_fits`, of a session that is in memory: so are they."""
+    fits = fitted()
+    return lambda: fits
+
+
+def kept_fits(
+    folder: Path, spikes_in: SpikeReadIn, fitted: Callable[[], Fits]
+) -> Callable[[], Fits]:
+    """Put a session's linear decoders beside it, unless they are there.
+
+    Parameters
+    ----------
+    folder : path
+        Of the session.
+    spikes_in : SpikeReadIn
+        On whose features they are.
+    fitted : callable
+        Fits them.
+
+    Returns
+    -------
+    callable
+        Gives them.
+    """
+    digest = hashlib.sha256(f"{METHOD} {spikes_in.history}".encode())
+    for numbers in (spikes_in.mean_KN, spikes_in.sd_KN):
+        digest.update(numbers.numpy().tobytes())
+    path = folder / f"linear-{digest.hexdigest()[:16]}.safetensors"
+    if not path.is_file():
+        fits = fitted()
+        tensors = {"weight": fits.weight_XUF, "bias": fits.bias_XU}
+        tensors["fit"] = torch.from_numpy(fits.fit_T)
+        tensors |= {f"out.{name}": tensor for name, tensor in fits.outs.items()}
+        part = path.with_name(f"{path.name}.part-{os.getpid()}")
+        save_file(tensors, part)
+        part.replace(path)
+    return partial(_open_fits, path)
 
 
 def _key(path: Path, config: TrainConfig) -> str:
@@ -135,6 +181,17 @@ def _write(folder: Path, subject: Subject) -> None:
         part.rename(folder)
     except OSError:  # another run was faster; what it wrote is the same
         shutil.rmtree(part)
+
+
+@lru_cache(maxsize=OPEN)
+def _open_fits(path: Path) -> Fits:
+    tensors = load_file(path)
+    return Fits(
+        weight_XUF=tensors.pop("weight"),
+        bias_XU=tensors.pop("bias"),
+        fit_T=tensors.pop("fit").numpy(),
+        outs={name.removeprefix("out."): tensor for name, tensor in tensors.items()},
+    )
 
 
 @lru_cache(maxsize=OPEN)

@@ -34,6 +34,8 @@ PENALTIES = tuple(float(a) for a in np.logspace(-2.0, 3.0, 11))
 MOST_BINS = 12_000
 """Training bins that a session is fitted to; neighbours say nearly the same."""
 FEWEST_BINS = 20
+METHOD = 1
+"""Another one where other numbers come out of the same session: what was kept is fitted anew."""
 BINS_ALIKE = 50
 """So many neighbouring bins are evidence as one is."""
 IMAGINED = 4.0
@@ -50,13 +52,23 @@ class Fits:
     Attributes
     ----------
     weight_XUF, bias_XU : tensor of float32
-    fit_T : ndarray of int64
+    fit_T : ndarray of int8
         Which of them a bin of the session may hear in training.
+    outs : dict of str to tensor
+        What read-outs make of the first of them at the beginning, as their ``state_dict``.
     """
 
     weight_XUF: Tensor
     bias_XU: Tensor
-    fit_T: NDArray[np.int64]
+    fit_T: NDArray[np.int8]
+    outs: dict[str, Tensor]
+
+    def give(self, decoder: LinearDecoder, outs: bool = True) -> None:
+        """Have a network's decoder say what the one fitted to all of training says."""
+        decoder.weight_UF.copy_(self.weight_XUF[0])
+        decoder.bias_U.copy_(self.bias_XU[0])
+        if outs:
+            decoder.out.load_state_dict(self.outs)
 
 
 def fit(
@@ -64,9 +76,8 @@ def fit(
     behaviours: tuple[Behaviour, ...],
     scales: list[Scale],
     spikes_in: SpikeReadIn,
-    decoder: LinearDecoder,
 ) -> Fits:
-    """Fit a session's linear decoder, in place, and give those that training listens to.
+    """Fit a session's linear decoder, and those that training listens to.
 
     A behaviour of which training has too little, or only one value, is left out: nothing is said.
 
@@ -78,15 +89,14 @@ def fit(
         Of each of them.
     spikes_in : SpikeReadIn
         Whose features are used, standardised already.
-    decoder : LinearDecoder
-        Changed in place, its read-outs too.
 
     Returns
     -------
     Fits
     """
-    fit_T = pieces(binned)
-    root_F, (U, F) = _as_roots(spikes_in), decoder.weight_UF.shape
+    fit_T, root_F = pieces(binned), _as_roots(spikes_in)
+    decoder = LinearDecoder(len(root_F), behaviours)
+    U, F = decoder.weight_UF.shape
     weight_XUF, bias_XU = np.zeros((1 + PIECES, U, F)), np.zeros((1 + PIECES, U))
     for m, behaviour in enumerate(behaviours, start=1):
         usable_T = (fit_T > 0) & binned.scored_TM[:, m] & binned.shown_TM[:, 0]
@@ -110,10 +120,12 @@ def fit(
         trials = len(np.unique(binned.trial_T[bins_S])) if behaviour.kind == "categorical" else 0
         out = cast(nn.Linear, decoder.out[behaviour.name])
         begin_out(out, unseen_SR, value_S, behaviour, scale, trials)
-    fits = Fits(torch.from_numpy(weight_XUF).float(), torch.from_numpy(bias_XU).float(), fit_T)
-    decoder.weight_UF.copy_(fits.weight_XUF[0])
-    decoder.bias_U.copy_(fits.bias_XU[0])
-    return fits
+    return Fits(
+        weight_XUF=torch.from_numpy(weight_XUF).float(),
+        bias_XU=torch.from_numpy(bias_XU).float(),
+        fit_T=fit_T,
+        outs={name: tensor.clone() for name, tensor in decoder.out.state_dict().items()},
+    )
 
 
 def _as_roots(spikes_in: SpikeReadIn) -> NDArray[np.float32]:
@@ -125,9 +137,9 @@ def _as_roots(spikes_in: SpikeReadIn) -> NDArray[np.float32]:
     return (spikes_in.sd_KN / spikes_in.sd_KN.square().mean().sqrt()).flatten().numpy()
 
 
-def pieces(binned: BinnedSession) -> NDArray[np.int64]:
+def pieces(binned: BinnedSession) -> NDArray[np.int8]:
     """Piece of training each bin is in, from 1 on, 0 elsewhere; no trial is in two."""
-    fit_T = np.zeros(binned.bins, np.int64)
+    fit_T = np.zeros(binned.bins, np.int8)
     train = np.flatnonzero(binned.of_split("train"))
     fit_T[train] = 1 + np.arange(len(train)) * PIECES // max(len(train), 1)
     in_trial = train[binned.trial_T[train] >= 0]
@@ -155,7 +167,7 @@ def features(
 def ridge(
     root_SF: NDArray[np.float32],
     target_SR: NDArray[np.float64],
-    piece_S: NDArray[np.int64],
+    piece_S: NDArray[np.integer],
     class_S: NDArray[np.int64],
     late_S: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

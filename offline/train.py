@@ -90,6 +90,8 @@ def train(
     if init is not None:
         refuse_other_units(init, {subject.id: subject.units for subject in subjects})
         known = begin_at_bundle(model, init, config)
+    fit_linear(model, subjects[processes.number :: processes.count], known)
+    processes.wait()  # what the others fitted is on disk
     fit_linear(model, subjects, known)
     model = model.to(processes.device)
     average = RunningAverage(model)

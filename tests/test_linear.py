@@ -9,8 +9,10 @@ import torch
 from sklearn.linear_model import Ridge
 
 import offline.linear as linear
+from offline import beginning, cache
 from offline.batches import bin_windows, draw_windows, prepare
 from offline.beginning import build, fit_linear
+from offline.cache import kept
 from offline.config import TrainConfig
 from offline.finetune import begin_at_bundle
 from offline.metrics import r2
@@ -100,15 +102,14 @@ def test_pieces_are_contiguous_training_and_split_no_trial(begun):
 
 def test_training_hears_of_no_bin_what_was_fitted_to_it(begun, monkeypatch):
     config, model, subject = begun
-    binned, decoder = subject.binned, model.parts("tiny").linear
+    binned = subject.binned
     fit_T = linear.pieces(binned)
     monkeypatch.setattr(linear, "PENALTIES", (0.1,))
     arguments = (model.behaviours, subject.scales, model.parts("tiny").spikes_in)
-    again = LinearDecoder(decoder.weight_UF.shape[1], model.behaviours)
-    before = linear.fit(binned, *arguments, again)
+    before = linear.fit(binned, *arguments)
     spoilt = copy.copy(binned)
     spoilt.values_TM = np.where((fit_T == 3)[:, None], 1 - binned.values_TM, binned.values_TM)
-    after = linear.fit(spoilt, *arguments, again)
+    after = linear.fit(spoilt, *arguments)
     for x in range(1 + linear.PIECES):
         same = torch.allclose(before.weight_XUF[x], after.weight_XUF[x], atol=1e-6)
         assert same == (x == 3), x
@@ -133,7 +134,8 @@ def test_what_is_said_does_not_hang_on_what_units_are_divided_by(begun, monkeypa
             all_alike = spikes_in.sd_KN.norm() / (spikes_in.sd_KN * factor_KN).norm()
             spikes_in.sd_KN.mul_(factor_KN * all_alike)
         decoder = LinearDecoder(parts.linear.weight_UF.shape[1], model.behaviours)
-        linear.fit(subject.binned, model.behaviours, subject.scales, spikes_in, decoder)
+        fits = linear.fit(subject.binned, model.behaviours, subject.scales, spikes_in)
+        fits.give(decoder)
         z_SF = linear.features(subject.binned, np.arange(200, 400), spikes_in)
         said.append(decoder(torch.from_numpy(z_SF)))
     torch.testing.assert_close(said[0], said[1], atol=1e-3, rtol=1e-3)
@@ -309,6 +311,43 @@ def test_what_cannot_be_fitted_says_nothing(session):
     model = build(config, [subject])
     fit_linear(model, [subject])
     assert not model.parts("tiny").linear.weight_UF.any()
+
+
+def test_what_was_fitted_is_kept_and_fitted_anew_when_it_must_be(session, tmp_path, monkeypatch):
+    config, fitted = config_of(), []
+
+    def counting(*arguments):
+        fitted.append(1)
+        return linear.fit(*arguments)
+
+    monkeypatch.setattr(beginning, "fit", counting)
+
+    def begin(config):
+        torch.manual_seed(0)
+        subject = kept(session, config, tmp_path / "cache")
+        model = build(config, [subject])
+        fit_linear(model, [subject])
+        return subject, model
+
+    subject, model = begin(config)
+    again, same = begin(config)
+    assert len(fitted) == 1
+    fresh = prepare(session, config)
+    torch.manual_seed(0)
+    in_memory = build(config, [fresh])
+    fit_linear(in_memory, [fresh])
+    for other in (same, in_memory):
+        for name, tensor in model.parts("tiny").state_dict().items():
+            assert torch.equal(tensor, other.parts("tiny").state_dict()[name]), name
+    for one in (again, fresh):
+        assert one.hear().weight_XUF.equal(subject.hear().weight_XUF)
+        np.testing.assert_array_equal(one.hear().fit_T, subject.hear().fit_T)
+    fitted.clear()
+    begin(tiny_config(model={**LINEAR, "history": [1, 8]}))  # other features
+    begin(config_of(data={"train_minutes": 2.0}))  # other bins
+    monkeypatch.setattr(cache, "METHOD", -1)  # by other rules
+    begin(config)
+    assert len(fitted) == 3
 
 
 def test_resume_hears_what_it_heard(session, tmp_path, monkeypatch):

@@ -16,9 +16,9 @@ from rt_neds.errors import ConfigError, DeviceError
 from tests.making import tiny_config, write_session
 
 
-def config(**training):
+def config(linear=False, **training):
     return tiny_config(
-        model={"dropout": 0.0},
+        model={"dropout": 0.0, "linear": linear},
         masking={
             "schemes": {"decoding": 1.0, "encoding": 1.0, "neuron": 1.0},
             "ahead": True,
@@ -94,6 +94,16 @@ def test_two_processes_are_one(alone, tmp_path):
     together(2, sessions, tmp_path, accumulate=2)
     same(run, tmp_path)
     assert [s.id for s in load_spec(tmp_path / "bundle").sessions] == ["a", "b", "c"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked here")
+def test_processes_share_the_fitting_of_regressions(alone, tmp_path, monkeypatch):
+    monkeypatch.setattr("rt_neds.model.neds.ALONE", 0.0)  # drawn by each process for itself
+    sessions, _ = alone
+    train(config(linear=True), sessions, tmp_path / "one")
+    together(2, sessions, tmp_path / "two", linear=True)
+    same(tmp_path / "one", tmp_path / "two")
+    assert len(list((tmp_path / "two" / "cache").glob("*/linear-*.safetensors"))) == 3
 
 
 def test_steps_are_of_several_sessions(alone):
