@@ -203,7 +203,8 @@ def draw_windows(
     shown_BTM = both(_cut(binned, binned.shown_TM, firsts_B, T + 1))
     scored_BTM = both(_cut(binned, binned.scored_TM, firsts_B, T + 1)) & train_BT1[:, :, None]
     shown_BTM[:, :, 1:] &= train_BT1[:, :, None]
-    masks = draw_masks(config.masking, shown_BTM, scored_BTM, subject.region_N, rng)
+    live_M = np.array([False, *(behaviour.live for behaviour in config.behaviour.values())])
+    masks = draw_masks(config.masking, shown_BTM, scored_BTM, subject.region_N, rng, live_M)
     return Draw(subject, firsts_B, part_B, masks)
 
 

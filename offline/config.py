@@ -34,6 +34,9 @@ class BehaviourConfig(msgspec.Struct, frozen=True, kw_only=True):
     unit : str
     weight : float
         Of its loss.
+    live : bool
+        Whether a rig may observe it while others are decoded: half of the samples of ``decoding``
+        show it beside the spikes.
     """
 
     source: str | list[str]
@@ -45,6 +48,7 @@ class BehaviourConfig(msgspec.Struct, frozen=True, kw_only=True):
     known_from: str = "end"
     unit: str = ""
     weight: float = 1.0
+    live: bool = False
 
     def __post_init__(self) -> None:
         if (self.kind == "categorical") != (len(self.classes) > 1):

@@ -79,6 +79,7 @@ def evaluate(
     baselines: Baselines = "linear",
     region: str | None = None,
     report: str | Path | None = None,
+    live: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Score a bundle on one split of a session, or of several.
 
@@ -97,11 +98,14 @@ def evaluate(
         of ``regions.FIELDS`` that is there.
     report : path, optional
         Folder in which to leave ``report.html``.
+    live : sequence of str
+        Behaviours that are shown, as a rig would that observes them, and so not scored. Baselines
+        go without.
 
     Returns
     -------
     dict
-        ``session, split, bundle, bins, decoding, encoding, baselines, ideal,
+        ``session, split, bundle, live, bins, decoding, encoding, baselines, ideal,
         stream_vs_offline_max_abs`` (in units of each behaviour's sd, or of probability) and
         ``regions``; for several sessions ``sessions``, one such dict each, and ``regions``, of the
         units of all.
@@ -115,7 +119,14 @@ def evaluate(
     model = build_model(bundle, spec)
     evaluations = [
         evaluate_session(
-            model, spec, path, split=split, overrides=overrides, baselines=baselines, region=region
+            model,
+            spec,
+            path,
+            split=split,
+            overrides=overrides,
+            baselines=baselines,
+            region=region,
+            live=live,
         )
         for path in paths
     ]
@@ -141,6 +152,7 @@ def evaluate_session(
     overrides: dict[str, Any] | None,
     baselines: Baselines,
     region: str | None,
+    live: Sequence[str] = (),
 ) -> Evaluation:
     """Score one session; see :func:`evaluate`."""
     session = load_session(session_path)
@@ -158,9 +170,9 @@ def evaluate_session(
     if not spans:
         raise ConfigError(f"{session_path} has no {split} split by data.split = {data.split!r}")
     kept_T = np.concatenate([np.arange(a, b) for a, b in spans])
-    streamed, published_T = stream_spans(spec, model, of_bundle, binned, spans)
-    behaviours = outputs_of(spec, of_bundle)
-    offline = offline_values(model, of_bundle, binned, spans, behaviours, data.window_bins)
+    behaviours = outputs_of(spec, of_bundle, live)
+    streamed, published_T = stream_spans(spec, model, of_bundle, binned, spans, live)
+    offline = offline_values(model, of_bundle, binned, spans, behaviours, data.window_bins, live)
     scored = {
         b.name: published_T & binned.scored_TM[kept_T, 1 + spec.behaviours.index(b)]
         for b in behaviours
@@ -181,6 +193,7 @@ def evaluate_session(
         "session": session.id,
         "split": f"{data.split}/{split}",
         "bundle": spec.name,
+        "live": list(live),
         "bins": int(published_T.sum()),
         "decoding": {},
         "encoding": encoding_scores(predicted),
@@ -343,6 +356,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--region", metavar="FIELD", help="field of units that names regions (region, region_beryl)"
     )
+    parser.add_argument(
+        "--live",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="behaviours to show, as a rig that observes them would; others are decoded",
+    )
     parser.add_argument("--report", metavar="DIR", help="leave DIR/report.html: tables, pictures")
 
 
@@ -355,6 +375,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         baselines=args.baselines,
         region=args.region,
         report=args.report,
+        live=args.live,
     )
     if not args.quiet:
         show(result)
@@ -372,7 +393,8 @@ def show(result: dict[str, Any]) -> None:
 
     console = Console()
     for one in result.get("sessions", [result]):
-        console.print(f"{one['session']}, {one['split']}: {one['bins']} bins, streamed")
+        shown = f", {' and '.join(one['live'])} shown" if one["live"] else ""
+        console.print(f"{one['session']}, {one['split']}: {one['bins']} bins, streamed{shown}")
         for head, rows in (decoding_table(one), encoding_table(one)):
             table = Table()
             for column in head:

@@ -2,7 +2,8 @@
 
 Schemes of NEDS (arXiv 2504.08201, section 3), drawn per sample:
 
-    decoding           every behaviour is hidden, spikes are shown
+    decoding           every behaviour is hidden, spikes are shown; one that may be observed live
+                       is shown beside them in half of the samples
     encoding           spikes are hidden, every behaviour is shown
     within_spikes      random bins of the spikes are hidden; behaviours are neither shown nor asked
     within_behaviour   random bins of each behaviour, independently; spikes neither shown nor asked
@@ -32,6 +33,8 @@ from numpy.typing import NDArray
 from offline.config import MaskingConfig
 from rt_neds.model.neds import SCHEMES
 
+LIVE = 0.5
+"""Share of the samples of ``decoding`` that show a live behaviour."""
 UNIT_SCHEMES = ("neuron", "inter_region", "intra_region")
 """Schemes that hide units rather than bins."""
 
@@ -69,6 +72,7 @@ def draw_masks(
     scored_BTM: NDArray[np.bool_],
     region_N: NDArray[np.int64],
     rng: np.random.Generator,
+    live_M: NDArray[np.bool_] | None = None,
 ) -> Masks:
     """Draw a scheme for each sample and hide what it says.
 
@@ -80,6 +84,8 @@ def draw_masks(
     region_N : ndarray of int
         Region of each unit, as a number.
     rng : numpy.random.Generator
+    live_M : ndarray of bool, optional
+        Behaviours that ``decoding`` may show; none by default.
 
     Returns
     -------
@@ -95,6 +101,8 @@ def draw_masks(
     ahead = np.zeros(shown_BTM.shape[:2], bool)
     for b, index in enumerate(drawn):
         hidden_TM, silenced_M = hide(names[index], shown_BTM.shape[1:], config.ratio, rng)
+        if names[index] == "decoding" and live_M is not None and live_M.any():
+            hidden_TM[:, live_M & (rng.random(len(live_M)) < LIVE)] = False
         observed[b] = shown_BTM[b] & ~hidden_TM & ~silenced_M
         asked[b] = scored_BTM[b] & hidden_TM & ~silenced_M
         if names[index] in UNIT_SCHEMES:

@@ -8,7 +8,7 @@ X passes, C numbers of an output.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -60,8 +60,9 @@ def decode_spans(
     wanted: Sequence[str],
     window: int = 300,
     device: torch.device | str = "cpu",
+    live: Mapping[str, Scale] | None = None,
 ) -> dict[str, NDArray[np.float32]]:
-    """Decode from spikes alone, offline.
+    """Decode from spikes, alone or with behaviours that are observed live, offline.
 
     Parameters
     ----------
@@ -74,6 +75,8 @@ def decode_spans(
         Behaviours to decode.
     window : int
     device : torch device
+    live : dict of str to Scale, optional
+        Behaviours that are shown beside the spikes; none by default.
 
     Returns
     -------
@@ -82,7 +85,8 @@ def decode_spans(
     """
     pieces: dict[str, list[Tensor]] = {name: [] for name in wanted}
     for kept_S, start, end in _segments(model, spans, window):
-        outputs = _decode(model, binned, start, end, wanted, device)
+        arrays = _shown(model, binned, start, end, live or {})
+        outputs = _forward(model, binned, *arrays, "decoding", wanted, device)
         for name in wanted:
             pieces[name].append(outputs[name][0, kept_S].cpu())
     return {name: torch.cat(raws).numpy() for name, raws in pieces.items()}
@@ -271,16 +275,18 @@ def _counts(raw: Tensor) -> NDArray[np.float32]:
 # -- through the network -------------------------------------------------------------------------
 
 
-def _decode(
-    model: NEDS,
-    binned: BinnedSession,
-    start: int,
-    end: int,
-    wanted: Sequence[str],
-    device: torch.device | str,
-) -> dict[str, Tensor]:
-    arrays = _spikes_alone(binned, [(start, end)])
-    return _forward(model, binned, *arrays, "decoding", wanted, device)
+def _shown(
+    model: NEDS, binned: BinnedSession, start: int, end: int, live: Mapping[str, Scale]
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+    """Counts, behaviours and what is shown, spikes and live behaviours, of one stretch."""
+    counts_BTN, values_BTM, shown_BTM = _spikes_alone(binned, [(start, end)])
+    for name, scale in live.items():
+        m = model.modalities.index(name)
+        value_T = binned.cut(binned.values_TM[:, m], start, end)
+        categorical = model.behaviours[m - 1].kind == "categorical"
+        values_BTM[0, :, m] = value_T if categorical else scale.normalised(value_T)
+        shown_BTM[0, :, m] = binned.cut(binned.shown_TM[:, m], start, end)
+    return counts_BTN, values_BTM, shown_BTM
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ Shape suffixes: T bins, U units, V published values.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -27,10 +29,12 @@ def stream_spans(
     of_bundle: BundleSession,
     binned: BinnedSession,
     spans: list[tuple[int, int]],
+    live: Sequence[str] = (),
 ) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.bool_]]:
     """Decode spans as the rig would: batches through the binner and the decoder, bin by bin.
 
-    Each span begins as many bins earlier as can influence it, as a run of its own.
+    Each span begins as many bins earlier as can influence it, as a run of its own. ``live``
+    behaviours are observed, not decoded.
 
     Returns
     -------
@@ -39,8 +43,10 @@ def stream_spans(
         Which of the bins were published.
     """
     units = len(of_bundle.units)
-    step = make_step(model, spec, of_bundle, np.zeros(units, bool))
-    decoder = Decoder(spec, of_bundle, step)
+    step = make_step(model, spec, of_bundle, np.zeros(units, bool), live=live)
+    decoder = Decoder(spec, of_bundle, step, live=live)
+    columns = [model.modalities.index(name) for name in live]
+    live_TM = np.where(binned.shown_TM, binned.values_TM, np.float32(np.nan))[:, columns]
     rows_U = np.arange(units, dtype=np.int32)
     values, published = [], []
     for epoch, (first, stop) in enumerate(spans):
@@ -50,6 +56,8 @@ def stream_spans(
         plan = batches(binned.session, BATCH_MS, epoch=epoch, first=start, end=stop * binned.width)
         for batch in plan:
             for frame in binner.frames(batch):
+                if live:
+                    frame.live_M = live_TM[frame.bin]
                 value_V = decoder.decode(frame)
                 if frame.bin >= first:
                     values_TV[frame.bin - first] = value_V
@@ -58,7 +66,7 @@ def stream_spans(
     all_TV = np.concatenate(values)
     cut = {
         o["name"]: slice(o["offset"], o["offset"] + o["size"])
-        for o in schema_outputs(spec, of_bundle)
+        for o in schema_outputs(spec, of_bundle, live)
     }
     return {name: all_TV[:, at] for name, at in cut.items()}, np.concatenate(published)
 
@@ -70,9 +78,17 @@ def offline_values(
     spans: list[tuple[int, int]],
     behaviours: list[Behaviour],
     window: int,
+    live: Sequence[str] = (),
 ) -> dict[str, NDArray[np.float32]]:
     """The same from the offline forward pass."""
-    raws = decode_spans(model, binned, spans, wanted=[b.name for b in behaviours], window=window)
+    raws = decode_spans(
+        model,
+        binned,
+        spans,
+        wanted=[b.name for b in behaviours],
+        window=window,
+        live={name: of_bundle.scales[name] for name in live},
+    )
     return {
         b.name: to_values_TV(torch.from_numpy(raws[b.name]), b, of_bundle.scales[b.name]).numpy()
         for b in behaviours

@@ -180,7 +180,7 @@ def bin_session(
 def behaviours_of(configs: dict[str, BehaviourConfig]) -> list[Behaviour]:
     """What the model decodes, from what the configuration asks."""
     return [
-        Behaviour(name=name, kind=c.kind, classes=tuple(c.classes), unit=c.unit)
+        Behaviour(name=name, kind=c.kind, classes=tuple(c.classes), unit=c.unit, live=c.live)
         for name, c in configs.items()
     ]
 

@@ -430,7 +430,7 @@ def _check(rules: Sequence[Rule], config: ServeConfig, spec: BundleSpec) -> None
     sessions = [spec.session(config.session)] if config.session else spec.sessions
     wrong: ConfigError | None = None
     for session in sessions:
-        names = value_names(schema_outputs(spec, session))
+        names = value_names(schema_outputs(spec, session, config.live))
         try:
             for rule in rules:
                 parse_condition(rule.config.when, names, f"trigger {rule.name}")

@@ -21,7 +21,9 @@ def open_source(config: ServeConfig, spec: Any, detector: Any = None) -> Any:
 
     endpoint = source_endpoint(config.source)
     if not is_rig(config.source):
-        return Receiver(endpoint, config.probe)
+        from rt_neds.stream.live import live_of
+
+        return Receiver(endpoint, config.probe, live_of(spec.behaviours, config.live))
     session = spec.session(config.session or None)
     if is_spikeglx(config.source):
         from rt_neds.stream.spikeglx import SpikeGLXSource
@@ -79,7 +81,7 @@ def assemble(
     import torch
 
     from rt_neds.stream.binner import Binner
-    from rt_neds.stream.decoder import Decoder, Silence, make_step, schema_outputs
+    from rt_neds.stream.decoder import Decoder, Silence, make_step, outputs_of, schema_outputs
     from rt_neds.stream.loop import Loop
     from rt_neds.stream.receiver import Announcement
     from rt_neds.stream.silent import FallenSilent
@@ -96,10 +98,10 @@ def assemble(
     missing_N = np.ones(len(session.units), bool)
     missing_N[rows[rows >= 0]] = False
     if config.control:
-        step: Any = Silence(sum(b.outputs for b in spec.behaviours))
+        step: Any = Silence(sum(b.outputs for b in outputs_of(spec, session, config.live)))
     else:
-        step = make_step(model, spec, session, missing_N, config.device, say)
-    decoder = Decoder(spec, session, step, missing_N)
+        step = make_step(model, spec, session, missing_N, config.device, say, config.live)
+    decoder = Decoder(spec, session, step, missing_N, config.live)
     decoder.warm_up(len(session.units))
     fit = ClockFit(rate, config.slip_ms)
     # Sources of rigs hold back what may not be complete, not the binner.
@@ -130,7 +132,8 @@ def assemble(
             "model": spec.name,
             "session": session.id,
             "bundle": str(config.bundle),
-            "outputs": schema_outputs(spec, session),
+            "outputs": schema_outputs(spec, session, config.live),
+            "live": list(config.live),
         },
         units={
             "bundle": len(missing_N),
@@ -140,4 +143,5 @@ def assemble(
         silent=FallenSilent(
             session.longest_silence, spec.bin_ms / 1000, max(spec.model.history), missing_N
         ),
+        live=source.live if config.live else None,
     )

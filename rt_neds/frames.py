@@ -104,6 +104,9 @@ class BinnedFrame:
     silent_N : ndarray of bool or None
         Units that have fallen silent, to be taken for missing; None for none. The same array as in
         the bin before, unless it changed.
+    live_M : ndarray of float32 or None
+        Behaviours observed live, at the bin's right edge, NaN where one is not; None if none are. A
+        view that the next bins overwrite.
     """
 
     epoch: int
@@ -120,6 +123,7 @@ class BinnedFrame:
     received_ns: int
     binned_ns: int = 0
     silent_N: NDArray[np.bool_] | None = None
+    live_M: NDArray[np.float32] | None = None
 
 
 @dataclass(slots=True)

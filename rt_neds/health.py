@@ -149,7 +149,8 @@ class Health:
             self._recent.popleft()
         while self._missed and now_ns - self._missed[0][0] > RECENT_NS:
             self._missed.popleft()
-        found = [*self._source(), *self._flags(), *self._grown(), *self._acts(), *self._drift()]
+        parts = (self._source, self._flags, self._grown, self._live, self._acts, self._drift)
+        found = [finding for part in parts for finding in part()]
         order = ("wrong", "doubtful", "note")
         return sorted(dict.fromkeys(found), key=lambda finding: order.index(finding.level))
 
@@ -192,6 +193,16 @@ class Health:
                 yield replace(grown, says=f"{grown.says.format(n=grew)} just now")
         if missed := sum(bins for _, bins in self._missed):
             yield Finding("doubtful", f"{missed} bins were not heard just now")
+
+    def _live(self) -> Iterator[Finding]:
+        for name, now in (self.status.get("live") or {}).items():
+            hidden = now["hidden"] - self._before("live", name).get("hidden", now["hidden"])
+            if hidden > 0:
+                yield Finding(
+                    "doubtful",
+                    f"{name} was not observed in {hidden} bins just now: decoded without it",
+                    "is it being sent, and with the probe's samples?",
+                )
 
     def _acts(self) -> Iterator[Finding]:
         for rule, now in (self.status.get("triggers") or {}).items():

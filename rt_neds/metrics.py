@@ -196,6 +196,8 @@ class Metrics:
         own = {"published": fields.get("published")}
         for table, short in OF_A_WORKER.items():
             own |= {f"{short}.{name}": n for name, n in _table(fields.get(table)).items()}
+        for name, counts in _table(fields.get("live")).items():
+            own |= {f"live.{name}.{what}": n for what, n in _table(counts).items()}
         shared = {f"supervision.{name}": n for name, n in _table(fields.get("supervision")).items()}
         for thing, counts in _table(fields.get("actuators")).items():
             shared |= {f"actuator.{thing}.{name}": n for name, n in _table(counts).items()}

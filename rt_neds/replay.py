@@ -9,17 +9,17 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from rt_neds.capture import Capture
 from rt_neds.clock import monotonic_ns
-from rt_neds.errors import ConfigError, StreamError
+from rt_neds.errors import ConfigError, SessionError, StreamError
 from rt_neds.frames import SpikeBatch
 from rt_neds.session import Session, load_session
-from rt_neds.wire import DEFAULT_SPIKES
+from rt_neds.wire import DEFAULT_SPIKES, BehaviourBatch
 
 ANNOUNCE_NS = 1_000_000_000
 BATCH_MS = 1.0
@@ -81,6 +81,7 @@ def replay(
     to_s: float | None = None,
     wait_s: float = 30.0,
     epoch: int | None = None,
+    live: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Send a session over ZeroMQ, in its own time.
 
@@ -99,6 +100,9 @@ def replay(
         How long to wait for a subscriber.
     epoch : int, optional
         Number of this acquisition run; the time of day by default.
+    live : mapping of str to str, optional
+        Behaviours to send beside the spikes: by name, a series of the session, such as
+        ``wheel.wheel_speed``.
 
     Returns
     -------
@@ -119,6 +123,7 @@ def replay(
     epoch = time.time_ns() // 1_000_000 if epoch is None else epoch
     end = None if to_s is None else round(to_s * session.rate)
     plan = batches(session, batch_ms, epoch=epoch, first=round(from_s * session.rate), end=end)
+    tracks = [Track(session, name, source, epoch) for name, source in (live or {}).items()]
     announce: dict[str, Any] = {
         "epoch": epoch,
         "rate": session.rate,
@@ -133,7 +138,7 @@ def replay(
                 f"start rt-neds serve --probe {probe} or raise --wait"
             )
         sender.announce(**announce)
-        return _send_all(sender, plan, session, speed, announce)
+        return _send_all(sender, plan, session, speed, announce, tracks)
     finally:
         sender.close()
 
@@ -236,8 +241,55 @@ def _play_spikeglx(args: argparse.Namespace) -> dict[str, Any]:
     )
 
 
+class Track:
+    """One behaviour of a session on its way out: each value as soon as it is due.
+
+    Parameters
+    ----------
+    session : Session
+    name : str
+        What the bundle calls it.
+    source : str
+        Series of the session.
+    epoch : int
+    """
+
+    def __init__(self, session: Session, name: str, source: str, epoch: int) -> None:
+        series = session.series(source)
+        inside = np.isfinite(series.values_L)
+        known = np.zeros(len(inside), bool)
+        for start, end in series.domain_K2:
+            known |= (series.samples_L >= start) & (series.samples_L <= end)
+        self._samples_L = series.samples_L[inside & known]
+        self._values_L = series.values_L[inside & known].astype("<f4")
+        steps = np.diff(self._samples_L)
+        if not len(steps) or np.median(steps) <= 0:
+            raise SessionError(f"{session.path}: {source} has fewer than two values to send")
+        self._rate = session.rate / float(np.median(steps))
+        self._name, self._epoch, self._next, self._seq = name, epoch, 0, 0
+
+    def due(self, first: int, end: int) -> Iterator[BehaviourBatch]:
+        """Values up to a sample, the last of which may lie on the edge of a bin; none from before
+        ``first``, where nobody was told that anything began.
+        """
+        low = max(self._next, int(np.searchsorted(self._samples_L, first)))
+        self._next = max(low, int(np.searchsorted(self._samples_L, end, side="right")))
+        for at in range(low, self._next):
+            value = self._values_L[at : at + 1]
+            sample = int(self._samples_L[at])
+            yield BehaviourBatch(
+                self._name, self._epoch, self._seq, sample, self._rate, value, monotonic_ns()
+            )
+            self._seq += 1
+
+
 def _send_all(
-    sender: Any, plan: Iterator[SpikeBatch], session: Session, speed: float, announce: dict
+    sender: Any,
+    plan: Iterator[SpikeBatch],
+    session: Session,
+    speed: float,
+    announce: dict,
+    tracks: Sequence[Track] = (),
 ) -> dict[str, Any]:
     started = monotonic_ns() + 20_000_000
     announced = started
@@ -258,6 +310,10 @@ def _send_all(
         if batch.sent_ns - announced > ANNOUNCE_NS:
             sender.announce(**announce)
             announced = batch.sent_ns
+        if sent:  # the first spikes say which run this is
+            for track in tracks:
+                for values in track.due(first, batch.end):
+                    sender.observe(values)
         sender.send(batch)
         sent, spikes, end = sent + 1, spikes + len(batch.records_S), batch.end
     if first is None:
@@ -314,6 +370,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--channels", type=int, default=1, help="continuous channels sent as Open Ephys (1)"
     )
+    parser.add_argument(
+        "--live",
+        nargs="+",
+        default=[],
+        metavar="NAME=SERIES",
+        help="behaviours to send beside the spikes, such as wheel_speed=wheel.wheel_speed",
+    )
     parser.add_argument("--from", dest="from_s", type=float, default=0.0, metavar="S")
     parser.add_argument("--to", dest="to_s", type=float, default=None, metavar="S")
     parser.add_argument(
@@ -321,7 +384,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def named(pairs: Sequence[str]) -> dict[str, str]:
+    """``NAME=SERIES`` of the command line."""
+    for pair in pairs:
+        if not all(pair.partition("=")):
+            raise ConfigError(
+                f"--live {pair}; expected NAME=SERIES, such as wheel_speed=wheel.wheel_speed"
+            )
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    if args.live and (args.session is None or args.sender != "rtneds"):
+        raise ConfigError("--live sends behaviours of a --session beside our own stream only")
     if args.capture is not None:
         return _run_capture(args)
     if args.probe is None:
@@ -347,7 +422,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.sender == "rtneds":
         batch_ms = BATCH_MS if args.batch_ms is None else args.batch_ms
         summary = replay(
-            session, args.probe, bind=args.bind or DEFAULT_SPIKES, batch_ms=batch_ms, **common
+            session,
+            args.probe,
+            bind=args.bind or DEFAULT_SPIKES,
+            batch_ms=batch_ms,
+            live=named(args.live),
+            **common,
         )
     else:
         broadcaster = args.sender == "openephys-events"

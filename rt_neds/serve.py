@@ -79,6 +79,11 @@ def load(config: ServeConfig, say: Callable[[str], None]) -> Loaded:
                 f"probe {one.probe} of {one.source} has {one.detector or 'no'} detector; SpikeGLX "
                 "sends samples and needs --detector FOLDER, other sources send spikes and take none"
             )
+        if one.live and is_rig(one.source):
+            raise ConfigError(
+                f"live behaviours {', '.join(one.live)} with {one.source}; they come on the socket "
+                "of a rtneds:// source, by the probe's clock: serve without them"
+            )
     # Torch comes in here, so that wrong options are told at once.
     import torch
 
@@ -91,6 +96,8 @@ def load(config: ServeConfig, say: Callable[[str], None]) -> Loaded:
     specs = {one.bundle: load_spec(one.bundle) for one in configs}
     for spec in specs.values():
         check_streamable(spec)
+    for one in configs:
+        check_live(one, specs[one.bundle])
     triggers, actuators = prepare(configs, specs, say)
     models = {bundle: build_model(bundle, spec) for bundle, spec in specs.items()}
     check_free(config.publish)
@@ -103,6 +110,22 @@ def load(config: ServeConfig, say: Callable[[str], None]) -> Loaded:
         step = make_step(models[bundle], spec, session, missing_N)
         Decoder(spec, session, step).warm_up(len(session.units), bins=1)
     return Loaded(configs, specs, models, load_detectors(configs), triggers, actuators)
+
+
+def check_live(config: ServeConfig, spec: Any) -> None:
+    """BundleError unless a session that may come has learned with those behaviours shown."""
+    from rt_neds.errors import BundleError
+    from rt_neds.stream.decoder import outputs_of
+
+    wrong: BundleError | None = None
+    for session in [spec.session(config.session)] if config.session else spec.sessions:
+        try:
+            outputs_of(spec, session, config.live)
+            return
+        except BundleError as error:
+            wrong = wrong or error
+    if wrong is not None:
+        raise wrong
 
 
 def load_detectors(configs: list[ServeConfig]) -> dict[str, Any]:
@@ -341,6 +364,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--detector", metavar="DIR", help="folder that rt-neds detector left, for SpikeGLX"
     )
     parser.add_argument(
+        "--live",
+        nargs="+",
+        metavar="NAME",
+        help="behaviours that come beside the spikes, to be shown to the decoder",
+    )
+    parser.add_argument(
         "--publish", metavar="URL", help=f"decoded stream (default {DEFAULT_DECODED})"
     )
     parser.add_argument("--session", metavar="ID", help="session of a bundle that has several")
@@ -351,7 +380,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    options = ("probe", "bundle", "source", "detector", "publish", "session", "device", "control")
+    options = (
+        *("probe", "bundle", "source", "detector", "live", "publish", "session", "device"),
+        "control",
+    )
     given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
     if args.probe is not None:
         given["probe"] = " ".join(args.probe)

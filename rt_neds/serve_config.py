@@ -47,6 +47,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
         ``spikeglx://host:4142``.
     detector : str
         Folder of the detector that finds spikes in what SpikeGLX sends.
+    live : list of str
+        Behaviours that come beside the spikes; they are shown to the decoder, not decoded.
     publish : str
         Address of the decoded stream.
     device : {"cpu", "cuda"}
@@ -76,6 +78,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     session: str = ""
     source: str = DEFAULT_SPIKES.replace("tcp://", "rtneds://")
     detector: str = ""
+    live: list[str] = []
     publish: str = DEFAULT_DECODED
     device: str = "cpu"
     lateness_ms: float = 0.0

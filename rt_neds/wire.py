@@ -8,6 +8,7 @@ receiving end counts and skips. Nothing is allocated beyond the stated limits, w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgpack
@@ -26,6 +27,7 @@ LEAP_S = 60.0
 LEAP_MESSAGES = 60_000
 """What leaps further ahead is believed once the next message agrees: one absurd number in one
 message must not leave all that follow behind the watermark."""
+MAX_VALUES = 1 << 16  # of a behaviour in one message
 MIN_RATE, MAX_RATE = 1e3, 1e7  # no probe is slower; a bin of such a one would have no samples
 MAX_SAMPLE = 1 << 50  # a thousand years at 30 kHz; leaves room for arithmetic in int64
 
@@ -135,6 +137,107 @@ def unpack_source(header: bytes) -> tuple[str, float, list[str]]:
     if not all(isinstance(unit, str) for unit in units) or len(set(units)) != len(units):
         raise WireError("unit ids must be strings, each once")
     return session, float(rate), units
+
+
+@dataclass(frozen=True, slots=True)
+class BehaviourBatch:
+    """Values of one behaviour as observed.
+
+    Attributes
+    ----------
+    name : str
+    epoch, seq : int
+        As of spikes; behaviours count their own messages.
+    first : int
+        Probe sample of the first value.
+    rate : float
+        Values per second.
+    values : ndarray of float32
+        In the unit of the behaviour; NaN where it is not known.
+    """
+
+    name: str
+    epoch: int
+    seq: int
+    first: int
+    rate: float
+    values: NDArray[np.float32]
+    sent_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEvent:
+    """Something that happened in the task: from ``sample`` on ``kind`` is ``value``."""
+
+    epoch: int
+    sample: int
+    kind: str
+    value: Any
+
+
+def pack_behaviour(batch: BehaviourBatch) -> list[bytes]:
+    """Frames of one message of a behaviour."""
+    header = {
+        "v": VERSION,
+        "epoch": batch.epoch,
+        "seq": batch.seq,
+        "first": batch.first,
+        "rate": batch.rate,
+        "n": len(batch.values),
+        "sent_ns": batch.sent_ns,
+    }
+    return [topic("behaviour", batch.name), msgpack.packb(header), batch.values.tobytes()]
+
+
+def unpack_behaviour(name: str, header: bytes, payload: Any) -> BehaviourBatch:
+    """Parse and check one message of a behaviour.
+
+    Raises
+    ------
+    WireError
+        If it is not one, or is longer than ``MAX_MESSAGE_S``.
+    """
+    fields = unpack_map(header)
+    v, epoch, seq, first, n, sent_ns = _integers(
+        fields, ("v", "epoch", "seq", "first", "n", "sent_ns")
+    )
+    rate = fields.get("rate")
+    if v != VERSION:
+        raise WireError(f"protocol version {v}; {VERSION} was expected: update the older side")
+    if not isinstance(rate, (int, float)) or not 0 < rate <= MAX_RATE:
+        raise WireError(f"rate {rate!r}; values per second were expected")
+    if seq < 0 or not 0 <= first < MAX_SAMPLE or not 0 <= n <= MAX_VALUES:
+        raise WireError(f"seq {seq}, first {first}, n {n}; 0 <= n <= {MAX_VALUES} was expected")
+    if n > MAX_MESSAGE_S * rate + 1:
+        raise WireError(f"{n} values at {rate:g} Hz; at most {MAX_MESSAGE_S:g} s were expected")
+    if memoryview(payload).nbytes != 4 * n:
+        raise WireError(f"{memoryview(payload).nbytes} bytes of payload for n = {n} values")
+    return BehaviourBatch(
+        name, epoch, seq, first, float(rate), np.frombuffer(payload, "<f4"), sent_ns
+    )
+
+
+def pack_event(probe: str, event: TaskEvent) -> list[bytes]:
+    """Frames of one task event."""
+    fields = {"epoch": event.epoch, "sample": event.sample, "kind": event.kind}
+    return pack_map("events", probe, {**fields, "value": event.value})
+
+
+def unpack_event(header: bytes) -> TaskEvent:
+    """Parse and check one task event.
+
+    Raises
+    ------
+    WireError
+        If it is not one.
+    """
+    fields = unpack_map(header)
+    v, epoch, sample = _integers(fields, ("v", "epoch", "sample"))
+    if v != VERSION:
+        raise WireError(f"protocol version {v}; {VERSION} was expected: update the older side")
+    if not isinstance(fields.get("kind"), str) or not 0 <= sample < MAX_SAMPLE:
+        raise WireError(f"event {fields.get('kind')!r} at sample {sample}; a name was expected")
+    return TaskEvent(epoch, sample, fields["kind"], fields.get("value"))
 
 
 def pack_decoded(frame: DecodedFrame) -> list[bytes]:

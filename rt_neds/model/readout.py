@@ -39,12 +39,16 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
         Names of the classes of a categorical behaviour, in the order of its probabilities.
     unit : str
         Physical unit of a continuous one.
+    live : bool
+        Whether training also showed it beside the spikes, so that it may be observed while others
+        are decoded.
     """
 
     name: str
     kind: Kind
     classes: tuple[str, ...] = ()
     unit: str = ""
+    live: bool = False
 
     @property
     def outputs(self) -> int:
@@ -84,6 +88,10 @@ class Scale(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """Value at the middle of each step, shape (STEPS,)."""
         at_C = np.arange(STEPS) - MARGIN_STEPS
         return (self.low + at_C * self.step).astype(np.float32)
+
+    def normalised(self, value: Any) -> Any:
+        """What is observed, as the network reads it: no further out than was seen in training."""
+        return (np.clip(value, self.low, self.high) - self.mean) / self.sd
 
     @property
     def step(self) -> float:

@@ -6,7 +6,7 @@ Shape suffixes: T bins, N units, O raw outputs of the network, V published value
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -18,6 +18,7 @@ from rt_neds.drift import Drift
 from rt_neds.errors import BundleError
 from rt_neds.frames import BinnedFrame
 from rt_neds.model.neds import NEDS, NEXT, SCHEMES
+from rt_neds.model.readout import Behaviour, Scale
 from rt_neds.stream.binner import CHUNK
 from rt_neds.stream.fused import FusedStep
 from rt_neds.stream.graph import GraphStep
@@ -31,9 +32,16 @@ class Step(Protocol):
         """Forget the past; the next bin has that number."""
 
     def steps(
-        self, counts_TN: Sequence[NDArray[np.float32]], observed_T: Sequence[bool]
+        self,
+        counts_TN: Sequence[NDArray[np.float32]],
+        observed_T: Sequence[bool],
+        live_TM: Sequence[NDArray[np.float32]] = (),
     ) -> NDArray[np.float32]:
-        """Raw outputs (T, O) of the next 1 to ``CHUNK`` bins; overwritten by the next call."""
+        """Raw outputs (T, O) of the next 1 to ``CHUNK`` bins; overwritten by the next call.
+
+        ``live_TM`` are values of the behaviours that are shown, NaN where one is not; empty if all
+        are hidden.
+        """
 
     def next_TN(self) -> NDArray[np.float32]:
         """Log-rates (T, N) of the spikes of the bin after each of those last decoded."""
@@ -55,8 +63,10 @@ class EagerStep:
         wanted: Sequence[str],
         missing_N: NDArray[np.bool_] | None = None,
         device: torch.device | str = "cpu",
+        live: Mapping[str, Scale] | None = None,
     ) -> None:
         self._model, self._session, self._wanted = model.to(device), session, tuple(wanted)
+        self._live = live or {}
         self._next_TN = np.zeros((0, model.parts(session).units), np.float32)
         self._device = torch.device(device)
         modalities = len(model.modalities)
@@ -77,11 +87,22 @@ class EagerStep:
         return self.steps((counts_N,), (observed,))[0]
 
     def steps(
-        self, counts_TN: Sequence[NDArray[np.float32]], observed_T: Sequence[bool]
+        self,
+        counts_TN: Sequence[NDArray[np.float32]],
+        observed_T: Sequence[bool],
+        live_TM: Sequence[NDArray[np.float32]] = (),
     ) -> NDArray[np.float32]:
         """Raw outputs of the next bins."""
         bins = len(counts_TN)
+        self._observed[0, :bins] = False
         self._observed[0, :bins, 0] = torch.tensor(observed_T, device=self._device)
+        for t, live_M in enumerate(live_TM):
+            for (name, scale), value in zip(self._live.items(), live_M, strict=True):
+                if np.isfinite(value):
+                    m = self._model.modalities.index(name)
+                    categorical = name in self._model.categorical_in
+                    shown = value if categorical else scale.normalised(value)
+                    self._values[0, t, m], self._observed[0, t, m] = float(shown), True
         outputs = self._model.step(
             self._session,
             self._state,
@@ -115,7 +136,10 @@ class Silence:
         """Nothing to forget."""
 
     def steps(
-        self, counts_TN: Sequence[NDArray[np.float32]], observed_T: Sequence[bool]
+        self,
+        counts_TN: Sequence[NDArray[np.float32]],
+        observed_T: Sequence[bool],
+        live_TM: Sequence[NDArray[np.float32]] = (),
     ) -> NDArray[np.float32]:
         """Zeros."""
         return self._raw_TO[: len(counts_TN)]
@@ -140,6 +164,8 @@ class Decoder:
         How; see :func:`make_step`.
     missing_N : ndarray of bool, optional
         Units that are not in the stream.
+    live : sequence of str
+        Behaviours that are observed, not decoded.
 
     Attributes
     ----------
@@ -154,13 +180,14 @@ class Decoder:
         session: BundleSession,
         step: Step,
         missing_N: NDArray[np.bool_] | None = None,
+        live: Sequence[str] = (),
     ) -> None:
         self.session, self._drift = session, None
         if (usual := session.expectation) is not None:
             bins = round(1000 * usual.seconds / spec.bin_ms)
             known_N = None if missing_N is None else ~missing_N
             self._drift = Drift(usual.rates, bins, known_N)
-        behaviours = outputs_of(spec, session)
+        behaviours = outputs_of(spec, session, live)
         self._values = Values(behaviours, [session.scales[b.name] for b in behaviours], CHUNK)
         self._step = step
         self._silent_N: NDArray[np.bool_] | None = None
@@ -201,7 +228,7 @@ class Decoder:
 
     def _steps(self, frames: Sequence[BinnedFrame]) -> NDArray[np.float32]:
         return self._step.steps(
-            [frame.counts_N for frame in frames], [frame.observed for frame in frames]
+            [frame.counts_N for frame in frames], [frame.observed for frame in frames], live(frames)
         )
 
     def look_back(self, frames: Sequence[BinnedFrame] = ()) -> None:
@@ -237,6 +264,11 @@ class Decoder:
         self._step.reset(0)
 
 
+def live(frames: Sequence[BinnedFrame]) -> list[NDArray[np.float32]]:
+    """What is observed live in some bins of one stream: of all of them, or nothing of any."""
+    return [frame.live_M for frame in frames if frame.live_M is not None]
+
+
 def decode_together(
     decoders: Sequence[Decoder], frames_of: Sequence[Sequence[BinnedFrame]]
 ) -> list[NDArray[np.float32]]:
@@ -260,6 +292,7 @@ def decode_together(
         [cast(FusedStep, decoder._step) for decoder in decoders],
         [[frame.counts_N for frame in frames] for frames in frames_of],
         [[frame.observed for frame in frames] for frames in frames_of],
+        [live(frames) for frames in frames_of],
     )
     return [decoder._values.of(raw) for decoder, raw in zip(decoders, raws, strict=True)]
 
@@ -280,35 +313,59 @@ def make_step(
     missing_N: NDArray[np.bool_],
     device: str = "cpu",
     say: Callable[[str], None] = lambda line: None,
+    live: Sequence[str] = (),
 ) -> Step:
     """The fastest faithful step for a device; ``say`` hears why a GPU is not used after all.
+
+    ``live`` are behaviours that are observed, in the order of their values.
 
     Raises
     ------
     BundleError
-        If the network cannot be run bin by bin.
+        If the network cannot be run bin by bin, or has not learned with those behaviours shown.
     """
     check_streamable(spec)
-    wanted = [b.name for b in outputs_of(spec, session)]
+    wanted = [b.name for b in outputs_of(spec, session, live)]
+    shown = {name: session.scales[name] for name in live}
     if device != "cpu":
         try:
             if not torch.cuda.is_available():
                 raise RuntimeError(f"device {device!r} asked for and no CUDA device is there")
-            return GraphStep(model, session.id, wanted, missing_N, device)
+            return GraphStep(model, session.id, wanted, missing_N, device, live=shown)
         except RuntimeError as error:
             say(f"{str(error).splitlines()[0]}; decoding on the CPU")
-    return FusedStep(model, session.id, wanted, missing_N)
+    return FusedStep(model, session.id, wanted, missing_N, live=shown)
 
 
-def outputs_of(spec: BundleSpec, session: BundleSession) -> list:
-    """Behaviours that a session of the bundle has learned, in order."""
-    return [b for b in spec.behaviours if b.name in session.behaviours]
+def outputs_of(
+    spec: BundleSpec, session: BundleSession, live: Sequence[str] = ()
+) -> list[Behaviour]:
+    """Behaviours that a session of the bundle has learned, but for those observed live, in order.
+
+    Raises
+    ------
+    BundleError
+        If one of those cannot be observed, or nothing is left to decode.
+    """
+    learned = [b for b in spec.behaviours if b.name in session.behaviours]
+    for name in live:
+        if name not in [b.name for b in learned if b.live]:
+            can = ", ".join(b.name for b in learned if b.live) or "none"
+            raise BundleError(
+                f"live behaviour {name}; this bundle can be shown {can} of session {session.id}: "
+                f"put live = true under [behaviour.{name}] and train again"
+            )
+    if len(left := [b for b in learned if b.name not in live]) == 0 and live:
+        raise BundleError(f"{', '.join(live)} observed live; that leaves nothing to decode")
+    return left
 
 
-def schema_outputs(spec: BundleSpec, session: BundleSession) -> list[dict]:
+def schema_outputs(
+    spec: BundleSpec, session: BundleSession, live: Sequence[str] = ()
+) -> list[dict]:
     """``outputs`` of the schema message: how to name the values."""
     outputs, offset = [], 0
-    for b in outputs_of(spec, session):
+    for b in outputs_of(spec, session, live):
         size = values_of(b.kind, len(b.classes))
         outputs.append(
             {

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,11 @@ from torch import Tensor, nn
 
 from rt_neds.model.attention import ROTARY_BASE
 from rt_neds.model.neds import NEDS, SCHEMES
+from rt_neds.model.readout import Scale
 from rt_neds.model.rounding import is_rounded
 from rt_neds.stream.binner import CHUNK
-from rt_neds.stream.fused_kernel import LANES, PAIR, PANEL, STREAM, fused_step, place
+from rt_neds.stream.fused_kernel import LANES, LIVE, PAIR, PANEL, STREAM, fused_step, place
+from rt_neds.stream.live_tokens import LiveTokens
 
 F4 = NDArray[np.float32]
 F8 = NDArray[np.float64]
@@ -222,7 +224,7 @@ class _Trunk:
 
 
 class FusedStep:
-    """The network, one bin at a time, for one stream that shows only spikes.
+    """The network, one bin at a time, for one stream of spikes, and of behaviours observed live.
 
     Making one compiles the step, unless an earlier run left it in the cache.
 
@@ -236,6 +238,8 @@ class FusedStep:
         Behaviours to decode, at least one, in the order of their outputs.
     missing_N : ndarray of bool, shape (units,), optional
         Units to replace by their learned stand-in. Their counts must be numbers all the same.
+    live : mapping of str to Scale, optional
+        Behaviours that may be shown, in the order of their values.
 
     Attributes
     ----------
@@ -249,6 +253,8 @@ class FusedStep:
         session: str,
         wanted: Sequence[str],
         missing_N: NDArray[np.bool_] | None = None,
+        *,
+        live: Mapping[str, Scale] | None = None,
     ) -> None:
         model.start(session)  # refuses a model that cannot be streamed
         if not wanted or not set(wanted) <= set(model.modalities[1:]):
@@ -257,6 +263,7 @@ class FusedStep:
         parts: Any = model.sessions[model.session_ids.index(session)]
         said = 0 if parts.linear is None else len(parts.linear.bias_U)
         self._trunk = _Trunk(model, said)
+        self._live = LiveTokens(model, session, live or {})
         dark_D = _dark(model, session)
         read_in = _of_root_sums(parts.spikes_in, *_read_in(parts), missing_N)
         heads_OI = np.concatenate([_head(parts, name, said) for name in wanted]).astype(np.float32)
@@ -265,7 +272,8 @@ class FusedStep:
         R, V = _up(rows, LANES), _up(width, LANES)
         self._arrays: dict[str, NDArray] = {
             "counts_TN": np.zeros((T, parts.units), np.float32),
-            "observed_T": np.zeros(T, np.int64),
+            "shown_T": np.zeros(T, np.int64),
+            "live_TD": _zeros(T, _up(c.dim)),
             "counts_CN": _zeros(max(c.history), parts.units),
             "sums_KN": _zeros(len(c.history), parts.units),
             "found_I": np.zeros(inputs, np.int64),
@@ -289,7 +297,7 @@ class FusedStep:
             self._stream_1[name] = size
         # What a step touches, ready to hand: looking it up costs more than it does.
         self._fields = self._stream_1.view(np.int64)
-        self._counts_TN, self._observed_T = self._arrays["counts_TN"], self._arrays["observed_T"]
+        self._counts_TN, self._shown_T = self._arrays["counts_TN"], self._arrays["shown_T"]
         self._raw_TO, self._bin, self._bins = self._arrays["raw_TO"], 0, 0
         self._set_sinks(model, rows, R, V, width)
         self.nbytes = sum(
@@ -328,7 +336,9 @@ class FusedStep:
         """Decode the next bin; see :meth:`steps`."""
         return self.steps((counts_N,), (observed,))[0]
 
-    def steps(self, counts_TN: Sequence[F4], observed_T: Sequence[bool]) -> F4:
+    def steps(
+        self, counts_TN: Sequence[F4], observed_T: Sequence[bool], live_TM: Sequence[F4] = ()
+    ) -> F4:
         """Decode the next bins, at most ``CHUNK``, with the values they would have one by one.
 
         Parameters
@@ -337,6 +347,9 @@ class FusedStep:
             Spikes of each unit in each bin: whole numbers; ignored if the bin is not observed.
         observed_T : sequence of bool
             Whether the counts are what happened, rather than a hole in the recording.
+        live_TM : sequence of ndarray of float32, shape (live behaviours,)
+            What is observed of them in each bin, in physical units or class numbers, NaN where
+            nothing is; empty if they are hidden.
 
         Returns
         -------
@@ -344,17 +357,22 @@ class FusedStep:
             The ``outputs`` numbers of each behaviour, one after the other; valid until the next
             call.
         """
-        self._take(counts_TN, observed_T)
+        self._take(counts_TN, observed_T, live_TM)
         fused_step(self._stream_1, *self._trunk.arguments)
         return self._raw_TO[: self._bins]
 
-    def _take(self, counts_TN: Sequence[F4], observed_T: Sequence[bool]) -> None:
+    def _take(
+        self, counts_TN: Sequence[F4], observed_T: Sequence[bool], live_TM: Sequence[F4]
+    ) -> None:
         bins, kept_TN = len(counts_TN), self._counts_TN
         for t in range(bins):  # whatever came, the kernel meets one type of array
             if len(counts_TN[t]) != kept_TN.shape[1]:
                 raise ValueError(f"{len(counts_TN[t])} counts for {kept_TN.shape[1]} units")
             kept_TN[t] = counts_TN[t]
-            self._observed_T[t] = observed_T[t]
+            self._shown_T[t] = observed_T[t]
+        for t, live_M in enumerate(live_TM):
+            if self._live.write(live_M, self._arrays["live_TD"][t]):
+                self._shown_T[t] |= LIVE
         self._bin += self._bins
         self._bins = bins
         self._fields[0], self._fields[1] = bins, self._bin
@@ -370,15 +388,18 @@ class FusedStep:
         steps: Sequence[FusedStep],
         counts_PTN: Sequence[Sequence[F4]],
         observed_PT: Sequence[Sequence[bool]],
+        live_PTM: Sequence[Sequence[F4]],
     ) -> list[F4]:
         """As :meth:`steps` of each of several streams that share a trunk, to the same bits.
 
         They have at most ``CHUNK`` bins, all together: each weight of the trunk is read once for
         all of them.
         """
-        for step, counts_TN, observed_T in zip(steps, counts_PTN, observed_PT, strict=True):
+        for step, counts_TN, observed_T, live_TM in zip(
+            steps, counts_PTN, observed_PT, live_PTM, strict=True
+        ):
             assert step._trunk is steps[0]._trunk, "streams of different trunks"
-            step._take(counts_TN, observed_T)
+            step._take(counts_TN, observed_T, live_TM)
         assert sum(step._bins for step in steps) <= CHUNK, "more bins than one call takes"
         trunk = steps[0]._trunk
         for p, step in enumerate(steps):

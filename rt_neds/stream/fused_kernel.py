@@ -49,7 +49,7 @@ STREAM = np.dtype(
         (name, np.int64)
         for name in (
             *("bins", "bin", "units", "inputs", "outputs"),
-            *("counts_TN", "observed_T", "counts_CN", "sums_KN", "found_I", "root_I"),
+            *("counts_TN", "shown_T", "live_TD", "counts_CN", "sums_KN", "found_I", "root_I"),
             *("read_in", "spikes_D", "dark_D", "heads_OI", "keys_LHX", "values_LHX"),
             *("memory_D", "dark_1", "token_TD", "raw_TO"),
         )
@@ -57,6 +57,8 @@ STREAM = np.dtype(
 )
 """One stream: how many bins it has now and the number of the first, its sizes, and the addresses of
 its arrays."""
+SPIKES, LIVE = 1, 2
+"""What a bin shows: bits of ``shown_T``."""
 AHEAD = 16384
 """Bytes by which weights are fetched before their turn, into an outer cache. After a bin's sleep
 they lie in memory, which takes long, and processors do not look past a page by themselves."""
@@ -499,30 +501,38 @@ def _enter(  # type: ignore[no-untyped-def]
     counts_TN = _floats(stream.counts_TN, stream.bins, stream.units)
     counts_CN = _floats(stream.counts_CN, history_K.max(), stream.units)
     sums_KN = _floats(stream.sums_KN, history_K.size, stream.units)
-    found_I, observed = _integers(stream.found_I, inputs), _integers(stream.observed_T, stream.bins)
+    found_I, shown_T = _integers(stream.found_I, inputs), _integers(stream.shown_T, stream.bins)
     root_I = _floats(stream.root_I, 1, inputs)[0]
     weights = _floats(stream.read_in, 1, E * (inputs - 3))[0]
     for t in range(stream.bins):
         row, bin_ = first + t, stream.bin + t
-        observed_T[row] = observed[t] != 0
+        observed_T[row], spikes = shown_T[t] != 0, shown_T[t] & SPIKES != 0
         for f in range(frequency_F.size):
             turn_T2F[row, 0, f] = math.cos(bin_ * frequency_F[f])
             turn_T2F[row, 1, f] = math.sin(bin_ * frequency_F[f])
-        _sum_counts(counts_TN[t], observed_T[row], bin_, history_K, counts_CN, sums_KN)
+        _sum_counts(counts_TN[t], spikes, bin_, history_K, counts_CN, sums_KN)
         normed_TD[row, :E], said_TU[row] = 0, 0
-        if observed_T[row]:
+        if spikes:
             _read_in(weights, sums_KN, found_I, root_I, normed_TD[row, :E], dim)
             said_TU[row, :said], said_TU[row, said] = normed_TD[row, dim : dim + said], 1
     return first + stream.bins
 
 
 @_plain
-def _begin(stream, first, x_TD, observed_T, D):  # type: ignore[no-untyped-def]
-    """Make tokens of a stream out of what its spikes read in as; returns the row after."""
+def _begin(stream, first, x_TD, D):  # type: ignore[no-untyped-def]
+    """Make tokens of a stream out of what its spikes, and what is live, read in as; returns the row
+    after.
+    """
     spikes_D, dark_D = _floats(stream.spikes_D, 1, D)[0], _floats(stream.dark_D, 1, D)[0]
-    for t in range(first, first + stream.bins):
+    live_TD = _floats(stream.live_TD, stream.bins, D)
+    shown_T = _integers(stream.shown_T, stream.bins)
+    for t in range(stream.bins):
+        x_D, live_D = x_TD[first + t], live_TD[t]
         for d in range(D):
-            x_TD[t, d] = x_TD[t, d] + spikes_D[d] if observed_T[t] else dark_D[d]
+            x_D[d] = x_D[d] + spikes_D[d] if shown_T[t] & SPIKES else dark_D[d]
+        if shown_T[t] & LIVE:
+            for d in range(D):
+                x_D[d] += live_D[d]
     return first + stream.bins
 
 
@@ -546,7 +556,7 @@ def fused_step(  # type: ignore[no-untyped-def]
         )
     at = _linear(weights, 0, half, D, dim + said, T, normed_TD, 0, 0, x_TD, 0, 0)
     for stream in streams_P:
-        first = _begin(stream, first, x_TD, observed_T, D)
+        first = _begin(stream, first, x_TD, D)
     keys_X, values_X = R * (1 + width), V * (1 + rows)
     for layer in range(layers):
         at = _add_and_norm(weights, at, x_TD, more_TD, normed_TD, T, dim, D, epsilon)

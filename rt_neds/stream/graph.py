@@ -15,7 +15,7 @@ behaviours, then log-rates of the next bin's spikes).
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,14 +28,16 @@ from rt_neds.errors import BundleError
 from rt_neds.model.attention import NEVER, ROTARY_BASE, rotate
 from rt_neds.model.memory import Memory
 from rt_neds.model.neds import NEDS, SCHEMES
+from rt_neds.model.readout import Scale
 from rt_neds.stream.binner import CHUNK
+from rt_neds.stream.live_tokens import LiveTokens
 
 F4 = NDArray[np.float32]
 WARM_UPS = 3
 
 
 class GraphStep:
-    """The network, one bin at a time, for one stream that shows only spikes.
+    """The network, one bin at a time, for one stream of spikes, and of behaviours observed live.
 
     Parameters
     ----------
@@ -48,6 +50,8 @@ class GraphStep:
     missing_N : ndarray of bool, shape (units,), optional
         Units to replace by their learned stand-in.
     device : torch.device or str
+    live : mapping of str to Scale, optional
+        Behaviours that may be shown, in the order of their values.
     captured : bool
         Replay a CUDA graph, rather than launch kernel by kernel.
 
@@ -67,6 +71,7 @@ class GraphStep:
         missing_N: NDArray[np.bool_] | None = None,
         device: torch.device | str = "cuda",
         *,
+        live: Mapping[str, Scale] | None = None,
         captured: bool = True,
     ) -> None:
         model.start(session)  # refuses a model that cannot be streamed
@@ -75,6 +80,7 @@ class GraphStep:
         units, c = model.parts(session).units, model.config
         if missing_N is not None:
             _check("missing_N", missing_N.shape, (units,))
+        self._live = LiveTokens(model, session, live or {})
         model = copy.deepcopy(model).eval().requires_grad_(False).to(device)
         self._device, self._stack = torch.device(device), model.stack()
         self._context, self._heads = c.context, c.heads
@@ -95,7 +101,7 @@ class GraphStep:
         self._next_TN = np.zeros((CHUNK, units), np.float32)
         self._bins = 0
         self._set_state(c, units)
-        self._set_transfers(units, c.dim // c.heads, captured)
+        self._set_transfers(units, c.dim, c.dim // c.heads, captured)
         self._graph: torch.cuda.CUDAGraph | None = None
         if captured:
             self._capture()
@@ -140,18 +146,23 @@ class GraphStep:
         for layer, values_HRF in zip(self._stack, self._values_LHRF, strict=True):
             values_HRF[:, W] = layer.attention.sink_value_HF
 
-    def _set_transfers(self, units: int, width: int, captured: bool) -> None:
-        """What goes up: counts, whether observed, cosines, sines. What comes down: outputs."""
+    def _set_transfers(self, units: int, dim: int, width: int, captured: bool) -> None:
+        """What goes up: counts, what is live, whether spikes and whether anything is shown, cosines
+        and sines. What comes down: outputs.
+        """
         half = width // 2
-        self._up_host = torch.zeros(units + 1 + 2 * half, pin_memory=captured)
-        self._up = torch.zeros(units + 1 + 2 * half, device=self._device)
+        sizes = (units, dim, 1, 1, half, half)
+        self._up_host = torch.zeros(sum(sizes), pin_memory=captured)
         self._raw_host_O = torch.zeros(len(self._bias_O), pin_memory=captured)
-        up = self._up_host.numpy()  # a view
-        self._host_counts_N, self._host_observed_1 = up[:units], up[units : units + 1]
-        self._host_cos_F, self._host_sin_F = up[units + 1 : units + 1 + half], up[-half:]
+        host = [part.numpy() for part in self._up_host.split(sizes)]  # views
+        self._host_counts_N, self._host_live_D, self._host_spikes_1 = host[:3]
+        self._host_seen_1, self._host_cos_F, self._host_sin_F = host[3:]
+        self._up = torch.zeros(sum(sizes), device=self._device)
+        self._counts_N, self._live_D, self._spikes_1, self._seen_1, *_ = self._up.split(sizes)
+        self._table_21F = self._up[-2 * half :].view(2, 1, half)
         self._frequency_F = ROTARY_BASE ** -(np.arange(0, width, 2, dtype=np.float64) / width)
         self._raw_O = self._raw_host_O.numpy()
-        self._units, self._half = units, half
+        self._units = units
 
     def _capture(self) -> None:
         stream = torch.cuda.Stream(self._device)
@@ -175,7 +186,9 @@ class GraphStep:
         self._memory_D.zero_()
         self._bin_of_row_R.fill_(NEVER)
 
-    def steps(self, counts_TN: Sequence[F4], observed_T: Sequence[bool]) -> F4:
+    def steps(
+        self, counts_TN: Sequence[F4], observed_T: Sequence[bool], live_TM: Sequence[F4] = ()
+    ) -> F4:
         """Decode the next bins, one replay after the other.
 
         Parameters
@@ -183,6 +196,8 @@ class GraphStep:
         counts_TN : sequence of ndarray of float32, shape (units,)
             Spikes of each unit in each bin; ignored if the bin is not observed.
         observed_T : sequence of bool
+        live_TM : sequence of ndarray of float32, shape (live behaviours,)
+            What is observed of them in each bin, NaN where nothing is; empty if they are hidden.
 
         Returns
         -------
@@ -190,7 +205,7 @@ class GraphStep:
         """
         raw_TO = np.empty((len(counts_TN), self._outputs), np.float32)
         for t in range(len(counts_TN)):
-            raw_TO[t] = self.step(counts_TN[t], observed_T[t])
+            raw_TO[t] = self.step(counts_TN[t], observed_T[t], live_TM[t] if live_TM else None)
             self._next_TN[t] = self._raw_O[self._outputs :]
         self._bins = len(counts_TN)
         return raw_TO
@@ -204,11 +219,12 @@ class GraphStep:
         missing_N = self._never_N if silent_N is None else self._never_N | silent_N
         self._missing_N.copy_(torch.from_numpy(missing_N))  # in place: the graph has its address
 
-    def step(self, counts_N: F4, observed: bool) -> F4:
+    def step(self, counts_N: F4, observed: bool, live_M: F4 | None = None) -> F4:
         """Decode the next bin; the array is overwritten by the one after it."""
         _check("counts_N", np.shape(counts_N), (self._units,))
         self._host_counts_N[:] = counts_N if observed else 0
-        self._host_observed_1[:] = observed
+        self._host_spikes_1[:] = observed
+        self._host_seen_1[:] = self._live.write(live_M, self._host_live_D) or observed
         angle_F = self._bin * self._frequency_F  # in float64, or it is off after some hours
         self._host_cos_F[:], self._host_sin_F[:] = np.cos(angle_F), np.sin(angle_F)
         if self._graph is not None:
@@ -228,10 +244,8 @@ class GraphStep:
     def _step(self) -> None:
         """One bin, from the host's buffer to the host's buffer, without a decision on the way."""
         self._up.copy_(self._up_host, non_blocking=True)
-        observed_1 = self._up[self._units : self._units + 1]
-        table_21F = self._up[self._units + 1 :].view(2, 1, self._half)
         row_1 = self._bin_1 % self._context
-        bin_or_never_1 = torch.where(observed_1 > 0, self._bin_1, NEVER)
+        bin_or_never_1 = torch.where(self._seen_1 > 0, self._bin_1, NEVER)
         self._bin_of_row_R.index_copy_(0, row_1, bin_or_never_1)
         hidden_R = self._bin_1 - self._bin_of_row_R >= self._context
         # The sink is the last row, and always seen.
@@ -241,20 +255,18 @@ class GraphStep:
         if self._said_OU is not None:
             said_U = self._linear(z_F[None, None])[0, 0]
             token_D = token_D + self._linear_in(said_U)
-        x_D = self._dark_D + token_D * observed_1
+        x_D = self._dark_D + token_D * self._spikes_1 + self._live_D
         for layer, keys_HRF, values_HRF in zip(
             self._stack, self._keys_LHRF, self._values_LHRF, strict=True
         ):
             normed_D = layer.norm1(x_D)
-            attended_D = self._attend(
-                layer, normed_D, table_21F, row_1, mask_R, keys_HRF, values_HRF
-            )
+            attended_D = self._attend(layer, normed_D, row_1, mask_R, keys_HRF, values_HRF)
             x_D = layer.add(x_D, attended_D)
         if self._memory is not None:
-            x_D = x_D + self._remember(self._memory, x_D, observed_1, ~hidden_R.all())
+            x_D = x_D + self._remember(self._memory, x_D, ~hidden_R.all())
         raw_O = nnf.linear(self._norm(x_D), self._head_OD, self._bias_O)
         if self._said_OU is not None:
-            more_O = nnf.linear(said_U, self._said_OU, self._said_O) * observed_1
+            more_O = nnf.linear(said_U, self._said_OU, self._said_O) * self._spikes_1
             raw_O = raw_O + nnf.pad(more_O, (0, len(raw_O) - self._outputs))
         self._raw_host_O.copy_(raw_O, non_blocking=True)
         self._bin_1 += 1
@@ -262,29 +274,27 @@ class GraphStep:
     def _features(self) -> Tensor:
         """Standardised roots of the boxcar sums, which are of integers and so exact."""
         bins = len(self._counts_CN)
-        self._counts_CN.index_copy_(0, self._bin_1 % bins, self._up[None, : self._units])
+        self._counts_CN.index_copy_(0, self._bin_1 % bins, self._counts_N[None])
         age_C = (self._bin_1 - self._age_C) % bins
         sums_KN = (age_C < self._history_K1).float() @ self._counts_CN
         z_KN = (sums_KN.sqrt() - self._mean_KN) / self._sd_KN
         return torch.where(self._missing_N, self._stand_in_KN, z_KN).flatten()
 
-    def _remember(
-        self, memory: Memory, x_D: Tensor, observed_1: Tensor, in_sight: Tensor
-    ) -> Tensor:
+    def _remember(self, memory: Memory, x_D: Tensor, in_sight: Tensor) -> Tensor:
         """Move the memory on, in place, and read it; in the dark it forgets."""
         normed_D = memory.norm(x_D)
         pace_D = 1.0 - memory.longest * torch.sigmoid(memory.gate(normed_D))
         self._memory_D.mul_(in_sight)
-        self._memory_D.lerp_(memory.value(normed_D), pace_D * observed_1)
+        self._memory_D.lerp_(memory.value(normed_D), pace_D * self._seen_1)
         return memory.out(self._memory_D)
 
     def _attend(
-        self, layer: Any, x_D: Tensor, table_21F: Tensor, row_1: Tensor, mask_R: Tensor,
-        keys_HRF: Tensor, values_HRF: Tensor,
+        self, layer: Any, x_D: Tensor, row_1: Tensor, mask_R: Tensor, keys_HRF: Tensor,
+        values_HRF: Tensor,
     ) -> Tensor:  # fmt: skip
         """Put the bin's key and value into the ring, and let its query look at all of it."""
         qkv_3H1F = layer.attention.qkv(x_D).view(3, self._heads, 1, -1)
-        q_H1F, k_H1F = rotate(qkv_3H1F[:2, :, None], table_21F)[:, :, 0]
+        q_H1F, k_H1F = rotate(qkv_3H1F[:2, :, None], self._table_21F)[:, :, 0]
         keys_HRF.index_copy_(1, row_1, k_H1F)
         values_HRF.index_copy_(1, row_1, qkv_3H1F[2])
         mixed_H1F = nnf.scaled_dot_product_attention(

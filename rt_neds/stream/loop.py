@@ -18,6 +18,7 @@ from rt_neds.clock import monotonic_ns
 from rt_neds.frames import BinnedFrame, DecodedFrame, SpikeBatch
 from rt_neds.stream.binner import CHUNK, Binner
 from rt_neds.stream.decoder import Decoder, decode_together
+from rt_neds.stream.live import LiveBehaviours
 from rt_neds.stream.receiver import Announcement
 from rt_neds.stream.silent import FallenSilent
 from rt_neds.stream.validity import Validity
@@ -66,6 +67,8 @@ class Loop:
         ``unknown`` ones of the stream.
     silent : FallenSilent, optional
         Notices units that fall silent.
+    live : LiveBehaviours, optional
+        What the source observes beside the spikes.
     """
 
     def __init__(
@@ -82,12 +85,13 @@ class Loop:
         assumed: Announcement,
         units: Mapping[str, int] | None = None,
         silent: FallenSilent | None = None,
+        live: LiveBehaviours | None = None,
     ) -> None:
         self._source, self._binner, self._decoder = source, binner, decoder
         self._validity, self._sink, self._schema = validity, sink, schema
         self._probe, self._model = probe, model
         self._assumed, self._units = assumed, dict(units or {})
-        self._silent = silent
+        self._silent, self._live = silent, live
         self._heard: Announcement | None = None
         self._closed: list[tuple[BinnedFrame, int]] = []  # with their flags; not yet decoded
         self._behind = self.due = False
@@ -167,6 +171,8 @@ class Loop:
                 self._decode()
             if self._silent is not None:
                 self._silent.take(binned)
+            if self._live is not None:
+                binned.live_M = self._live.at(binned.epoch, binned.end, self._binner.width)
             self._closed.append((binned, self._validity.flags(binned)))
 
     def _decode(self) -> None:
@@ -234,6 +240,7 @@ class Loop:
             "realtime": self._validity.realtime,
             "clock": self._validity.clock(),
             "units": {**self._units, "silent": self._fallen_silent()},
+            "live": self._live.counters if self._live is not None else {},
             "drift": self._decoder.drift(),
             "source_counters": self._source.counters,
             "bin_counters": self._binner.counters,

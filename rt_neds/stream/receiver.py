@@ -1,4 +1,4 @@
-"""Source of the native stream: spike messages of wire protocol v1 over a ZeroMQ SUB socket."""
+"""Source of the native stream: messages of wire protocol v1 over a ZeroMQ SUB socket."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ import zmq
 from rt_neds.clock import monotonic_ns
 from rt_neds.errors import StreamError, WireError
 from rt_neds.frames import SPIKE_DTYPE, SpikeBatch
+from rt_neds.stream.live import LiveBehaviours
 from rt_neds.wire import (
     LEAP_MESSAGES,
     LEAP_S,
     MAX_SPIKES,
     topic,
+    unpack_behaviour,
+    unpack_event,
     unpack_source,
     unpack_spikes,
 )
 
 COUNTERS = ("messages", "announcements", "malformed", "repeated", "lost", "epochs")
+BESIDE = 64
+"""Messages that are not spikes which one read looks past."""
 QUEUE = 20_000
 """Messages held while we are busy: twenty seconds of 1 ms batches; then they count as lost."""
 
@@ -36,13 +41,15 @@ class Announcement:
 
 
 class Receiver:
-    """Reads the spikes of one probe.
+    """Reads the spikes of one probe, and what is observed live.
 
     Parameters
     ----------
     endpoint : str
         Such as ``tcp://127.0.0.1:5570``.
     probe : str
+    live : LiveBehaviours, optional
+        Takes behaviours that come on the same socket; without it they are not asked for.
 
     Attributes
     ----------
@@ -62,11 +69,14 @@ class Receiver:
         If the endpoint is not one.
     """
 
-    def __init__(self, endpoint: str, probe: str) -> None:
-        self.endpoint = endpoint
+    def __init__(self, endpoint: str, probe: str, live: LiveBehaviours | None = None) -> None:
+        self.endpoint, self.live = endpoint, live
         self.announced: Announcement | None = None
         self.counters = dict.fromkeys(COUNTERS, 0)
         self._spikes, self._source = topic("spikes", probe), topic("source", probe)
+        self._events = topic("events", probe)
+        self._values = {topic("behaviour", name): name for name in live.classes} if live else {}
+        self._rate = 0.0
         self._epoch: int | None = None
         self._next_seq = self._end = 0
         self._leap: SpikeBatch | None = None  # not believed yet
@@ -77,6 +87,8 @@ class Receiver:
         self.socket.set(zmq.MAXMSGSIZE, MAX_SPIKES * SPIKE_DTYPE.itemsize)
         self.socket.subscribe(self._spikes)
         self.socket.subscribe(self._source)
+        for beside in (*self._values, self._events) if live else ():
+            self.socket.subscribe(beside)
         try:
             self.socket.connect(endpoint)
         except zmq.ZMQError as error:
@@ -88,9 +100,11 @@ class Receiver:
 
     def read(self, timeout_ms: int) -> SpikeBatch | None:
         """The next batch, or None if none came in time. The only place where the loop waits."""
-        if not self._ready and self.socket.poll(timeout_ms):
-            frames = self.socket.recv_multipart()
-            self.take(frames, monotonic_ns())
+        for _ in range(BESIDE):
+            if self._ready or not self.socket.poll(timeout_ms):
+                break
+            self.take(self.socket.recv_multipart(), monotonic_ns())
+            timeout_ms = 0  # what comes beside the spikes must not make the wait longer
         return self._ready.popleft() if self._ready else None
 
     def take(self, frames: list[bytes], received_ns: int) -> None:
@@ -116,6 +130,9 @@ class Receiver:
             self.announced = Announcement(session, rate, tuple(units))
             self.counters["announcements"] += 1
             return
+        if self.live is not None and frames[0] != self._spikes:
+            self._take_live(self.live, frames)
+            return
         if frames[0] != self._spikes or len(frames) != 3:
             raise WireError(f"{len(frames)} frames under topic {frames[0][:40]!r}")
         batch = unpack_spikes(frames[1], frames[2], received_ns)
@@ -130,12 +147,25 @@ class Receiver:
         if batch.epoch != self._epoch:
             self._epoch, self._next_seq = batch.epoch, batch.seq
             self.counters["epochs"] += 1
+            if self.live is not None:
+                self.live.begin_run(batch.epoch)
         elif leap is not None:
             self._pass_on(leap)
         elif self._leaps(batch):
             self._leap = batch
             return
         self._pass_on(batch)
+
+    def _take_live(self, live: LiveBehaviours, frames: list[bytes]) -> None:
+        name = self._values.get(frames[0])
+        if name is not None and len(frames) == 3:
+            live.take(unpack_behaviour(name, frames[1], frames[2]), self._rate, self._end)
+        elif frames[0] == self._events and len(frames) == 2:
+            event = unpack_event(frames[1])
+            if event.kind in live.classes:
+                live.take_event(event, self._rate, self._end)
+        else:
+            raise WireError(f"{len(frames)} frames under topic {frames[0][:40]!r}")
 
     def _had(self, batch: SpikeBatch) -> bool:
         leap = self._leap
@@ -151,7 +181,7 @@ class Receiver:
         batch.lost = batch.seq - self._next_seq
         self.counters["messages"] += 1
         self.counters["lost"] += batch.lost
-        self._next_seq, self._end = batch.seq + 1, batch.end
+        self._next_seq, self._end, self._rate = batch.seq + 1, batch.end, batch.rate
         self._ready.append(batch)
 
 

@@ -9,7 +9,15 @@ import zmq
 
 from rt_neds.errors import StreamError
 from rt_neds.frames import SpikeBatch
-from rt_neds.wire import pack_source, pack_spikes, topic
+from rt_neds.wire import (
+    BehaviourBatch,
+    TaskEvent,
+    pack_behaviour,
+    pack_event,
+    pack_source,
+    pack_spikes,
+    topic,
+)
 
 LINGER_MS = 60_000
 """What was sent must arrive, even at a receiver that is busy; over at once if none is left."""
@@ -63,6 +71,14 @@ class Sender:
     def send(self, batch: SpikeBatch) -> None:
         """Send one batch."""
         self._socket.send_multipart(pack_spikes(self._probe, batch), copy=False)
+
+    def observe(self, batch: BehaviourBatch) -> None:
+        """Send values of a behaviour; before the spikes whose bins they are for."""
+        self._socket.send_multipart(pack_behaviour(batch))
+
+    def happened(self, event: TaskEvent) -> None:
+        """Send a task event; before the spikes whose bins it is for."""
+        self._socket.send_multipart(pack_event(self._probe, event))
 
     def close(self) -> None:
         """Close the socket, and return once what was sent has gone out.
