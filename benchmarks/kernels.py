@@ -340,7 +340,8 @@ def bench_probes(size: str, rounds: int, bins: int) -> list[dict[str, object]]:
 def stepping_together(steps: list[FusedStep], counts_TN: NDArray[np.float32]) -> Contestant:
     """The next bin of each stream, at each call."""
     bins, seen = itertools.cycle(counts_TN), [(True,)] * len(steps)
-    return lambda: FusedStep.together(steps, [(next(bins),) for _ in steps], seen)
+    nothing_live = [()] * len(steps)
+    return lambda: FusedStep.together(steps, [(next(bins),) for _ in steps], seen, nothing_live)
 
 
 def stepping(step: FusedStep, counts_TN: NDArray[np.float32]) -> Contestant:

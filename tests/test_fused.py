@@ -299,6 +299,7 @@ def test_streams_together_give_the_same_bits_as_alone(size, rounded):
             [streams[n][0] for n in cuts],
             [streams[n][1][cut] for n, cut in cuts.items()],
             [streams[n][2][cut] for n, cut in cuts.items()],
+            [()] * len(cuts),
         )
         for n, raw_TO in zip(cuts, raws, strict=True):
             got[n].append(raw_TO.copy())

@@ -1,4 +1,4 @@
-"""A behaviour beside the spikes, over real sockets: shown to the decoder, and decoded without it."""
+"""A behaviour beside the spikes, over real sockets: shown to the decoder, which goes on without."""
 
 import json
 
@@ -135,5 +135,3 @@ def test_what_cannot_be_shown_is_told_in_one_line(shown, tiny):
         assert result.returncode == 2, options
         assert expected in result.stderr
         assert result.stderr.count("\n") == 1
-
-
