@@ -99,8 +99,8 @@ def evaluate(
     report : path, optional
         Folder in which to leave ``report.html``.
     live : sequence of str
-        Behaviours that are shown, as a rig would that observes them, and so not scored. Baselines
-        go without.
+        Behaviours that are shown, as a rig would that observes them, and so not scored. Linear
+        baselines go without.
 
     Returns
     -------
@@ -215,7 +215,8 @@ def evaluate_session(
         ideal = ideal_values(binned, b, config, at_S)
         if ideal is not None:
             result["ideal"][b.name] = score(binned, b, m, at_S, ideal)
-    for method, guesses in baseline_values(binned, behaviours, bins, baselines).items():
+    shown = [b for b in spec.behaviours if b.name in live]
+    for method, guesses in baseline_values(binned, behaviours, bins, baselines, shown).items():
         result["baselines"][method] = {
             b.name: score(binned, b, 1 + spec.behaviours.index(b), bins[b.name], guesses[b.name])
             for b in behaviours
@@ -235,6 +236,7 @@ def baseline_values(
     behaviours: list[Behaviour],
     bins: dict[str, NDArray[np.int64]],
     which: Baselines,
+    live: Sequence[Behaviour] = (),
 ) -> dict[str, dict[str, NDArray]]:
     """What each baseline, fitted on the same training bins, gives: by method, by behaviour."""
     guesses: dict[str, dict[str, NDArray]] = {}
@@ -253,7 +255,8 @@ def baseline_values(
         from offline.baselines.gru import gru
 
         asked = np.unique(np.concatenate(list(bins.values())))
-        of_gru = gru(binned, list(bins), asked, classes=classes)
+        classes |= {b.name: len(b.classes) for b in live if b.kind == "categorical"}
+        of_gru = gru(binned, list(bins), asked, classes=classes, live=[b.name for b in live])
         guesses["gru"] = {
             name: of_gru[name][np.searchsorted(asked, at_S)].reshape(len(at_S), -1)
             for name, at_S in bins.items()

@@ -64,6 +64,8 @@ def gru(
     *,
     classes: Mapping[str, int] | None = None,
     seed: int = 0,
+    live: Sequence[str] = (),
+    spikes: bool = True,
 ) -> dict[str, NDArray[np.float64]]:
     """Train a GRU on the training split and decode behaviours with it.
 
@@ -77,6 +79,10 @@ def gru(
     classes : mapping of str to int, optional
         Number of classes of each categorical behaviour; all others are continuous.
     seed : int
+    live : sequence of str
+        Behaviours that are read beside the spikes, where an observer could know them.
+    spikes : bool
+        Whether spikes are read at all.
 
     Returns
     -------
@@ -88,10 +94,12 @@ def gru(
     widths = tuple(sorted({max(1, round(s * rate)) for s in WIDTHS_S}))
     fitted = [fitting_bins(binned, binned.scored_TM[:, target.m]) for target in targets]
     scaler = Scaler.fit(binned, np.unique(np.concatenate([train for train, _ in fitted])), widths)
-    read = _Reader(binned, widths, scaler)
+    shown_TG = _observed(binned, live, classes or {})
+    read = _Reader(binned, widths, scaler, shown_TG, spikes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = _Net(len(scaler.mean_F), max(target.outputs.stop for target in targets))
+        features = spikes * len(scaler.mean_F) + shown_TG.shape[1]
+        net = _Net(features, max(target.outputs.stop for target in targets))
         net = _train(net, read, targets, fitted, np.random.default_rng(seed))
     out_SO = _carry(net, read, np.asarray(bins))
     predicted = {}
@@ -118,15 +126,40 @@ class _Net(nn.Module):
 
 @dataclass(frozen=True)
 class _Reader:
-    """Standardised features of consecutive bins; what was not recorded counts as empty."""
+    """Standardised features of consecutive bins, and what is observed live; what was not recorded
+    counts as empty.
+    """
 
     binned: BinnedSession
     widths: tuple[int, ...]
     scaler: Scaler
+    shown_TG: NDArray[np.float32]
+    spikes: bool
 
     def __call__(self, first: int, stop: int) -> Tensor:
-        parts = blocks(self.binned, np.arange(first, stop), self.widths)
-        return torch.from_numpy(np.concatenate([self.scaler(x_TF) for _, x_TF in parts]))
+        read = [self.binned.cut(self.shown_TG, first, stop)]
+        if self.spikes:
+            parts = blocks(self.binned, np.arange(first, stop), self.widths)
+            read.append(np.concatenate([self.scaler(x_TF) for _, x_TF in parts]))
+        return torch.from_numpy(np.concatenate(read, axis=1))
+
+
+def _observed(
+    binned: BinnedSession, names: Sequence[str], classes: Mapping[str, int]
+) -> NDArray[np.float32]:
+    """Values of live behaviours, in sds or one column per class, and whether they are known."""
+    columns: list[NDArray] = [np.zeros((binned.bins, 0))]
+    for name in names:
+        m = column(binned, name)
+        known_T, value_T = binned.shown_TM[:, m], binned.values_TM[:, m]
+        train_T = known_T & binned.of_split("train")
+        if name in classes:
+            said_TC = np.eye(classes[name])[value_T.astype(int)]
+        else:
+            sd = max(float(value_T[train_T].std()), 1e-6)
+            said_TC = ((value_T - value_T[train_T].mean()) / sd)[:, None]
+        columns += [np.where(known_T[:, None], said_TC, 0), known_T[:, None]]
+    return np.concatenate(columns, axis=1).astype(np.float32)
 
 
 def _targets(
