@@ -61,14 +61,22 @@ def _reader(model: Any, session: str, name: str, scale: Scale) -> Callable[[floa
         class_CD = _f4(model.categorical_in[name].embedding.weight) + modality_D
         return lambda value: class_CD[int(value)]
     read_in = model.parts(session).behaviour_in[name]
-    weight_DP, bias_D = _f4(read_in.linear.weight), _f4(read_in.linear.bias) + modality_D
-    of_value_D, of_place_DP = weight_DP[:, 0].copy(), weight_DP[:, 1:].copy()
-    places_P, per_sd = _f4(read_in.places_P), np.float32((PLACES - 1) / 6.0)
+    bias_D = _f4(read_in.linear.bias) + modality_D
+    weight_DI = np.column_stack([bias_D, _f4(read_in.linear.weight)])
+    # exp(-away^2 / 2), written so that as few calls as can be are left: each costs a microsecond.
+    narrow = np.float32((PLACES - 1) / 6.0 * np.sqrt(0.5))
+    places_P = _f4(read_in.places_P) * narrow
+    input_I = np.ones(2 + PLACES, np.float32)
+    near_P, token_D = input_I[2:], np.empty(len(bias_D), np.float32)
 
     def read(value: float) -> F4:
-        z = np.float32(scale.normalised(value))
-        near_P = np.exp(np.float32(-0.5) * ((z - places_P) * per_sd) ** 2)
-        return of_place_DP @ near_P + (z * of_value_D + bias_D)
+        z = (min(max(value, scale.low), scale.high) - scale.mean) / scale.sd
+        input_I[1] = z
+        np.subtract(places_P, np.float32(z) * narrow, out=near_P)
+        np.multiply(near_P, near_P, out=near_P)
+        np.negative(near_P, out=near_P)
+        np.exp(near_P, out=near_P)
+        return np.dot(weight_DI, input_I, out=token_D)
 
     return read
 
