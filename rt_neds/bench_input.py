@@ -16,9 +16,18 @@ SESSION_ID = "bench"
 
 
 def random_bundle(
-    folder: Path, size: str, units: int, bin_ms: float, behaviours: int, context: int = 100
+    folder: Path,
+    size: str,
+    units: int,
+    bin_ms: float,
+    behaviours: int,
+    context: int = 100,
+    longest_silence_s: float = 0.0,
 ) -> Path:
-    """A bundle with random weights: latency does not depend on their values."""
+    """A bundle with random weights: latency does not depend on their values.
+
+    ``longest_silence_s`` is what it knows of every unit; 0 for nothing.
+    """
     from rt_neds.bundle import BundleSession, save_bundle
     from rt_neds.model.neds import NEDS, ModelConfig
     from rt_neds.model.readout import Behaviour, Scale
@@ -35,6 +44,7 @@ def random_bundle(
         rate=30_000.0,
         scales=dict.fromkeys(names, Scale()),
         behaviours=names,
+        longest_silence=[longest_silence_s] * units if longest_silence_s else [],
     )
     save_bundle(folder, model, bin_ms=bin_ms, sessions=[session], training={"random": True})
     return folder

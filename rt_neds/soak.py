@@ -26,9 +26,9 @@ from rt_neds.latency import Latency
 from rt_neds.priority import urgent
 from rt_neds.result import machine
 from rt_neds.soak_books import PUBLISHED, UNACCOUNTED, Books
-from rt_neds.soak_faults import ROTATION, Fault, Faults
+from rt_neds.soak_faults import MUTED, ROTATION, Fault, Faults
 from rt_neds.soak_processes import Memory, Sending
-from rt_neds.soak_sender import RATE
+from rt_neds.soak_sender import PAUSES, RATE
 from rt_neds.stream.publisher import DecodedListener, Note
 from rt_neds.supervise import CAN_FORK
 
@@ -126,6 +126,8 @@ class Watched:
             self.control_books.take_entry(entry)
             if entry[0] == "done":
                 self.faults.take_done(entry)
+            elif entry[0] == "muted":
+                self.faults.take_muted(entry[1])
             elif entry[0] == "end":
                 self.sender_ms = entry[1]
         self.faults.turn()
@@ -226,7 +228,11 @@ def soak(
         period_s = min(PERIOD_S, max(LEAST_PERIOD_S, each_s / (len(kinds) + 1)))
     runs: list[Watched] = []
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(bundle) if bundle else random_bundle(Path(scratch), size, units, bin_ms, 4)
+        if bundle:  # whose units fire as we do not know
+            path, kinds = Path(bundle), [kind for kind in kinds if kind != MUTED]
+        else:
+            usual_s = PAUSES * units / spikes_per_s
+            path = random_bundle(Path(scratch), size, units, bin_ms, 4, longest_silence_s=usual_s)
         spec = load_spec(path)
         session = spec.sessions[0]
         if session.rate != RATE:

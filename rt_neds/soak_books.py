@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any, NamedTuple
 
-from rt_neds.frames import DecodedFrame
+from rt_neds.frames import DecodedFrame, Flag
 from rt_neds.latency import Latency
 from rt_neds.soak_sender import ABSENT, CUT, HOLED, RATE
 
+MISSING = int(Flag.MISSING_UNITS)
 Bin = tuple[int, int]
 """Epoch and number."""
 
@@ -56,6 +57,8 @@ class Books:
         self.handovers: list[tuple[Bin, Bin]] = []
         self.touched: list[tuple[int, int, int]] = []
         """Epoch, and first and last bin, of what a fault may have delayed."""
+        self.muted: list[tuple[int, int, int]] = []
+        """The same of bins in which units had been silenced."""
         self._zeros: dict[int, list[tuple[int, int]]] = defaultdict(list)
         self._last: Bin | None = None
 
@@ -106,6 +109,11 @@ class Books:
         keys = [(epoch, n) for n in range(first, last) if (epoch, n) in self.sent]
         came = sum(self.heard[key].spikes for key in keys if key in self.heard)
         return sum(self.sent[key].known for key in keys), came
+
+    def missing_in(self, epoch: int, first: int, last: int) -> int:
+        """Frames of some bins that say that units are missing."""
+        keys = ((epoch, n) for n in range(first, last + 1))
+        return sum(bool(self.heard[key].flags & MISSING) for key in keys if key in self.heard)
 
     def fates(self) -> dict[str, int]:
         """How many bins came to which end; all of them are in it once."""
@@ -163,7 +171,8 @@ class Books:
         dict
             ``repeated`` and ``out_of_order`` frames; ``wrong_counts``: frames whose spikes are not
             those sent; ``never_sent``: frames of bins that were not in the ledger;
-            ``holes_unflagged``: frames of bins with messages missing and no flag.
+            ``holes_unflagged``: frames of bins with messages missing and no flag;
+            ``missing_unasked``: frames that miss units when none was silenced.
         """
         counts = {
             "repeated": self.repeated,
@@ -171,7 +180,11 @@ class Books:
             "wrong_counts": 0,
             "never_sent": 0,
             "holes_unflagged": 0,
+            "missing_unasked": 0,
         }
+        if self.muted:
+            flagged = sum(bool(heard.flags & MISSING) for heard in self.heard.values())
+            counts["missing_unasked"] = flagged - sum(self.missing_in(*b) for b in self.muted)
         for key, heard in self.heard.items():
             sent = self.sent.get(key)
             if sent is None or sent.state in (ABSENT, CUT):

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from rt_neds.soak import Watched
 
 KILLED, HUNG, SLOW = "worker killed", "worker hung", "slow subscriber"
+MUTED = "units_silent"
 ROTATION = (
     "dropped", "repeated", KILLED, "garbage", "late", "swapped", "stalled_shortly", "disordered",
     HUNG, "unknown", "burst", "restarted", SLOW, "absurd", "renumbered", KILLED, "silent",
-    "slipped", "stalled_long",
+    "slipped", MUTED, "stalled_long",
 )  # fmt: skip
 """In this order, over and over. A new worker needs seconds until it can see lateness and slips."""
 
@@ -66,6 +67,9 @@ class Fault:
     began: float = 0.0
     began_ns: int = 0
     settled: float | None = None
+    muted: set[str] = field(default_factory=set)
+    named: set[str] = field(default_factory=set)
+    """Units that were silenced, and those that a status said have fallen silent."""
 
     def row(self) -> dict[str, Any]:
         """For the record."""
@@ -127,6 +131,11 @@ class Faults:
             fault.injected, fault.expect, fault.bins = injected, expect, (epoch, first, last)
             self._settle(fault)
 
+    def take_muted(self, ids: list[str]) -> None:
+        """Take from the ledger which units fire no longer."""
+        if self.current is not None:
+            self.current.muted = set(ids)
+
     def take_ended(self, ended_ns: int) -> None:
         """Take that a frame came of a bin that ended then: is a worker back?"""
         fault = self.current
@@ -154,6 +163,8 @@ class Faults:
         """Take that a status came: is it one to compare?"""
         fault, status = self.current, self.watched.status
         assert status is not None
+        if fault is not None:
+            fault.named |= set(status["units"]["silent"])
         if fault is None and status["realtime"]:  # not before the stream has begun
             self._seen[status["pid"]] = status, self._injected.copy()
         elif fault is not None and fault.settled is not None and time.monotonic() > fault.settled:
@@ -196,6 +207,7 @@ class Faults:
         told = self._counted(fault, after)
         fault.reported = sum(told[path] for path in list(fault.expect)[:1])
         self._compare_frames(fault)
+        self._compare_silent(fault, after["units"]["silent"])
 
     def _counted(self, fault: Fault, after: dict[str, Any]) -> Counter[str]:
         """What the counters say of this fault; that they say no more and no less."""
@@ -229,8 +241,19 @@ class Faults:
             bins = range(first, self.watched.at_bin()[1])
             fault.injected = len(bins)
             fault.reported = sum((epoch, n) in self.watched.books.heard for n in bins)
-        elif not fault.expect:
+        elif not fault.expect and fault.kind != MUTED:
             fault.injected, fault.reported = self.watched.books.spikes_between(*fault.bins)
+
+    def _compare_silent(self, fault: Fault, still: list[str]) -> None:
+        """Units that fell silent were named, these and no others, and are believed again."""
+        if fault.kind == MUTED:
+            fault.reported = len(fault.named & fault.muted)
+            if fault.bins is not None:
+                self.watched.books.muted.append(fault.bins)
+                if not self.watched.books.missing_in(*fault.bins):
+                    fault.wrong.append("no frame flagged: units missing")
+        if strange := (fault.named - fault.muted) | set(still):
+            fault.wrong.append(f"silent {', '.join(sorted(strange)[:3])}, none expected")
 
 
 def grown(before: dict[str, Any], after: dict[str, Any], group: str, name: str) -> int:

@@ -6,6 +6,7 @@ JSON on standard input, the ledger goes out as lines of JSON on standard output:
 
 - ``["zero", epoch, sample, ns]``: from this sample on, sample 0 is at this host time;
 - ``["bin", epoch, bin, known, unknown, state]``: a bin that its clock has passed;
+- ``["muted", ids]``: units that are announced and no longer fire;
 - ``["done", kind, injected, expect, epoch, first, last]``: a fault, what counters must now say more
   than before, and the bins during which it was injected;
 - ``["end", lateness]``: how late messages were sent, in ms, when nothing was wrong.
@@ -17,7 +18,7 @@ import json
 import select
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from rt_neds.frames import SPIKE_DTYPE, SpikeBatch
 from rt_neds.latency import Latency
 from rt_neds.serve import quiet_machine
 from rt_neds.stream.raw import RawSender
+from rt_neds.stream.silent import LEAST_S, TIMES
 from rt_neds.wire import pack_spikes
 
 RATE = 30_000
@@ -37,6 +39,10 @@ BURST = 10
 BURST_BINS = 50
 BETWEEN_BURSTS_S = 45.0
 FAR = 36_000 * RATE
+MUTED = 3
+"""Units that fall silent together."""
+PAUSES = 10
+"""Mean intervals between two spikes of a unit that its longest pause is taken to be."""
 
 WHOLE, HOLED, ABSENT, CUT = "whole", "holed", "absent", "cut"
 """A bin: all was sent; messages were left out; not recorded; an epoch began or ended in it."""
@@ -75,11 +81,12 @@ class Acquisition:
         self.lateness = Latency()
         self.calm = True
         self.bursting = 0  # bins left
+        self.muted: set[str] = set()
         self.at = self.seq = self.zero_ns = 0
         self.epoch: int | None = None
         self.known = self.unknown = 0  # spikes sent so far of the bin that is open
         self._state = WHOLE
-        self._per_bin = spikes_per_s * width / RATE
+        self.spikes_per_s, self._per_bin = spikes_per_s, spikes_per_s * width / RATE
         self._burst_chance = width / RATE / BETWEEN_BURSTS_S
         self._tell = tell
         self._block = np.zeros(0, SPIKE_DTYPE)
@@ -191,6 +198,20 @@ class Acquisition:
         self._block = np.zeros(n, SPIKE_DTYPE)
         self._block["sample"] = np.sort(self.rng.integers(start, start + self.width, n))
         self._block["unit"] = self.rng.integers(0, len(self.units), n)
+        if self.muted:
+            self._block = self._block[~np.isin(self._block["unit"], self.numbers(self.muted))]
+
+    def numbers(self, ids: Collection[str]) -> list[int]:
+        """What records call units of these ids."""
+        return [self.units.index(unit) for unit in ids]
+
+    def mute(self, ids: Collection[str]) -> None:
+        """From the next bin on these units no longer fire; only between two bins."""
+        assert self.at % self.width == 0
+        self.muted = set(ids)
+        self._draw()
+        if ids:
+            self._tell("muted", sorted(ids))
 
 
 # -- faults: what each does, and what counters must say of it ------------------------------------
@@ -348,6 +369,22 @@ def restarted(a: Acquisition) -> tuple[int, Expect]:
     }
 
 
+def units_silent(a: Acquisition) -> tuple[int, Expect]:
+    """Units that go on being announced and no longer fire, and then fire again, each of them."""
+    a.align()
+    ids = {str(unit) for unit in a.rng.choice(a.units, MUTED, replace=False)}
+    a.mute(ids)
+    noticed_s = max(LEAST_S, TIMES * PAUSES * len(a.units) / a.spikes_per_s)
+    until = a.bin + round((noticed_s + 3.0) * RATE / a.width)
+    while a.bin < until:
+        a.step()
+    a.mute(())
+    still = set(a.numbers(ids))
+    while still:
+        still -= set(a.step().records_S["unit"].tolist())
+    return MUTED, {}
+
+
 def renumbered(a: Acquisition) -> tuple[int, Expect]:
     """In the middle of a bin the acquisition says that its units are numbered otherwise."""
     a.align(7)
@@ -384,7 +421,7 @@ FAULTS: dict[str, Callable[[Acquisition], tuple[int, Expect]]] = {
     made.__name__: made
     for made in (
         dropped, repeated, swapped, garbage, late, disordered, unknown, absurd, stalled_shortly,
-        stalled_long, silent, restarted, renumbered, slipped, burst,
+        stalled_long, silent, restarted, units_silent, renumbered, slipped, burst,
     )
 }  # fmt: skip
 
