@@ -27,8 +27,8 @@ from rt_neds.priority import urgent
 from rt_neds.result import machine
 from rt_neds.soak_books import PUBLISHED, UNACCOUNTED, Books
 from rt_neds.soak_faults import MUTED, ROTATION, Fault, Faults
+from rt_neds.soak_injected import PAUSES, RATE
 from rt_neds.soak_processes import Memory, Sending
-from rt_neds.soak_sender import PAUSES, RATE
 from rt_neds.stream.publisher import DecodedListener, Note
 from rt_neds.supervise import CAN_FORK
 

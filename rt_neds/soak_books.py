@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from rt_neds.frames import DecodedFrame, Flag
 from rt_neds.latency import Latency
-from rt_neds.soak_sender import ABSENT, CUT, HOLED, RATE
+from rt_neds.soak_injected import RATE
+from rt_neds.soak_sender import ABSENT, CUT, HOLED
 
 MISSING = int(Flag.MISSING_UNITS)
 Bin = tuple[int, int]

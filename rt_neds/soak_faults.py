@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rt_neds.clock import monotonic_ns
-from rt_neds.soak_sender import BINS, FRAMES, SOURCE
-from rt_neds.soak_sender import FAULTS as OF_THE_ACQUISITION
+from rt_neds.soak_injected import BINS, FRAMES, SOURCE
+from rt_neds.soak_injected import FAULTS as OF_THE_ACQUISITION
 from rt_neds.stream.raw import RawListener
 
 if TYPE_CHECKING:

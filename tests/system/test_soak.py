@@ -2,7 +2,7 @@
 
 import pytest
 
-from rt_neds.frames import DecodedFrame
+from rt_neds.frames import DecodedFrame, Flag
 from rt_neds.soak import soak
 from rt_neds.soak_books import CUT_SHORT, MISSED, NOT_RECORDED, ON_ITS_WAY, UNACCOUNTED, Books
 from rt_neds.soak_faults import KILLED, ROTATION
@@ -89,7 +89,14 @@ def test_the_books_see_what_is_wrong_with_frames():
         books.take_frame(one)
     assert books.check() == {
         "repeated": 1, "out_of_order": 1, "wrong_counts": 2, "never_sent": 2, "holes_unflagged": 1,
+        "missing_unasked": 0,
     }  # fmt: skip
+    books = books_of(range(9))
+    for n in range(9):
+        books.take_frame(frame(n, flags=int(Flag.MISSING_UNITS) if n in (2, 3, 7) else 0))
+    books.muted.append((1, 1, 4))
+    assert books.check()["missing_unasked"] == 1
+    assert books.missing_in(1, 1, 4) == 2
 
 
 def test_a_bin_ends_when_the_acquisitions_clock_says_so_even_after_a_slip():
