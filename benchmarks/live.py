@@ -36,7 +36,7 @@ from rt_neds.simulate import simulate_file
 
 RESULTS = Path(__file__).resolve().parent / "results" / "live.json"
 ALONE, BOTH, OTHERS = "spikes", "spikes and others", "others"
-UNITS, MINUTES = 80, 30.0
+UNITS, MINUTES = 80, 16.0
 Scores = dict[str, dict[str, float]]
 """By what is shown, by behaviour."""
 
@@ -68,22 +68,25 @@ def of_network(bundle: Path, session: Path, names: list[str]) -> Scores:
 
 
 def of_gru(binned: BinnedSession, config: TrainConfig, seed: int) -> Scores:
-    """A GRU for each behaviour and what it is shown."""
+    """One GRU from spikes alone, and one for each behaviour and what it is shown."""
     behaviours = behaviours_of(config.behaviour)
     classes = {b.name: len(b.classes) for b in behaviours if b.kind == "categorical"}
+    names = [b.name for b in behaviours]
+    test = np.flatnonzero(binned.of_split("test"))
     scores: Scores = {ALONE: {}, BOTH: {}, OTHERS: {}}
-    for m, b in enumerate(behaviours, start=1):
-        bins = np.flatnonzero(binned.of_split("test") & binned.scored_TM[:, m])
-        others = [other.name for other in behaviours if other is not b]
-        for shown, live, spikes in (
-            (ALONE, [], True), (BOTH, others, True), (OTHERS, others, False)
-        ):  # fmt: skip
-            guess = gru(
-                binned, [b.name], bins, classes=classes, seed=seed, live=live, spikes=spikes
-            )[b.name]
-            values_SV = guess.reshape(len(bins), -1)
-            scores[shown][b.name] = number(score(binned, b, m, bins, values_SV))
-            print(f"  gru, {b.name} from {shown}: {scores[shown][b.name]:.3f}", flush=True)
+    asked: list[tuple[str, list[str], list[str], bool]] = [(ALONE, names, [], True)]
+    for name in names:
+        others = [other for other in names if other != name]
+        asked += [(BOTH, [name], others, True), (OTHERS, [name], others, False)]
+    for shown, wanted, live, spikes in asked:
+        guesses = gru(binned, wanted, test, classes=classes, seed=seed, live=live, spikes=spikes)
+        for name, guess in guesses.items():
+            m = 1 + names.index(name)
+            scored = binned.scored_TM[test, m]
+            values_SV = guess.reshape(len(test), -1)[scored]
+            of = score(binned, behaviours[m - 1], m, test[scored], values_SV)
+            scores[shown][name] = number(of)
+            print(f"  gru, {name} from {shown}: {scores[shown][name]:.3f}", flush=True)
     return scores
 
 
@@ -105,6 +108,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/live"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", choices=["simulated", "rat_w_maze/blocked"])
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -118,6 +122,8 @@ def main() -> None:
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     results["machine"] = machine()
     for dataset, (name, session) in datasets.items():
+        if args.only not in (None, dataset):
+            continue
         by: dict[str, list[Scores]] = {"network": [], "gru": []}
         for seed in args.seeds:
             config = load_config(config_path(name), TrainConfig, [f"training.seed={seed}"])
