@@ -1,5 +1,7 @@
 """The step that a GPU replays: equal to the network, on any device, captured or not."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -31,8 +33,8 @@ ON = [("cpu", False), *(pytest.param(("cuda", yes), marks=gpu) for yes in (False
 def make(request):
     device, captured = request.param
 
-    def make(model, wanted=NAMES, missing_N=None):
-        return GraphStep(model, "a", wanted, missing_N, device, captured=captured)
+    def make(model, wanted=NAMES, missing_N=None, session="a"):
+        return GraphStep(model, session, wanted, missing_N, device, captured=captured)
 
     return make
 
@@ -113,6 +115,69 @@ def test_other_shapes_are_refused_by_name(make):
     for wanted in ([], [SPIKES]):
         with pytest.raises(ValueError, match="behaviour"):
             make(model, wanted)
+
+
+def several(make, model):
+    """Three streams of one network: of other units, other behaviours, one begun far from bin 0."""
+    streams = {
+        "a": make(model),
+        "other": make(model, ["licks"], session="other"),
+        "far": make(model, ["choice", "speed"]),
+    }
+    streams["far"].reset(987_654_321)
+    stream_of = {"other": "other"}
+    return streams, {
+        name: random_stream(model, 60, seed=n, session=stream_of.get(name, "a"))[:2]
+        for n, name in enumerate(streams)
+    }
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_streams_together_give_what_each_gives_alone(make, size):
+    model = random_model(size)
+    alone, inputs = several(make, model)
+    expected = {name: streamed(alone[name], *inputs[name]) for name in alone}
+    next_TN = {name: alone[name].next_TN().copy() for name in alone}
+    steps, _ = several(make, model)
+    first = {name: streamed(steps[name], *(x[:9] for x in inputs[name])) for name in steps}
+    assert all(step.share(steps["a"]) for step in steps.values())
+    # Sharing has lost nothing of what each knew; from here on whoever has bins goes along.
+    rng, at, got = np.random.default_rng(0), dict.fromkeys(steps, 9), {n: [] for n in steps}
+    while any(at[name] < 60 for name in steps):
+        cuts = {
+            name: slice(at[name], min(60, at[name] + int(rng.integers(0, 4)))) for name in steps
+        }
+        cuts = {name: cut for name, cut in cuts.items() if cut.stop > cut.start}
+        if not cuts:
+            continue
+        raws = GraphStep.together(
+            [steps[name] for name in cuts],
+            [inputs[name][0][cut] for name, cut in cuts.items()],
+            [inputs[name][1][cut] for name, cut in cuts.items()],
+            [()] * len(cuts),
+        )
+        for (name, cut), raw_TO in zip(cuts.items(), raws, strict=True):
+            got[name].append(raw_TO.copy())
+            at[name] = cut.stop
+    for name in steps:
+        got_TO = np.concatenate([first[name], *got[name]])
+        np.testing.assert_allclose(got_TO, expected[name], atol=ATOL)
+        np.testing.assert_allclose(steps[name].next_TN()[-1], next_TN[name][-1], atol=ATOL)
+
+
+def test_only_streams_of_one_trunk_are_shared_and_who_is_gone_is_left_out(make):
+    model, other = random_model(), random_model(seed=1)
+    one, two, three = make(model), make(model), make(model)
+    assert not make(other).share(one)
+    assert two.share(one)
+    assert two.share(one)  # and they stay
+    del two
+    gc.collect()
+    assert three.share(one)
+    assert len(one._group.streams.streams) == 2
+    counts_TN, observed_T, _ = random_stream(model, 20)
+    expected_TO = streamed(make(model), counts_TN, observed_T)
+    np.testing.assert_allclose(streamed(three, counts_TN, observed_T), expected_TO, atol=ATOL)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

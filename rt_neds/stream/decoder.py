@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from rt_neds.stream.binner import CHUNK
 from rt_neds.stream.fused import FusedStep
 from rt_neds.stream.graph import GraphStep
 from rt_neds.stream.values import Values, values_of
+
+SHARING = (FusedStep, GraphStep)
+"""Steps of which several streams can go through one trunk together."""
 
 
 class Step(Protocol):
@@ -206,8 +209,9 @@ class Decoder:
 
     def share(self, other: Decoder) -> bool:
         """Whether the bins of both can go through one call of the network."""
-        mine, others = self._step, other._step
-        return isinstance(mine, FusedStep) and isinstance(others, FusedStep) and mine.share(others)
+        mine: Any = self._step
+        others: Any = other._step
+        return type(mine) in SHARING and type(mine) is type(others) and mine.share(others)
 
     def _raw_TO(self, frames: Sequence[BinnedFrame]) -> NDArray[np.float32]:
         """Raw outputs; the step is told of units that fall silent, or fire again, in between."""
@@ -288,8 +292,9 @@ def decode_together(
         decoder._next_before.clear()
         if frames[0].first_of_run:
             decoder._step.reset(frames[0].bin)
-    raws = FusedStep.together(
-        [cast(FusedStep, decoder._step) for decoder in decoders],
+    steps: list[Any] = [decoder._step for decoder in decoders]
+    raws = steps[0].together(
+        steps,
         [[frame.counts_N for frame in frames] for frames in frames_of],
         [[frame.observed for frame in frames] for frames in frames_of],
         [live(frames) for frames in frames_of],

@@ -1,0 +1,143 @@
+"""One step on a GPU: as a captured graph, launched kernel by kernel, and of several probes at once.
+
+Copies up and down and the wait for them are in every time. ``eager`` is the network's own step in
+PyTorch; ``uncaptured`` the graph's function, launched kernel by kernel. ``reading`` sums as many
+bytes as the step reads, the roof that no float32 step of this model breaks; what is left above it
+is launching. Contestants take turns in one process.
+
+    python benchmarks/gpu.py --json results/MACHINE/gpu.json
+
+needs a CUDA device. ``--device cpu`` runs all but the graph, to see that this file works.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+import torch
+from kernels import BEHAVIOURS, SIZES, make_model, take_turns
+
+from rt_neds.errors import ConfigError
+from rt_neds.result import machine, write_json
+from rt_neds.stream.decoder import EagerStep
+from rt_neds.stream.graph import GraphStep
+
+NAMES = [b.name for b in BEHAVIOURS]
+UNITS, PROBES = 400, (1, 2, 4, 8)
+UNITS_OF_PROBES = 1000
+BINS = 300
+REPLAYS = 100_000
+
+
+def stepping(step: Any, counts_TN: Any) -> Any:
+    """A call that decodes the next bin."""
+    bins = iter(range(10**9))
+    return lambda: step.steps((counts_TN[next(bins) % len(counts_TN)],), (True,))
+
+
+def together(steps: list[GraphStep], counts_TN: Any) -> Any:
+    """A call that decodes the next bin of each."""
+    bins = iter(range(10**9))
+
+    def call() -> None:
+        counts_N = counts_TN[next(bins) % len(counts_TN)]
+        n = len(steps)
+        GraphStep.together(steps, [(counts_N,)] * n, [(True,)] * n, [()] * n)
+
+    return call
+
+
+def reading(nbytes: int, device: torch.device) -> Any:
+    """A call that reads so many bytes on the device, and waits for it."""
+    array, total = torch.ones(nbytes // 4, device=device), torch.zeros((), device=device)
+
+    def call() -> None:
+        torch.sum(array, dim=0, out=total)
+        total.item()
+
+    return call
+
+
+def error(step: Any, oracle: EagerStep, counts_TN: Any) -> float:
+    """Largest difference from the network's own step, on the CPU."""
+    return max(
+        float(np.abs(step.steps((c,), (True,)) - oracle.step(c, True)).max())
+        for c in counts_TN[:BINS]
+    )
+
+
+def one_size(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
+    """One stream of one size of model, and everyone else."""
+    model, counts_TN = make_model(SIZES[size], UNITS)
+    c, steps = model.config, {}
+    if device.type == "cuda":
+        steps["graph"] = GraphStep(model, "a", NAMES, device=device)
+    steps["uncaptured"] = GraphStep(model, "a", NAMES, device=device, captured=False)
+    worst = {name: error(step, EagerStep(model, "a", NAMES), counts_TN) for name, step in
+             steps.items()}  # fmt: skip
+    steps["eager"] = EagerStep(make_model(SIZES[size], UNITS)[0], "a", NAMES, device=device)
+    of_weights = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("sessions"))
+    nbytes = 4 * (of_weights + 2 * c.layers * c.context * c.dim + 3 * UNITS * c.dim)
+    calls = {name: (stepping(step, counts_TN), 20) for name, step in steps.items()}
+    calls["reading"] = (reading(nbytes, device), 20)
+    took = take_turns(calls, rounds)
+    told: dict[str, Any] = {"bytes": nbytes, "max_abs_error": worst}
+    told["us"] = {name: percentiles(times) for name, times in took.items()}
+    if device.type == "cuda":
+        told["eager_over_graph"] = round(told["us"]["eager"]["p50"] / told["us"]["graph"]["p50"], 2)
+        told["memory_growth_bytes"] = growth(steps["graph"], counts_TN)
+    return told
+
+
+def growth(step: Any, counts_TN: Any) -> int:
+    """Bytes of the device by which many replays grow."""
+    before = torch.cuda.memory_allocated()
+    for n in range(REPLAYS):
+        step.step(counts_TN[n % len(counts_TN)], True)
+    return torch.cuda.memory_allocated() - before
+
+
+def several(device: torch.device, rounds: int) -> dict[str, Any]:
+    """Base models of several probes, one replay for all: microseconds of the whole call."""
+    model, counts_TN = make_model(SIZES["base"], UNITS_OF_PROBES)
+    captured = device.type == "cuda"
+    calls = {}
+    for probes in PROBES:
+        steps = [
+            GraphStep(model, "a", NAMES, device=device, captured=captured) for _ in range(probes)
+        ]
+        assert all(step.share(steps[0]) for step in steps)
+        calls[str(probes)] = (together(steps, counts_TN), 10)
+    return {probes: percentiles(times) for probes, times in take_turns(calls, rounds).items()}
+
+
+def percentiles(took_us: Any) -> dict[str, float]:
+    """p50, p99 and p99.9, in microseconds."""
+    marks = np.percentile(took_us, [50, 99, 99.9])
+    return {
+        name: round(float(m), 1) for name, m in zip(("p50", "p99", "p99_9"), marks, strict=True)
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--json", default="-")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("no CUDA device is there; run this where there is one")
+    torch.set_num_threads(1)
+    device = torch.device(args.device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    result: dict[str, Any] = {"machine": machine(), "device": name, "torch": torch.__version__}
+    for size in SIZES:
+        result[size] = one_size(size, device, args.rounds)
+    result["probes_of_1000_units"] = several(device, args.rounds)
+    write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    main()
