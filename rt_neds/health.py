@@ -200,7 +200,7 @@ class Health:
             if hidden > 0:
                 yield Finding(
                     "doubtful",
-                    f"{name} was not observed in {hidden} bins just now: decoded without it",
+                    f"{name} was not observed in {hidden} bins just now; decoded without it",
                     "is it being sent, and with the probe's samples?",
                 )
 
