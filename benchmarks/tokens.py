@@ -15,40 +15,29 @@ accuracy on the test split, offline, beside the seconds of training.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
+from variants import Case, cases, compare, sessions
 
 from offline.batches import prepare
-from offline.config import TrainConfig
-from offline.train import train
 from offline.validation import validate
 from rt_neds.bundle import build_model, load_spec
-from rt_neds.config import config_path, load_config
-from rt_neds.result import machine, write_json
-from rt_neds.simulate import simulate_file
 
 RESULTS = Path(__file__).resolve().parent / "results" / "tokens.json"
 TOKENS = ("bin", "modality")
-SMALL = (
-    "model.dim=64", "model.layers=2", "model.heads=4", "model.context=50", "model.memory=0",
-    "data.window_bins=150", "training.batch=8", "training.validate_every=100", "training.threads=1",
-    "masking.schemes={decoding=1.0, encoding=0.5, cross_modal=0.25}", "masking.ahead=false",
-)  # fmt: skip
-UNITS, MINUTES = 80, 16.0
+ALIKE = (
+    "model.memory=0",
+    "masking.schemes={decoding=1.0, encoding=0.5, cross_modal=0.25}",
+    "masking.ahead=false",
+)
 
 
-def trained(name: str, session: Path, changes: list[str], out: Path) -> dict[str, float]:
-    """Scores on the test split, and seconds of training."""
-    config = load_config(config_path(name), TrainConfig, [*SMALL, *changes])
-    summary = train(config, [str(session)], out)
-    subject = prepare(session, config)
-    model = build_model(summary["bundle"], load_spec(summary["bundle"]))
-    scores = validate(model, [subject], config, "test", torch.device("cpu"))[subject.id]
-    return {**scores, "seconds": summary["seconds"]}
+def scores_of(case: Case, bundle: str) -> dict[str, float]:
+    """Scores on the test split."""
+    subject = prepare(case.session, case.config)
+    model = build_model(bundle, load_spec(bundle))
+    return validate(model, [subject], case.config, "test", torch.device("cpu"))[subject.id]
 
 
 def main() -> None:
@@ -59,35 +48,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    simulated = args.out / "simulated.h5"
-    if not simulated.is_file():
-        simulate_file(simulated, units=UNITS, minutes=MINUTES, seed=0)
-    datasets = {
-        "rat_w_maze/blocked": ("rat-w-maze.toml", args.data / "rat_w_maze.h5"),
-        "simulated": ("demo.toml", simulated),
-    }
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    results["machine"] = machine()
-    by: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for seed in args.seeds:
-        for dataset, (name, session) in datasets.items():
-            for tokens in TOKENS:  # in turns: what the machine does meanwhile meets both
-                changes = [
-                    f"model.tokens={tokens}",
-                    f"training.seed={seed}",
-                    f"training.steps={args.steps}",
-                ]
-                out = args.out / f"{dataset.replace('/', '-')}-{tokens}-{seed}"
-                found = by.setdefault((dataset, tokens), [])
-                found.append(trained(name, session, changes, out))
-                entry: dict[str, Any] = {
-                    key: [round(float(f([of[key] for of in found])), 4) for f in (np.mean, np.std)]
-                    for key in found[0]
-                }
-                results.setdefault(dataset, {})[tokens] = entry | {"seeds": len(found)}
-                write_json(str(RESULTS), results)
-                print(dataset, tokens, seed, found[-1], flush=True)
+
+    def changes_of(tokens: str, dataset: str) -> list[str]:
+        return [*ALIKE, f"model.tokens={tokens}"]
+
+    session_of = sessions(args.data, args.out)
+    all_cases = cases(session_of, TOKENS, changes_of, args.seeds, args.steps)
+    compare(RESULTS, args.out, all_cases, scores_of)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offline.alone import leave_to_regression, regression_scores
 from offline.average import RunningAverage, touched
 from offline.batches import Batch, Step, Subject, draw_step, refuse_twins
 from offline.beginning import build, fit_linear
@@ -32,7 +33,7 @@ from offline.losses import loss_of, spikes_loss
 from offline.processes import Processes, join, leave
 from offline.progress import progress
 from offline.silence import longest_silences
-from offline.validation import mean_score, validate
+from offline.validation import better, mean_score, validate
 from rt_neds.bundle import BundleSession, save_bundle
 from rt_neds.config import load_config
 from rt_neds.errors import ConfigError
@@ -72,8 +73,8 @@ def train(
     -------
     dict
         ``bundle``, ``steps``, ``best_step``, ``best_score``, ``val`` (scores by session and
-        behaviour at the best step), ``temperature`` (of categorical ones), ``seconds``,
-        ``parameters``.
+        behaviour at the best step), ``by_regression`` (behaviours of each session that are left to
+        its own regression), ``temperature`` (of categorical ones), ``seconds``, ``parameters``.
 
     Raises
     ------
@@ -109,9 +110,12 @@ def train(
             )
         step, best_score = numbers["step"], numbers["best_score"]
         best_step, best_val = numbers["best_step"], numbers["best_val"]
-    else:  # where it begins counts too: the kept weights are never worse on validation
+    alone = regression_scores(
+        average.mean, subjects, lambda: validate_all(average.mean, subjects, config, processes)
+    )
+    if not resume:  # where it begins counts too: the kept weights are never worse on validation
         best_val = validate_all(average.mean, subjects, config, processes)
-        best_score = mean_score(best_val)
+        best_score = mean_score(best_val, alone)
     with (
         open_log(out, resume, processes) as log,
         progress(settings.steps, quiet or not processes.first) as show,
@@ -135,7 +139,7 @@ def train(
             if step % settings.validate_every and step != settings.steps:
                 continue
             val = validate_all(average.settle(), subjects, config, processes)
-            score = mean_score(val)
+            score = mean_score(val, alone)
             _note(log, {"step": step, "score": score, "val": val})
             if on_validation is not None:
                 on_validation(step, score)
@@ -158,6 +162,8 @@ def train(
                     },
                 )
     average.mean.load_state_dict(best)
+    by_regression = leave_to_regression(average.mean, subjects, best_val, alone)
+    best_val = better(best_val, alone)
     temperature = calibrate(average.mean, subjects, processes.device)
     summary = {
         "bundle": str(out / "bundle"),
@@ -165,6 +171,7 @@ def train(
         "best_step": best_step,
         "best_score": best_score,
         "val": best_val,
+        "by_regression": by_regression,
         "temperature": temperature,
         "seconds": round(time.monotonic() - started, 1),
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -49,10 +49,27 @@ def validate(
     }
 
 
-def mean_score(val: dict[str, dict[str, float]]) -> float:
-    """Mean over sessions and what was asked; what the kept weights are chosen by."""
-    scores = [score for of_session in val.values() for score in of_session.values()]
+Scores = dict[str, dict[str, float]]
+
+
+def mean_score(val: Scores, alone: Scores | None = None) -> float:
+    """Mean over sessions and what was asked; what the kept weights are chosen by.
+
+    What the session's own regression ``alone`` decodes better counts with its score: in the end it
+    is what decodes it.
+    """
+    scores = [score for of in better(val, alone or {}).values() for score in of.values()]
     return float(np.mean(scores)) if scores else 0.0
+
+
+def better(val: Scores, alone: Scores) -> Scores:
+    """The better of two scores, where there are two."""
+    return {
+        session: {
+            name: max(score, alone.get(session, {}).get(name, score)) for name, score in of.items()
+        }
+        for session, of in val.items()
+    }
 
 
 def _behaviours(

@@ -10,6 +10,7 @@ from sklearn.linear_model import Ridge
 
 import offline.linear as linear
 from offline import beginning, cache
+from offline.alone import regressions_alone
 from offline.batches import bin_windows, draw_windows, prepare
 from offline.beginning import build, fit_linear
 from offline.cache import kept
@@ -348,6 +349,35 @@ def test_what_was_fitted_is_kept_and_fitted_anew_when_it_must_be(session, tmp_pa
     monkeypatch.setattr(cache, "METHOD", -1)  # by other rules
     begin(config)
     assert len(fitted) == 3
+
+
+def test_what_regression_decodes_better_is_left_to_it(session, tmp_path, monkeypatch):
+    scripts = {"speed": [0.1, 0.1, 0.5, 0.3], "choice": [0.2, 0.2, 0.1, 0.15]}
+    calls = iter(range(9))  # by regression alone, at the beginning, after 6 and after 12 steps
+
+    def scripted(model, subjects, *rest):
+        n = next(calls)
+        return {"tiny": {name: script[n] for name, script in scripts.items()}}
+
+    monkeypatch.setattr("offline.train.validate_all", scripted)
+    monkeypatch.setattr("offline.train.calibrate", lambda *rest: {})
+    summary = train(config_of(), [str(session)], tmp_path / "run")
+    assert summary["best_step"] == 6  # of speed .5 and choice, by regression, .2
+    assert summary["best_score"] == pytest.approx(0.35)
+    assert summary["by_regression"] == {"tiny": ["choice"]}
+    assert summary["val"] == {"tiny": {"speed": 0.5, "choice": 0.2}}
+    parts = build_model(summary["bundle"], load_spec(summary["bundle"])).parts("tiny")
+    assert not any(parameter.any() for parameter in parts.behaviour_out["choice"].parameters())
+    assert any(parameter.any() for parameter in parts.behaviour_out["speed"].parameters())
+    subject = prepare(session, config_of())
+    fresh = build(config_of(), [subject])
+    fit_linear(fresh, [subject])
+    for key, tensor in parts.linear.out["choice"].state_dict().items():
+        torch.testing.assert_close(tensor, subject.hear().outs[f"choice.{key}"])
+    before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
+    with torch.no_grad(), regressions_alone(fresh, [subject]):
+        fresh.parts("tiny").behaviour_out["speed"].linear.weight += 1.0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.state_dict().items())
 
 
 def test_resume_hears_what_it_heard(session, tmp_path, monkeypatch):
