@@ -1,6 +1,6 @@
 """Any to any: what is gained where some behaviours are observed while others are decoded.
 
-One network of each kind learns with every behaviour shown half of the time (``live = true``), and
+One network learns with every behaviour shown now and then (``live = true``), and
 is then asked for each one: from spikes alone, and with all others shown. Beside it a causal GRU
 trained for that one question: from the same, and from the other behaviours without any spikes,
 which is what they give away by themselves.
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/live"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", choices=["simulated", "rat_w_maze/blocked"])
+    parser.add_argument("--methods", nargs="+", default=["network", "gru"], metavar="METHOD")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -124,18 +125,20 @@ def main() -> None:
     for dataset, (name, session) in datasets.items():
         if args.only not in (None, dataset):
             continue
-        by: dict[str, list[Scores]] = {"network": [], "gru": []}
+        by: dict[str, list[Scores]] = {method: [] for method in args.methods}
         for seed in args.seeds:
             config = load_config(config_path(name), TrainConfig, [f"training.seed={seed}"])
             live = {
                 key: msgspec.structs.replace(of, live=True) for key, of in config.behaviour.items()
             }
             config = msgspec.structs.replace(config, behaviour=live)
-            bundle = trained(config, session, args.out / f"{dataset.replace('/', '-')}-{seed}")
-            by["network"].append(of_network(bundle, session, list(live)))
-            print(dataset, seed, by["network"][-1], flush=True)
-            binned = bin_session(load_session(session), config.data, config.behaviour)
-            by["gru"].append(of_gru(binned, config, seed))
+            if "network" in by:
+                bundle = trained(config, session, args.out / f"{dataset.replace('/', '-')}-{seed}")
+                by["network"].append(of_network(bundle, session, list(live)))
+                print(dataset, seed, by["network"][-1], flush=True)
+            if "gru" in by:
+                binned = bin_session(load_session(session), config.data, config.behaviour)
+                by["gru"].append(of_gru(binned, config, seed))
             for method, found in by.items():
                 add(results.setdefault(dataset, {}).setdefault(method, {}), found)
             write_json(str(RESULTS), results)

@@ -36,7 +36,7 @@ class BehaviourConfig(msgspec.Struct, frozen=True, kw_only=True):
         Of its loss.
     live : bool
         Whether a rig may observe it while others are decoded: half of the samples of ``decoding``
-        show it beside the spikes.
+        show some of such behaviours beside the spikes, each of them in half.
     """
 
     source: str | list[str]

@@ -2,8 +2,8 @@
 
 Schemes of NEDS (arXiv 2504.08201, section 3), drawn per sample:
 
-    decoding           every behaviour is hidden, spikes are shown; one that may be observed live
-                       is shown beside them in half of the samples
+    decoding           every behaviour is hidden, spikes are shown; half of the samples show some
+                       of those that may be observed live
     encoding           spikes are hidden, every behaviour is shown
     within_spikes      random bins of the spikes are hidden; behaviours are neither shown nor asked
     within_behaviour   random bins of each behaviour, independently; spikes neither shown nor asked
@@ -34,7 +34,8 @@ from offline.config import MaskingConfig
 from rt_neds.model.neds import SCHEMES
 
 LIVE = 0.5
-"""Share of the samples of ``decoding`` that show a live behaviour."""
+"""Share of the samples of ``decoding`` that may show live behaviours, and then the share that each
+is shown in: from spikes alone, which is what is always there, most is to be learned."""
 UNIT_SCHEMES = ("neuron", "inter_region", "intra_region")
 """Schemes that hide units rather than bins."""
 
@@ -102,7 +103,8 @@ def draw_masks(
     for b, index in enumerate(drawn):
         hidden_TM, silenced_M = hide(names[index], shown_BTM.shape[1:], config.ratio, rng)
         if names[index] == "decoding" and live_M is not None and live_M.any():
-            hidden_TM[:, live_M & (rng.random(len(live_M)) < LIVE)] = False
+            may, each_M = rng.random(), rng.random(len(live_M))
+            hidden_TM[:, live_M & (each_M < LIVE) & (may < LIVE)] = False
         observed[b] = shown_BTM[b] & ~hidden_TM & ~silenced_M
         asked[b] = scored_BTM[b] & hidden_TM & ~silenced_M
         if names[index] in UNIT_SCHEMES:
