@@ -36,7 +36,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rt_neds.frames import SPIKE_DTYPE, DecodedFrame, SpikeBatch
-from rt_neds.model.neds import NEDS, ModelConfig
+from rt_neds.model.config import ModelConfig
+from rt_neds.model.neds import NEDS
 from rt_neds.model.readout import Behaviour
 from rt_neds.model.rounding import round_trunk
 from rt_neds.stream.binner import CHUNK, Binner, count_spikes

@@ -6,7 +6,8 @@ from typing import Literal
 
 import msgspec
 
-from rt_neds.model.neds import SCHEMES, ModelConfig
+from rt_neds.model.config import ModelConfig
+from rt_neds.model.neds import SCHEMES
 
 BEHAVIOUR_SCHEMES = ("decoding", "encoding", "within_behaviour", "cross_modal")
 """Schemes that show or ask for behaviours; the others are of spikes alone."""

@@ -29,7 +29,8 @@ def random_bundle(
     ``longest_silence_s`` is what it knows of every unit; 0 for nothing.
     """
     from rt_neds.bundle import BundleSession, save_bundle
-    from rt_neds.model.neds import NEDS, ModelConfig
+    from rt_neds.model.config import ModelConfig
+    from rt_neds.model.neds import NEDS
     from rt_neds.model.readout import Behaviour, Scale
 
     names = [f"behaviour_{i}" for i in range(behaviours)]

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from rt_neds import __version__
 from rt_neds.drift import Expectation
 from rt_neds.errors import BundleError
-from rt_neds.model.neds import NEDS, ModelConfig
+from rt_neds.model.config import ModelConfig
+from rt_neds.model.neds import NEDS
 from rt_neds.model.readout import Behaviour, Scale
 from rt_neds.model.rounding import trunk_weights
 

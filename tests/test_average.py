@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from offline.average import RunningAverage, touched
-from rt_neds.model.neds import NEDS, ModelConfig
+from rt_neds.model.config import ModelConfig
+from rt_neds.model.neds import NEDS
 from rt_neds.model.readout import Behaviour
 
 CONFIG = ModelConfig(dim=8, layers=1, heads=2, context=4, history=(1,))

@@ -8,7 +8,8 @@ import torch
 from numba.core.runtime import _nrt_python, rtsys
 
 from rt_neds.bench_input import SIZES as SERVED
-from rt_neds.model.neds import NEDS, SCHEMES, SPIKES, ModelConfig
+from rt_neds.model.config import ModelConfig
+from rt_neds.model.neds import NEDS, SCHEMES, SPIKES
 from rt_neds.model.readout import Behaviour
 from rt_neds.model.rounding import round_trunk, trunk_weights
 from rt_neds.stream.binner import CHUNK

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rt_neds.model.neds import NEDS, ModelConfig
+from rt_neds.model.config import ModelConfig
+from rt_neds.model.neds import NEDS
 from rt_neds.model.readout import Behaviour
 from rt_neds.stream.fused import FusedStep
 from tests.test_train import losses

@@ -6,7 +6,8 @@ import torch
 
 from offline.config import MaskingConfig
 from offline.masking import draw_masks
-from rt_neds.model.neds import AHEAD, NEDS, SCHEMES, SPIKES, ModelConfig
+from rt_neds.model.config import ModelConfig
+from rt_neds.model.neds import AHEAD, NEDS, SCHEMES, SPIKES
 from rt_neds.model.readout import Behaviour
 
 MODES = [("causal", "bin"), ("causal", "modality"), ("full", "bin"), ("full", "modality")]

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rt_neds.model.attention import rotary_table
-from rt_neds.model.neds import NEDS, SCHEMES, SPIKES, ModelConfig
+from rt_neds.model.config import ModelConfig
+from rt_neds.model.neds import NEDS, SCHEMES, SPIKES
 from rt_neds.model.readin import boxcar_sums
 from rt_neds.model.readout import STEPS, Behaviour, Scale, to_values, to_values_TV
 

@@ -10,7 +10,8 @@ from offline import predict
 from offline.predict import ahead_spans, forecast_spans, spans_without_units
 from offline.windows import BinnedSession
 from rt_neds.frames import SPIKE_DTYPE
-from rt_neds.model.neds import AHEAD, NEDS, SCHEMES, SPIKES, ModelConfig
+from rt_neds.model.config import ModelConfig
+from rt_neds.model.neds import AHEAD, NEDS, SCHEMES, SPIKES
 from rt_neds.model.readout import Behaviour
 from rt_neds.session import Session
 

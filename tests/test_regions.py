@@ -8,7 +8,8 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from offline.regions import decode_regions, name_regions, regions_of, unit_embeddings
 from rt_neds.errors import SessionError
-from rt_neds.model.neds import NEDS, ModelConfig
+from rt_neds.model.config import ModelConfig
+from rt_neds.model.neds import NEDS
 from rt_neds.model.readout import Behaviour
 from rt_neds.session import load_session
 from tests.making import write_session

@@ -27,7 +27,8 @@ from rt_neds.children import (
     wait_for_schema,
 )
 from rt_neds.frames import SPIKE_DTYPE, DecodedFrame, Flag, SpikeBatch
-from rt_neds.model.neds import NEDS, ModelConfig
+from rt_neds.model.config import ModelConfig
+from rt_neds.model.neds import NEDS
 from rt_neds.model.readout import to_values_TV
 from rt_neds.session import load_session
 from rt_neds.stream.publisher import DecodedListener, Note
