@@ -20,13 +20,16 @@ from rt_neds.errors import WireError
 from rt_neds.wire import (
     MAX_SAMPLE,
     MAX_SOURCE_BYTES,
+    BehaviourBatch,
     topic,
+    unpack_behaviour,
     unpack_decoded,
     unpack_map,
     unpack_source,
     unpack_spikes,
 )
 
+BEHAVIOUR, MOST_BEHAVIOURS = topic("behaviour", ""), 256
 MAX_UNANNOUNCED = 1 << 16
 """Unit numbers beyond what a stream announced, or beyond this, name no unit."""
 
@@ -89,6 +92,8 @@ class Contents:
         Outputs, by model.
     marks : dict of str to list of (epoch, sample, text)
         ``triggers`` and ``events``.
+    behaviours : dict of str to list of BehaviourBatch
+        As observed, by name, in the order they came.
     skipped : dict of str to int
         ``malformed`` and ``repeated`` messages; ``other``: of topics that are not exported;
         ``unplaced``: of a run of which nothing says when it was.
@@ -100,6 +105,7 @@ class Contents:
         self.decoded: dict[str, Decoded] = {}
         self.schemas: dict[str, list[dict[str, Any]]] = {}
         self.marks: dict[str, list[tuple[int, int, str]]] = {"triggers": [], "events": []}
+        self.behaviours: dict[str, list[BehaviourBatch]] = {}
         self.skipped = dict.fromkeys(("malformed", "repeated", "other", "unplaced"), 0)
         self._rate = 0.0
         self._epoch: int | None = None  # of the frame decoded last: triggers do not say
@@ -114,6 +120,8 @@ class Contents:
         }
         for message in capture:
             n, take = takers.get((message.stream, message.frames[0]), (0, None))
+            if message.stream == Stream.SPIKES and message.frames[0].startswith(BEHAVIOUR):
+                n, take = 3, self._take_behaviour
             if take is None:
                 self.skipped["other"] += 1
                 continue
@@ -126,6 +134,9 @@ class Contents:
         for which, marks in self.marks.items():
             self.marks[which] = [mark for mark in marks if mark[0] in self.runs]
             self.skipped["unplaced"] += len(marks) - len(self.marks[which])
+        for name, batches in self.behaviours.items():
+            self.behaviours[name] = [batch for batch in batches if batch.epoch in self.runs]
+            self.skipped["unplaced"] += len(batches) - len(self.behaviours[name])
 
     def _run(self, epoch: int, rate: float, end: int, received_ns: int) -> Run:
         """The run of an epoch, which has come to ``end`` by now."""
@@ -150,6 +161,13 @@ class Contents:
         if len(batch.records_S):
             run.samples.append(batch.records_S["sample"].astype(np.int64))
             run.units.append(batch.records_S["unit"].astype(np.uint32))
+
+    def _take_behaviour(self, message: Message) -> None:
+        name = message.frames[0].removeprefix(BEHAVIOUR).decode(errors="replace")
+        batch = unpack_behaviour(name, message.frames[1], message.frames[2])
+        if name not in self.behaviours and len(self.behaviours) >= MOST_BEHAVIOURS:
+            raise WireError(f"{MOST_BEHAVIOURS} behaviours, and {name}")
+        self.behaviours.setdefault(name, []).append(batch)
 
     def _take_source(self, message: Message) -> None:
         _, self._rate, units = unpack_source(message.frames[1])
@@ -242,6 +260,19 @@ class Contents:
         time_S, place_S = np.concatenate(times), np.concatenate(places)
         order = np.argsort(time_S, kind="stable")
         return list(place_of), time_S[order], place_S[order], dropped
+
+    def behaviour(self, name: str) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        """Times (s) and values of a behaviour as observed, sorted by time."""
+        starts = self.starts_s()
+        times: list[NDArray[np.float64]] = [np.zeros(0)]
+        values: list[NDArray[np.float32]] = [np.zeros(0, np.float32)]
+        for batch in self.behaviours[name]:
+            first_s = starts[batch.epoch] + batch.first / self.runs[batch.epoch].rate
+            times.append(first_s + np.arange(len(batch.values)) / batch.rate)
+            values.append(batch.values)
+        time_L, value_L = np.concatenate(times), np.concatenate(values)
+        order = np.argsort(time_L, kind="stable")
+        return time_L[order], value_L[order]
 
     def observed_K2(self) -> NDArray[np.float64]:
         """Where spikes would have been heard, in seconds."""

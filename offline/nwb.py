@@ -1,7 +1,7 @@
 """``rt-neds export``: a capture as an NWB file, for everyone who never heard of us.
 
-Units with the spikes that came, the decoded outputs at the ends of their bins, flags, triggers and
-events.
+Units with the spikes that came, behaviours as they were observed, the decoded outputs at the ends
+of their bins, flags, triggers and events.
 
 Shape suffixes: S spikes, K intervals, T bins, V values.
 """
@@ -41,8 +41,8 @@ def export(folder: Path, out: Path, subject: dict[str, str] | None = None) -> di
     -------
     dict
         ``capture``, ``out``, ``epochs``, ``units``, ``spikes``, ``spikes_of_no_unit``, ``bins``,
-        ``triggers``, ``events``, ``skipped`` (see :class:`Contents`), ``damage``,
-        ``unread_bytes``.
+        ``observed`` (values of behaviours), ``triggers``, ``events``, ``skipped`` (see
+        :class:`Contents`), ``damage``, ``unread_bytes``.
 
     Raises
     ------
@@ -75,7 +75,11 @@ def export(folder: Path, out: Path, subject: dict[str, str] | None = None) -> di
         )
         _fill(units, names, time_S, place_S, contents.observed_K2())
         nwb.units = units
-    bins = _add_decoded(pynwb, nwb, contents)
+    module = None
+    if contents.decoded or contents.behaviours:
+        module = nwb.create_processing_module("behavior", "Observed, or decoded online.")
+    bins = _add_decoded(pynwb, module, contents)
+    _add_observed(pynwb, module, contents)
     _add_marks(pynwb, nwb, contents)
     _write(pynwb, nwb, out)
     return {
@@ -86,6 +90,7 @@ def export(folder: Path, out: Path, subject: dict[str, str] | None = None) -> di
         "spikes": len(time_S),
         "spikes_of_no_unit": dropped,
         "bins": bins,
+        "observed": sum(len(b.values) for of in contents.behaviours.values() for b in of),
         **{which: len(marks) for which, marks in contents.marks.items()},
         "skipped": contents.skipped,
         "damage": capture.damage,
@@ -128,11 +133,25 @@ def _fill(
         units.add_unit(unit_name=_printable(name), spike_times=times, obs_intervals=observed_K2)
 
 
-def _add_decoded(pynwb: Any, nwb: Any, contents: Contents) -> int:
-    """Add what was decoded; return the number of bins."""
-    if not contents.decoded:
-        return 0
-    module = nwb.create_processing_module("behavior", "Decoded online, bin by bin.")
+def _add_observed(pynwb: Any, module: Any, contents: Contents) -> None:
+    """Add behaviours as they were observed."""
+    taken: set[str] = set()
+    for name in contents.behaviours:
+        time_L, value_L = contents.behaviour(name)
+        if len(time_L):
+            series = pynwb.TimeSeries(
+                name=_new_name(f"observed_{name}", taken),
+                data=value_L,
+                unit="unknown",
+                timestamps=time_L,
+                description="As it came beside the spikes; where it is not a number it was not "
+                "known.",
+            )
+            module.add(series)
+
+
+def _add_decoded(pynwb: Any, module: Any, contents: Contents) -> int:
+    """Add what was decoded, bin by bin; return the number of bins."""
     starts, bins = contents.starts_s(), 0
     taken: set[str] = set()
     for model, decoded in contents.decoded.items():

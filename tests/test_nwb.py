@@ -14,7 +14,14 @@ from offline.nwb import export
 from rt_neds import cli
 from rt_neds.capture import Capture, Stream
 from rt_neds.frames import SPIKE_DTYPE, DecodedFrame, SpikeBatch
-from rt_neds.wire import pack_decoded, pack_map, pack_source, pack_spikes
+from rt_neds.wire import (
+    BehaviourBatch,
+    pack_behaviour,
+    pack_decoded,
+    pack_map,
+    pack_source,
+    pack_spikes,
+)
 from tests.capturing import write_capture
 
 RATE = 30_000.0
@@ -77,6 +84,12 @@ def two_runs(began_ns):
         bin_(2, 0, later_ns + 21 * MS),
         bin_(2, 0, later_ns + 22 * MS),  # repeated
         (later_ns, Stream.SPIKES, [b"behaviour/wheel", msgpack.packb({}), b""]),
+        (later_ns, Stream.SPIKES, pack_behaviour(BehaviourBatch(
+            "wheel", 2, 0, 150, 100.0, np.array([1.0, 2.0], np.float32)))),
+        (later_ns, Stream.SPIKES, pack_behaviour(BehaviourBatch(
+            "wheel", 1, 0, 300, 100.0, np.array([np.nan], np.float32)))),
+        (later_ns, Stream.SPIKES, pack_behaviour(BehaviourBatch(
+            "wheel", 3, 0, 300, 100.0, np.array([4.0], np.float32)))),  # of no run
         (later_ns, Stream.SPIKES, [b"\xff"]),
         (later_ns, Stream.DECODED, pack_map("status", "imec0", {})),
     ]  # fmt: skip
@@ -104,7 +117,10 @@ def test_what_a_capture_holds_is_placed_on_one_clock(capture):
     np.testing.assert_allclose(
         contents.observed_K2(), [[0, 0.02], [0.04, 0.05], [5, 5.02]], atol=1e-9
     )
-    assert contents.skipped == {"malformed": 1, "repeated": 2, "other": 3, "unplaced": 0}
+    assert contents.skipped == {"malformed": 2, "repeated": 2, "other": 2, "unplaced": 1}
+    time_L, value_L = contents.behaviour("wheel")
+    np.testing.assert_allclose(time_L, [0.01, 5.005, 5.015])
+    np.testing.assert_array_equal(value_L, [np.nan, 1, 2])
 
 
 def test_a_run_never_begins_before_the_one_before_it_ended(tmp_path):
@@ -166,6 +182,7 @@ def test_pynwb_reads_what_was_written_and_the_inspector_finds_nothing_critical(c
     subject = {"subject_id": "m1", "species": "Mus musculus", "sex": "U", "age": "P90D"}
     summary = export(capture, out, subject)
     expected = {"epochs": 2, "units": 3, "spikes": 5, "bins": 2, "triggers": 1, "events": 1}
+    expected["observed"] = 3
     assert {key: summary[key] for key in expected} == expected
     assert summary["damage"] == ""
     with pynwb.NWBHDF5IO(str(out), "r") as file:
@@ -175,6 +192,9 @@ def test_pynwb_reads_what_was_written_and_the_inspector_finds_nothing_critical(c
         assert len(nwb.units["spike_times"][2]) == 0
         assert nwb.units.resolution == 1 / RATE
         np.testing.assert_allclose(nwb.units["obs_intervals"][0][-1], [5, 5.02])
+        wheel = nwb.processing["behavior"]["observed_wheel"]
+        np.testing.assert_allclose(wheel.timestamps[:], [0.01, 5.005, 5.015])
+        np.testing.assert_array_equal(wheel.data[:], [np.nan, 1, 2])
         started = nwb.session_start_time.timestamp()
         about = Capture(capture).about
         zero_ns = Contents(Capture(capture)).runs[1].zero_ns
@@ -183,6 +203,7 @@ def test_pynwb_reads_what_was_written_and_the_inspector_finds_nothing_critical(c
         decoded = nwb.processing["behavior"].data_interfaces
         assert set(decoded) == {
             "decoded_flags", "decoded_speed", "decoded_speed_sd", "decoded_choice", "decoded_licks",
+            "observed_wheel",
         }  # fmt: skip
         assert decoded["decoded_flags"].data[:].tolist() == [4, 0]
         np.testing.assert_allclose(decoded["decoded_speed"].timestamps[:], [0.02, 5.02])
