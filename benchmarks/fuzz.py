@@ -36,6 +36,7 @@ from rt_neds.errors import WireError
 from rt_neds.openephys_wire import KINDS
 from rt_neds.result import machine, write_json
 from rt_neds.stream.binner import Binner
+from rt_neds.stream.live import LiveBehaviours
 from rt_neds.stream.openephys import OpenEphysSource
 from rt_neds.stream.receiver import Announcement, Receiver
 from rt_neds.wire import unpack_decoded
@@ -79,14 +80,34 @@ def records(rng: random.Random, first: int) -> bytes:
     )
 
 
-def native_stream(rng: random.Random, epoch: int, probe: str = "p") -> Iterator[Frames]:
-    """Messages of spikes, one every millisecond of its clock, and now and then who sends."""
+def observed(rng: random.Random, epoch: int, seq: int, sample: int, probe: str) -> Frames:
+    """A message of a behaviour, or an event of the task."""
+    if rng.random() < 0.2:
+        value = rng.choice(["left", "right", None])
+        event = {"v": 1, "epoch": epoch, "sample": sample, "kind": "choice", "value": value}
+        return [f"events/{probe}".encode(), msgpack.packb(event)]
+    n = rng.randrange(4)
+    head = {
+        "v": 1, "epoch": epoch, "seq": seq, "first": sample, "rate": 1000.0, "n": n, "sent_ns": 1,
+    }  # fmt: skip
+    values = [rng.choice([rng.gauss(0, 1), float("nan"), 1e30]) for _ in range(n)]
+    return [b"behaviour/speed", msgpack.packb(head), struct.pack(f"<{n}f", *values)]
+
+
+def native_stream(
+    rng: random.Random, epoch: int, probe: str = "p", live: bool = False
+) -> Iterator[Frames]:
+    """Messages of spikes, one every millisecond of its clock, and now and then who sends; with
+    ``live``, of behaviours beside them.
+    """
     spikes, source = f"spikes/{probe}".encode(), f"source/{probe}".encode()
     seq = first = 0
     while True:
         if seq % 200 == 0:
             who = {"v": 1, "epoch": epoch, "rate": 30_000.0, "session": "bench", "units": NAMES}
             yield [source, msgpack.packb(who)]
+        if live and rng.random() < 0.3:
+            yield observed(rng, epoch, seq, first, probe)
         payload = records(rng, first)
         head = {
             "v": 1, "epoch": epoch, "seq": seq, "first": first, "end": first + MESSAGE,
@@ -99,21 +120,23 @@ def native_stream(rng: random.Random, epoch: int, probe: str = "p") -> Iterator[
 
 
 class Native:
-    """The native stream: receiver and binner."""
+    """The native stream: receiver, what is live, and binner."""
 
     def __init__(self) -> None:
-        self.receiver = Receiver("tcp://127.0.0.1:9", "p")  # nobody is there
+        self.live = LiveBehaviours({"speed": (), "choice": ("left", "right")})
+        self.receiver = Receiver("tcp://127.0.0.1:9", "p", self.live)  # nobody is there
         self.binner = Binner(np.arange(UNITS, dtype=np.int32), UNITS, WIDTH, context=100)
         self.taken = self.closed = 0
 
     def valid(self, rng: random.Random) -> Iterator[Frames]:
-        return native_stream(rng, epoch=1)
+        return native_stream(rng, epoch=1, live=True)
 
     def feed(self, frames: Frames) -> None:
         self.receiver.take(frames, 1)
         while (batch := self.receiver.read(0)) is not None:
             self.taken += len(batch.records_S)
-            for _ in self.binner.frames(batch):
+            for frame in self.binner.frames(batch):
+                self.live.at(frame.epoch, frame.end, WIDTH)
                 self.closed += 1
 
     def counts(self) -> dict[str, int]:
@@ -124,7 +147,10 @@ class Native:
             raise Broken(f"{self.taken} spikes came; {counted}, {still_open} in open bins")
         if self.closed != counted["bins"]:
             raise Broken(f"{self.closed} bins came; {counted}")
-        names = ("messages", "announcements", "malformed")
+        for name, of in self.live.counters.items():
+            if of["shown"] + of["hidden"] != self.closed:
+                raise Broken(f"{self.closed} bins came; {name}: {of}")
+        names = ("messages", "announcements", "observed", "malformed")
         told = {name: self.receiver.counters[name] for name in names}
         return {**told, "held back": int(self.receiver._leap is not None)}
 

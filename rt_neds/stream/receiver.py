@@ -24,7 +24,7 @@ from rt_neds.wire import (
     unpack_spikes,
 )
 
-COUNTERS = ("messages", "announcements", "malformed", "repeated", "lost", "epochs")
+COUNTERS = ("messages", "announcements", "observed", "malformed", "repeated", "lost", "epochs")
 BESIDE = 64
 """Messages that are not spikes which one read looks past."""
 QUEUE = 20_000
@@ -56,8 +56,9 @@ class Receiver:
     announced : Announcement or None
         The last announcement of the sender, if it makes any.
     counters : dict of str to int
-        ``messages`` (of spikes), ``announcements`` and ``malformed`` (bad bytes, or a leap that
-        the next message contradicts, skipped) are all that came. ``repeated``: messages whose
+        ``messages`` (of spikes), ``announcements``, ``observed`` (messages of behaviours and of the
+        task) and ``malformed`` (bad bytes, or a leap that the next message contradicts, skipped)
+        are all that came. ``repeated``: messages whose
         sequence number was seen before, skipped. ``lost``: sequence numbers that never came.
         ``epochs``.
     socket : zmq.Socket
@@ -166,6 +167,7 @@ class Receiver:
                 live.take_event(event, self._rate, self._end)
         else:
             raise WireError(f"{len(frames)} frames under topic {frames[0][:40]!r}")
+        self.counters["observed"] += 1
 
     def _had(self, batch: SpikeBatch) -> bool:
         leap = self._leap
