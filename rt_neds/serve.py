@@ -85,6 +85,7 @@ def load(config: ServeConfig, say: Callable[[str], None]) -> Loaded:
                 "of a rtneds:// source, by the probe's clock: serve without them"
             )
     # Torch comes in here, so that wrong options are told at once.
+    import threadpoolctl  # type: ignore[import-untyped]
     import torch
 
     from rt_neds.actuators import prepare
@@ -92,7 +93,10 @@ def load(config: ServeConfig, say: Callable[[str], None]) -> Loaded:
     from rt_neds.stream.decoder import Decoder, check_streamable, make_step
     from rt_neds.stream.publisher import check_free
 
-    torch.set_num_threads(1)  # more would be threads, which a fork does not have
+    # More would be threads, which a fork does not have. And of two workers with real-time priority,
+    # each would keep from a core the threads that the other waits for: for ever.
+    torch.set_num_threads(1)
+    threadpoolctl.threadpool_limits(1)
     specs = {one.bundle: load_spec(one.bundle) for one in configs}
     for spec in specs.values():
         check_streamable(spec)

@@ -1,7 +1,10 @@
 """A worker that is killed or hangs is replaced: real processes over real sockets."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -257,3 +260,22 @@ def test_a_worker_that_keeps_dying_is_given_up_in_one_line(tiny):
 def test_mistakes_are_told(table, words):
     with pytest.raises(ConfigError, match=words):
         load(parse_config({"probe": "p", "bundle": "b", **table}, ServeConfig, "test"), print)
+
+
+def test_no_library_computes_in_threads_of_its_own(tiny):
+    """Two real-time processes, each waiting for a thread that the other keeps from a core."""
+    words = (
+        "import sys, threadpoolctl; from rt_neds.serve import load; "
+        "from rt_neds.serve_config import ServeConfig; "
+        "load(ServeConfig(probe='p', bundle=sys.argv[1], publish=sys.argv[2]), lambda line: None); "
+        "print([pool['num_threads'] for pool in threadpoolctl.threadpool_info()])"
+    )
+    address = f"tcp://127.0.0.1:{free_port()}"
+    result = subprocess.run(
+        [sys.executable, "-c", words, str(tiny[1] / "bundle"), address],
+        capture_output=True, text=True, timeout=120, check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"},
+    )  # fmt: skip
+    pools = json.loads(result.stdout.splitlines()[-1])
+    assert len(pools) >= 1
+    assert set(pools) == {1}
