@@ -37,7 +37,7 @@ class BehaviourConfig(msgspec.Struct, frozen=True, kw_only=True):
         Of its loss.
     live : bool
         Whether a rig may observe it while others are decoded: half of the samples of ``decoding``
-        show some of such behaviours beside the spikes, each of them in half.
+        show such behaviours beside the spikes, each of them in three of four.
     """
 
     source: str | list[str]

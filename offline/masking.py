@@ -33,9 +33,10 @@ from numpy.typing import NDArray
 from offline.config import MaskingConfig
 from rt_neds.model.neds import SCHEMES
 
-LIVE = 0.5
-"""Share of the samples of ``decoding`` that may show live behaviours, and then the share that each
-is shown in: from spikes alone, which is what is always there, most is to be learned."""
+MAY, EACH = 0.5, 0.75
+"""Share of the samples of ``decoding`` that may show live behaviours: from spikes alone, which is
+what is always there, most is to be learned. And then the share that each is shown in: one may fail
+while others come."""
 UNIT_SCHEMES = ("neuron", "inter_region", "intra_region")
 """Schemes that hide units rather than bins."""
 
@@ -104,7 +105,7 @@ def draw_masks(
         hidden_TM, silenced_M = hide(names[index], shown_BTM.shape[1:], config.ratio, rng)
         if names[index] == "decoding" and live_M is not None and live_M.any():
             may, each_M = rng.random(), rng.random(len(live_M))
-            hidden_TM[:, live_M & (each_M < LIVE) & (may < LIVE)] = False
+            hidden_TM[:, live_M & (each_M < EACH) & (may < MAY)] = False
         observed[b] = shown_BTM[b] & ~hidden_TM & ~silenced_M
         asked[b] = scored_BTM[b] & hidden_TM & ~silenced_M
         if names[index] in UNIT_SCHEMES:
