@@ -131,8 +131,9 @@ def _session(of: Evaluation) -> str:
         _cards(result),
     ]
     if of.behaviours:
+        shown = " and ".join(["spikes", *result["live"]])
         parts += [
-            "<h3>Behaviour from spikes</h3>",
+            f"<h3>Behaviour from {escape(shown)}</h3>",
             _table(tables.decoding_table(result)),
             _figure(
                 lambda: figures.traces(of),
@@ -230,6 +231,9 @@ def _provenance(spec: BundleSpec) -> str:
         f"best at step {spec.training['best_step']}",
         "schemes": ", ".join(schemes),
     }
+    left = spec.training.get("by_regression") or {}
+    if names := sorted({name for of_session in left.values() for name in of_session}):
+        facts["left to regression"] = f"{', '.join(names)} (docs/decisions/0031)"
     rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
     return f"<h2>What was evaluated</h2><dl>{rows}</dl>"
 

@@ -41,6 +41,10 @@ from rt_neds.model.neds import AHEAD, NEDS, SCHEMES
 from rt_neds.session import load_session
 
 
+BUNDLED = ("steps", "best_step", "val", "by_regression")
+"""What of the summary is told in the bundle."""
+
+
 def train(
     config: TrainConfig,
     session_paths: list[str],
@@ -185,7 +189,7 @@ def train(
                 _bundle_session(average.mean, subject, config, processes.device)
                 for subject in subjects
             ],
-            training={"config": as_json, **{k: summary[k] for k in ("steps", "best_step", "val")}},
+            training={"config": as_json, **{k: summary[k] for k in BUNDLED}},
         )
     processes.wait()
     return summary
