@@ -40,7 +40,6 @@ from rt_neds.errors import ConfigError
 from rt_neds.model.neds import AHEAD, NEDS, SCHEMES
 from rt_neds.session import load_session
 
-
 BUNDLED = ("steps", "best_step", "val", "by_regression")
 """What of the summary is told in the bundle."""
 
