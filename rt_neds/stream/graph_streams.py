@@ -29,6 +29,8 @@ from rt_neds.model.memory import Memory
 from rt_neds.model.neds import NEDS, SCHEMES
 
 WARM_UPS = 3
+OF_LAYERS = ("keys_LPHRF", "values_LPHRF")
+"""State of which each layer has its own."""
 TRUNK = ("spikes_shared", "linear_in", "layers", "memory", "norm")
 """Modules that all sessions share."""
 
@@ -170,15 +172,14 @@ class Streams:
             self._capture()
 
     def _join_states(self) -> None:
+        """Put what each stream knows side by side; what it has from now on are views of that."""
+        axis = dict.fromkeys(self.streams[0].state, 0) | dict.fromkeys(OF_LAYERS, 1)
         self._state = {
-            name: torch.cat([s.state[name] for s in self.streams], dim=int(name[-6:] == "_LPHRF"))
-            for name in self.streams[0].state
+            name: torch.cat([stream.state[name] for stream in self.streams], dim=axis[name])
+            for name in axis
         }
         for p, stream in enumerate(self.streams):
-            stream.state = {
-                name: tensor.narrow(int(name[-6:] == "_LPHRF"), p, 1)
-                for name, tensor in self._state.items()
-            }
+            stream.state = {name: self._state[name].narrow(axis[name], p, 1) for name in axis}
 
     def _set_transfers(self, dim: int, half: int) -> None:
         """What goes up in one copy, and what comes down in another."""
