@@ -201,7 +201,7 @@ class Health:
                 yield Finding(
                     "doubtful",
                     f"{name} was not observed in {hidden} bins just now; decoded without it",
-                    "is it being sent, and with the probe's samples?",
+                    "is it being sent, with the epoch and samples of the spikes?",
                 )
 
     def _acts(self) -> Iterator[Finding]:

@@ -356,9 +356,12 @@ def outputs_of(
     for name in live:
         if name not in [b.name for b in learned if b.live]:
             can = ", ".join(b.name for b in learned if b.live) or "none"
+            do = f"put live = true under [behaviour.{name}] and train again"
+            if name not in [b.name for b in learned]:
+                do = "name one of those, or none"
             raise BundleError(
                 f"live behaviour {name}; this bundle can be shown {can} of session {session.id}: "
-                f"put live = true under [behaviour.{name}] and train again"
+                f"{do}"
             )
     if len(left := [b for b in learned if b.name not in live]) == 0 and live:
         raise BundleError(f"{', '.join(live)} observed live; that leaves nothing to decode")

@@ -117,7 +117,7 @@ def test_what_cannot_be_shown_is_told_in_one_line(shown, tiny):
     _, run, _ = tiny
     for options, expected in (
         (("serve", "--bundle", str(run / "bundle"), "--live", "speed"), "can be shown none"),
-        (("serve", "--bundle", str(bundle), "--live", "sped"), "can be shown speed, choice"),
+        (("serve", "--bundle", str(bundle), "--live", "sped"), "choice of session tiny: name one"),
         (("serve", "--bundle", str(bundle), "--live", "speed", "choice"), "nothing to decode"),
         (
             ("serve", "--bundle", str(bundle), "--live", "speed", "--source",
