@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/scaling"))
     parser.add_argument("--pretrained-on", type=int, nargs="+", default=[0, 1, 5, 20])
     parser.add_argument(
-        "--minutes", type=float, nargs="+", default=[1, 2, 5, 10, 0], help="0 for all there is"
+        "--minutes", type=float, nargs="+", default=[1, 2, 5, 10, 20, 0], help="0 for all there is"
     )
     parser.add_argument("--steps", type=int, default=3000, help="of pretraining")
     parser.add_argument("--tuning-steps", type=int, default=600)

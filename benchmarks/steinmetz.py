@@ -50,6 +50,7 @@ OUTER_FOLDS, INNER_FOLDS, PAST_SESSIONS, DRAWS = 5, 4, 9, 2000
 COMPARED = (
     *((name, "logistic") for name in ("majority", "contrasts", "rrr", "neds")),
     *((f"{name}_pretrained", alone) for name in ("rrr", "neds") for alone in ("logistic", name)),
+    ("neds_full", "neds"),
 )
 """Methods whose difference gets an interval: the first less the second."""
 
@@ -219,6 +220,19 @@ def neds_pretrained(task: Task) -> NDArray[np.float64]:
     return scores_KT[:, task.test.counts_KTN.shape[1] - 1]
 
 
+def neds_full(task: Task) -> NDArray[np.float64]:
+    """The same network from scratch, seeing all of the time that may be read, from both sides.
+
+    One for each length of time, as the regressions are: what comes after it must not be seen.
+    """
+
+    def cut(path: Path) -> Trials:
+        whole = whole_trials(path)
+        return replace(whole, counts_KTN=whole.counts_KTN[:, : task.test.counts_KTN.shape[1]])
+
+    return network.scores_KT(task, cut, after_past=False, changes=network.SEES_LATER)[:, -1]
+
+
 METHODS: dict[str, Callable[[Task], NDArray[np.float64]]] = {
     "majority": majority,
     "contrasts": contrasts,
@@ -227,6 +241,7 @@ METHODS: dict[str, Callable[[Task], NDArray[np.float64]]] = {
     "rrr_pretrained": rrr_pretrained,
     "neds": neds,
     "neds_pretrained": neds_pretrained,
+    "neds_full": neds_full,
 }
 PRETRAINED = ("rrr_pretrained", "neds_pretrained")
 """Methods that need past sessions."""

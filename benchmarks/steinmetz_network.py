@@ -84,13 +84,19 @@ def pretrained(past: tuple[Path, ...], load: Any) -> Path:
     return Path(train(config, paths, folder / "run")["bundle"])
 
 
+SEES_LATER = ("model.attention=full", "masking.ahead=false")
+"""The same network seeing all of its window, later bins too; it cannot be asked ahead."""
+
 _scores: dict[tuple[Any, ...], NDArray[np.float64]] = {}
 
 
-def scores_KT(task: Any, load: Any, *, after_past: bool) -> NDArray[np.float64]:
+def scores_KT(
+    task: Any, load: Any, *, after_past: bool, changes: tuple[str, ...] = ()
+) -> NDArray[np.float64]:
     """Score of every test trial at every bin: -1 surely left, +1 surely right.
 
-    ``load`` gives a session's trials whole: those of the task may be cut short.
+    ``load`` gives a session's trials as the network is to see them: those of the task may be cut
+    shorter. ``changes`` are made to the configuration.
     """
     past = tuple(trials.path for trials in task.past) if after_past else ()
     whole = load(task.test.path)
@@ -103,15 +109,21 @@ def scores_KT(task: Any, load: Any, *, after_past: bool) -> NDArray[np.float64]:
         train_K, val_K = train_K[:cut], train_K[cut:]
     else:
         val_K = np.array([place[int(i)] for i in task.validation.index_K], int)
-    key = (task.test.path, tuple(train_K), tuple(test_K), bool(past))
+    bins = whole.counts_KTN.shape[1]
+    key = (task.test.path, tuple(train_K), tuple(test_K), bool(past), bins, changes)
     if key not in _scores:
         init = pretrained(past, load) if past else None
-        _scores[key] = _trained(whole, train_K, val_K, test_K, init)
+        _scores[key] = _trained(whole, train_K, val_K, test_K, init, changes)
     return _scores[key]
 
 
 def _trained(
-    whole: Any, train_K: NDArray, val_K: NDArray, test_K: NDArray, init: Path | None
+    whole: Any,
+    train_K: NDArray,
+    val_K: NDArray,
+    test_K: NDArray,
+    init: Path | None,
+    changes: tuple[str, ...],
 ) -> NDArray[np.float64]:
     side_K = whole.side_K
     if len(np.unique(side_K[train_K])) < 2:
@@ -120,13 +132,14 @@ def _trained(
         path = Path(folder) / "s.h5"
         splits = {"train": train_K, "val": val_K, "test": test_K}
         write_trials(path, whole.path.stem, whole.counts_KTN, side_K, splits)
-        changes = ["training.frozen_steps=60", "training.trunk_rate=0.3"] if init else []
-        config = config_of(*changes)
+        tuning = ["training.frozen_steps=60", "training.trunk_rate=0.3"] if init else []
+        config = config_of(*tuning, *changes)
         bundle = train(config, [str(path)], Path(folder) / "run", init=init)["bundle"]
         binned = bin_session(load_session(path), config.data, config.behaviour)
         model = build_model(bundle, load_spec(bundle))
         T, every = whole.counts_KTN.shape[1], round(EVERY_S / BIN_S)
         spans = [(int(k) * every, int(k) * every + T) for k in test_K]
-        raw_SC = decode_spans(model, binned, spans, wanted=["side"])["side"]
+        window = config.data.window_bins
+        raw_SC = decode_spans(model, binned, spans, wanted=["side"], window=window)["side"]
     e_SC = np.exp(raw_SC - raw_SC.max(axis=1, keepdims=True))
     return (2 * e_SC[:, RIGHT] / e_SC.sum(axis=1) - 1).reshape(len(test_K), T).astype(float)

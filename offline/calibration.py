@@ -28,7 +28,7 @@ MOST = 20.0
 
 
 def calibrate(
-    model: NEDS, subjects: list[Subject], device: torch.device | str = "cpu"
+    model: NEDS, subjects: list[Subject], window: int, device: torch.device | str = "cpu"
 ) -> dict[str, dict[str, float]]:
     """Divide the logits of each session's categorical behaviours by a temperature, in place.
 
@@ -38,6 +38,8 @@ def calibrate(
         As it is to be kept.
     subjects : list of Subject
         Where one has no validation split, nothing is changed.
+    window : int
+        Bins that a network sees together which sees the future too.
     device : torch device
 
     Returns
@@ -53,9 +55,10 @@ def calibrate(
             scored_S = binned.scored_TM[bins_S, m]
             if behaviour.kind != "categorical" or not scored_S.any():
                 continue
-            raw_SC = decode_spans(model, binned, spans, wanted=[behaviour.name], device=device)[
-                behaviour.name
-            ][scored_S]
+            raws = decode_spans(
+                model, binned, spans, wanted=[behaviour.name], window=window, device=device
+            )
+            raw_SC = raws[behaviour.name][scored_S]
             asked_S = bins_S[scored_S]
             temperature = temperature_of(
                 raw_SC, binned.values_TM[asked_S, m].astype(np.int64), binned.trial_T[asked_S]

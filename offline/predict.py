@@ -58,7 +58,7 @@ def decode_spans(
     spans: Iterable[tuple[int, int]],
     *,
     wanted: Sequence[str],
-    window: int = 300,
+    window: int,
     device: torch.device | str = "cpu",
     live: Mapping[str, Scale] | None = None,
 ) -> dict[str, NDArray[np.float32]]:
@@ -123,7 +123,7 @@ def encode_spans(
     spans: Iterable[tuple[int, int]],
     by: Sequence[Scale],
     *,
-    window: int = 300,
+    window: int,
 ) -> NDArray[np.float32]:
     """Predicted spike counts from behaviours alone, offline.
 
@@ -161,7 +161,7 @@ def spans_without_units(
     asked_XN: NDArray[np.bool_],
     scheme: str,
     *,
-    window: int = 300,
+    window: int,
 ) -> NDArray[np.float32]:
     """Predicted counts of units replaced by their stand-in, from the units that are left.
 

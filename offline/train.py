@@ -167,7 +167,7 @@ def train(
     average.mean.load_state_dict(best)
     by_regression = leave_to_regression(average.mean, subjects, best_val, alone)
     best_val = better(best_val, alone)
-    temperature = calibrate(average.mean, subjects, processes.device)
+    temperature = calibrate(average.mean, subjects, config.data.window_bins, processes.device)
     summary = {
         "bundle": str(out / "bundle"),
         "steps": step,

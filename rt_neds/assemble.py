@@ -101,6 +101,15 @@ def assemble(
         step: Any = Silence(sum(b.outputs for b in outputs_of(spec, session, config.live)))
     else:
         step = make_step(model, spec, session, missing_N, config.device, say, config.live)
+    if config.live:
+        scales = {b.name: session.scales[b.name] for b in spec.behaviours if b.name in config.live}
+        source.live.learned(
+            {
+                name: (scale.low, scale.high)
+                for name, scale in scales.items()
+                if not source.live.classes[name]
+            }
+        )
     decoder = Decoder(spec, session, step, missing_N, config.live)
     decoder.warm_up(len(session.units))
     fit = ClockFit(rate, config.slip_ms)

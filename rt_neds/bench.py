@@ -45,7 +45,7 @@ def bench_latency(
     -------
     dict
         As ``rt-neds bench latency --json``; ``missed`` counts bins that came more than one bin
-        width after their end, or never.
+        width after their end, or never; ``late_when`` where those that came were first late.
     """
     from rt_neds.bundle import load_spec
 
@@ -70,6 +70,7 @@ def bench_latency(
         "model": f"{spec.model.layers} layers of {spec.model.dim}, "
         f"{len(spec.behaviours)} behaviours",
         "control_missed": control_missed,
+        "control_late_when": control.late_when,
         **report,
         "terms": terms(report, control_missed, statistics.median(paced_step.us) / 1e3),
     }
@@ -266,6 +267,8 @@ def show(result: dict[str, Any]) -> None:
             f"{result['missed']} later than a bin or never (control {result['control_missed']}), "
             f"{result['lost']} messages lost"
         )
+        console.print(late_line("decoded", result["late_when"]))
+        console.print(late_line("control", result["control_late_when"]))
         for line in term_lines(result["terms"]):
             console.print(line)
     else:
@@ -273,6 +276,11 @@ def show(result: dict[str, Any]) -> None:
             f"window / step {result['window_over_step']}, eager / step {result['eager_over_step']} "
             f"(paced {result['eager_over_step_paced']}), max error {result['max_abs_error']:.1e}"
         )
+
+
+def late_line(path: str, late_when: dict[str, int]) -> str:
+    """Where the late bins of a path were first late."""
+    return f"{path}: " + ", ".join(f"{n} late when {stage}" for stage, n in late_when.items())
 
 
 def term_lines(said: dict[str, Any]) -> list[str]:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 RECENT_NS = 10_000_000_000
 UNHEARD_NS = 3_000_000_000
+BEYOND = 0.05
+"""Share of bins in which what is observed live may lie beyond what training saw."""
 """A status comes once a second."""
 
 Level = Literal["wrong", "doubtful", "note"]
@@ -202,6 +204,14 @@ class Health:
                     "doubtful",
                     f"{name} was not observed in {hidden} bins just now; decoded without it",
                     "is it being sent, with the epoch and samples of the spikes?",
+                )
+            before = self._before("live", name)
+            shown, beyond = (now[k] - before.get(k, now[k]) for k in ("shown", "beyond"))
+            if beyond > BEYOND * shown:
+                yield Finding(
+                    "doubtful",
+                    f"{name} was beyond what training saw in {beyond} of {shown} bins just now",
+                    "is it sent in the unit, and with the sign, that it was trained on?",
                 )
 
     def _acts(self) -> Iterator[Finding]:

@@ -14,6 +14,9 @@ from rt_neds.frames import DecodedFrame
 
 LONGEST_NS = 3_600_000_000_000
 
+STAGES = ("sent", "received", "published")
+"""Where a bin can first be late: at the sender, on its way or waking us, and in our hands."""
+
 
 class Latency:
     """A histogram of nanoseconds.
@@ -58,6 +61,7 @@ class Tally:
 
     def __init__(self, bin_ms: float) -> None:
         self.bins = self.repeated = self.missed = self.late_spikes = self.lost = 0
+        self.late_when = dict.fromkeys(STAGES, 0)
         self.receive_to_publish, self.decode = Latency(), Latency()
         self.bin_end_to_publish = Latency()
         self._bin_ns = bin_ms * 1e6
@@ -79,7 +83,10 @@ class Tally:
             self.receive_to_publish.record(stamps["published"] - stamps["received"])
             self.decode.record(stamps["decoded"] - stamps["binned"])
             self.bin_end_to_publish.record(stamps["published"] - intended)
-            self.missed += stamps["published"] - intended > self._bin_ns
+            late = [stage for stage in STAGES if stamps[stage] - intended > self._bin_ns]
+            if late:
+                self.missed += 1
+                self.late_when[late[0]] += 1
 
     def report(self, control: Tally, expected: int) -> dict[str, Any]:
         """What ``rt-neds bench latency`` says of this path, beside its control.
@@ -96,6 +103,7 @@ class Tally:
             "expected": expected,
             "repeated": self.repeated,
             "missed": self.missed + max(0, expected - self.bins),
+            "late_when": self.late_when,
             "late_spikes": self.late_spikes,
             "lost": self.lost,
             "stages_ms": {

@@ -1,11 +1,14 @@
 """What bench concludes from what it measured."""
 
+import numpy as np
 import pytest
 
-from rt_neds.bench import term_lines, terms
+from rt_neds.bench import late_line, term_lines, terms
 from rt_neds.bench_input import random_bundle
 from rt_neds.bench_step import bench_step, paced, percentiles
 from rt_neds.bundle import load_spec
+from rt_neds.frames import DecodedFrame
+from rt_neds.latency import Tally
 
 
 def report(p50, p99_9, missed, control_p50=0.3, control_p99_9=2.0):
@@ -33,9 +36,30 @@ def test_terms_of_a_run_without_bins_are_not_met():
     assert not any(nothing[name]["met"] for name in ("p50_ms", "p99_9_ms", "missed"))
 
 
-def test_paced_steps_take_turns_and_are_all_timed():
-    import numpy as np
+def test_a_late_bin_counts_once_where_it_was_first_late():
+    tally, ms = Tally(bin_ms=20.0), 1_000_000
+    for bin, (sent, received, published) in enumerate(
+        [(1, 2, 3), (1, 2, 20), (1, 2, 21), (1, 22, 23), (30, 31, 32), (30, 31, 32)]
+    ):
+        end = (bin + 1) * 600  # 20 ms of 30 kHz, and 20 ms of the sender's clock
+        stamps = dict(sent=sent, received=received, binned=received, decoded=published)
+        stamps["published"] = published
+        frame = DecodedFrame(
+            probe="p", epoch=0, bin=bin, end=end, values_V=np.zeros(0, np.float32), flags=0, spikes=0, late=0,
+            unknown=0, lost=0, model="m",
+            stamps={name: (20 * (bin + 1) + at) * ms for name, at in stamps.items()},
+        )  # fmt: skip
+        tally.take([frame], {"zero_ns": 0, "rate": 30_000.0})
+    assert tally.late_when == {"sent": 2, "received": 1, "published": 1}
+    report = tally.report(tally, expected=7)
+    assert report["missed"] == 4 + 1  # one never came
+    assert report["late_when"] == tally.late_when
+    assert late_line("decoded", tally.late_when) == (
+        "decoded: 2 late when sent, 1 late when received, 1 late when published"
+    )
 
+
+def test_paced_steps_take_turns_and_are_all_timed():
     calls = []
 
     class Noted:

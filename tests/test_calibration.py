@@ -79,16 +79,17 @@ def test_it_goes_into_the_read_out_and_changes_no_decision(tmp_path, linear):
         for parameter in (p for out in outs for p in out.parameters()):
             parameter.mul_(8.0)
     sure = copy.deepcopy(model)
-    (temperatures,) = calibrate(model, [subject]).values()
+    (temperatures,) = calibrate(model, [subject], 100).values()
     assert set(temperatures) == {"choice"}
     assert temperatures["choice"] > 1.5
     spans = subject.binned.spans("test")
     for name, times in (("choice", temperatures["choice"]), ("speed", 1.0)):
         before, after = (
-            decode_spans(net, subject.binned, spans, wanted=[name])[name] for net in (sure, model)
+            decode_spans(net, subject.binned, spans, wanted=[name], window=300)[name]
+            for net in (sure, model)
         )
         np.testing.assert_allclose(after * times, before, rtol=1e-3, atol=1e-3)
     kept = copy.deepcopy(model.state_dict())
     subject.binned.split_T[subject.binned.of_split("val")] = -1
-    assert calibrate(model, [subject]) == {}
+    assert calibrate(model, [subject], 100) == {}
     assert all(torch.equal(kept[name], tensor) for name, tensor in model.state_dict().items())

@@ -49,6 +49,16 @@ def test_all_well_says_nothing():
     assert health.findings(19 * S) == []
 
 
+@pytest.mark.parametrize(("beyond", "told"), [(2, False), (3, True), (50, True)])
+def test_a_live_behaviour_in_another_unit_is_told(beyond, told):
+    health = Health()
+    for second, (shown, out) in enumerate([(1000, 7), (1050, 7 + beyond)]):
+        live = {"wheel_speed": {"shown": shown, "hidden": 0, "beyond": out}}
+        health.take(status(live=live), second * S)
+    words = f"wheel_speed was beyond what training saw in {beyond} of 50 bins just now"
+    assert (words in said(health, S)) is told
+
+
 def test_nobody_heard_and_no_longer_heard():
     health = Health()
     assert "no serve heard" in said(health, 0)

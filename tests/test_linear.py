@@ -157,7 +157,7 @@ def test_where_training_ends_the_decoder_of_all_of_it_speaks():
 def test_a_network_begins_as_good_as_regression(begun):
     _, model, subject = begun
     binned, spans = subject.binned, subject.binned.spans("test")
-    raws = decode_spans(model, binned, spans, wanted=["speed", "choice"])
+    raws = decode_spans(model, binned, spans, wanted=["speed", "choice"], window=300)
     bins = np.concatenate([np.arange(a, b) for a, b in spans])
     true_S = binned.values_TM[bins, 1]
     value_SV = to_values_TV(torch.from_numpy(raws["speed"]), SPEED, subject.scales[0]).numpy()
@@ -241,7 +241,7 @@ def test_a_new_session_begins_at_its_own_regression_and_what_others_make_of_it(s
     with torch.no_grad():
         alone = parts.linear.read_out("speed", parts.linear(torch.from_numpy(z_SF)[None]))[0]
     assert alone.std(dim=0).max() > 0.1
-    raws = decode_spans(model, subject.binned, [span], wanted=["speed"])["speed"]
+    raws = decode_spans(model, subject.binned, [span], wanted=["speed"], window=300)["speed"]
     others = build_model(folder, load_spec(folder)).parts("tiny").behaviour_out["speed"]
     for mine, other in zip(
         parts.behaviour_out["speed"].parameters(), others.parameters(), strict=True
@@ -250,7 +250,7 @@ def test_a_new_session_begins_at_its_own_regression_and_what_others_make_of_it(s
     with torch.no_grad():
         for parameter in parts.behaviour_out.parameters():
             parameter.zero_()
-    bare = decode_spans(model, subject.binned, [span], wanted=["speed"])["speed"]
+    bare = decode_spans(model, subject.binned, [span], wanted=["speed"], window=300)["speed"]
     torch.testing.assert_close(torch.from_numpy(bare), alone, atol=1e-4, rtol=0)
     assert np.abs(raws - bare).max() > 1e-3  # what the other session learned is heard
 
@@ -260,10 +260,10 @@ def test_a_new_sessions_own_read_in_says_nothing_yet(session, tmp_path):
     folder = train(config, [str(session)], tmp_path / "run")["bundle"]
     subject, model = begun_at(folder, tmp_path, config, "n")
     (span,) = subject.binned.spans("val")
-    before = decode_spans(model, subject.binned, [span], wanted=["speed"])["speed"]
+    before = decode_spans(model, subject.binned, [span], wanted=["speed"], window=300)["speed"]
     with torch.no_grad():
         model.spikes_shared.weight += 1.0  # what it is made of, was there anything
-    after = decode_spans(model, subject.binned, [span], wanted=["speed"])["speed"]
+    after = decode_spans(model, subject.binned, [span], wanted=["speed"], window=300)["speed"]
     np.testing.assert_array_equal(before, after)
 
 

@@ -126,6 +126,16 @@ def test_another_run_leaves_nothing_behind_and_absurd_samples_do_not_stay():
     assert live.at(2, 1200, WIDTH)[0] == 3.0
 
 
+def test_values_beyond_what_training_saw_are_counted():
+    live = listening()
+    live.learned({"speed": (-1.0, 2.0)})
+    for b, value in enumerate([-1.0, 2.0, 2.1, -5.0, np.nan]):
+        live.take(values(b * WIDTH + 1, [value]), RATE, b * WIDTH)
+        live.at(1, (b + 1) * WIDTH, WIDTH)
+    counters = live.counters["speed"]
+    assert (counters["shown"], counters["hidden"], counters["beyond"]) == (4, 1, 2)
+
+
 def test_lost_messages_are_counted_and_what_waits_is_bounded():
     live = listening()
     live.take(values(0, [1.0], seq=0), RATE, 0)

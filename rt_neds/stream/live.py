@@ -21,7 +21,7 @@ from rt_neds.stream.binner import CHUNK
 from rt_neds.wire import LEAP_MESSAGES, MAX_MESSAGE_S, BehaviourBatch, TaskEvent
 
 F4 = NDArray[np.float32]
-COUNTERS = ("shown", "hidden", "late", "skipped", "lost")
+COUNTERS = ("shown", "hidden", "beyond", "late", "skipped", "lost")
 WAITING = 1 << 14
 """Values that may wait for their bins: sixteen seconds at a kilohertz; the oldest make room."""
 PERIODS = 1.5
@@ -36,6 +36,7 @@ class _Track:
     last: tuple[int, float] = (-1, np.nan)
     hold: float = np.inf
     """Samples for which a value holds; a state of the task holds until the next."""
+    learned: tuple[float, float] = (-np.inf, np.inf)
     next_seq: int | None = None
     newest: int = -1
     counters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
@@ -53,9 +54,10 @@ class LiveBehaviours:
     Attributes
     ----------
     counters : dict of str to dict
-        By behaviour, bins in which it was ``shown`` and ``hidden``; values that came ``late``, when
-        a bin that they were for had closed; ``skipped`` ones, which were of another run, absurdly
-        far ahead, or earlier than one before them; messages ``lost``.
+        By behaviour, bins in which it was ``shown`` and ``hidden``, and shown ``beyond`` the range
+        of training; values that came ``late``, when a bin that they were for had closed;
+        ``skipped`` ones, which were of another run, absurdly far ahead, or earlier than one before
+        them; messages ``lost``.
     """
 
     def __init__(self, classes: Mapping[str, Sequence[str]]) -> None:
@@ -68,6 +70,11 @@ class LiveBehaviours:
     @property
     def counters(self) -> dict[str, dict[str, int]]:
         return {name: dict(track.counters) for name, track in self._tracks.items()}
+
+    def learned(self, ranges: Mapping[str, tuple[float, float]]) -> None:
+        """Say what range of values training saw, least and greatest, by behaviour."""
+        for name, of in ranges.items():
+            self._tracks[name].learned = of
 
     def begin_run(self, epoch: int) -> None:
         """Forget what was observed in another acquisition run."""
@@ -154,7 +161,11 @@ class LiveBehaviours:
             sample, value = track.last
             held = sample >= 0 and end - sample <= max(track.hold, width) and epoch == self._epoch
             value_M[m] = value if held and np.isfinite(value) else np.nan
-            track.counters["hidden" if np.isnan(value_M[m]) else "shown"] += 1
+            if np.isnan(value_M[m]):
+                track.counters["hidden"] += 1
+            else:
+                track.counters["shown"] += 1
+                track.counters["beyond"] += not track.learned[0] <= value <= track.learned[1]
         self._closed = end
         return value_M
 

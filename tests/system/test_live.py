@@ -122,7 +122,11 @@ def test_replay_into_serve_publishes_every_bin_once_and_equals_offline(tiny, tmp
     config = tiny_config()
     binned = bin_session(session, config.data, config.behaviour)
     raw = decode_spans(
-        build_model(run / "bundle", spec), binned, [(0, bins)], wanted=["speed", "choice"]
+        build_model(run / "bundle", spec),
+        binned,
+        [(0, bins)],
+        wanted=["speed", "choice"],
+        window=300,
     )
     at = 0
     for behaviour in spec.behaviours:

@@ -53,13 +53,18 @@ def test_a_replayed_behaviour_is_shown_and_the_rest_equals_offline(shown, tmp_pa
     by_shown = {}
     for live in ({speed.name: spec.session().scales["speed"]}, {}):
         raw = decode_spans(
-            build_model(bundle, spec), binned, [(0, binned.bins)], wanted=["choice"], live=live
+            build_model(bundle, spec),
+            binned,
+            [(0, binned.bins)],
+            wanted=["choice"],
+            window=300,
+            live=live,
         )["choice"]
         by_shown[len(live)] = to_values_TV(torch.from_numpy(raw), choice, None).numpy()
     np.testing.assert_allclose(streamed, by_shown[1], atol=1e-4)
     assert np.abs(by_shown[0] - by_shown[1]).max() > 0.001
     assert notes["status"].fields["live"]["speed"] == {
-        "shown": binned.bins, "hidden": 0, "late": 0, "skipped": 0, "lost": 0,
+        "shown": binned.bins, "hidden": 0, "beyond": 0, "late": 0, "skipped": 0, "lost": 0,
     }  # fmt: skip
     result = cli(
         "evaluate", "--bundle", str(bundle), "--session", str(path), "--live", "speed",
@@ -102,10 +107,10 @@ def test_without_it_decoding_goes_on_and_says_so(shown):
                 acquisition.send_multipart(batch(seq))
             status = rig.statuses(lambda s: s["published"] == 100)
     assert status["live"]["choice"] == {
-        "shown": 40, "hidden": 60, "late": 0, "skipped": 0, "lost": 0,
+        "shown": 40, "hidden": 60, "beyond": 0, "late": 0, "skipped": 0, "lost": 0,
     }  # fmt: skip
     assert status["source_counters"]["malformed"] == 1
-    before = {**status, "live": {"choice": {"shown": 0, "hidden": 0}}}
+    before = {**status, "live": {"choice": {"shown": 0, "hidden": 0, "beyond": 0}}}
     for second, heard in enumerate((before, status)):
         health.take(Note("status", heard), second * 1_000_000_000)
     said = [finding.says for finding in health.findings(1_000_000_000)]
