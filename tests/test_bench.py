@@ -45,8 +45,8 @@ def test_a_late_bin_counts_once_where_it_was_first_late():
         stamps = dict(sent=sent, received=received, binned=received, decoded=published)
         stamps["published"] = published
         frame = DecodedFrame(
-            probe="p", epoch=0, bin=bin, end=end, values_V=np.zeros(0, np.float32), flags=0, spikes=0, late=0,
-            unknown=0, lost=0, model="m",
+            probe="p", epoch=0, bin=bin, end=end, values_V=np.zeros(0, np.float32), flags=0,
+            spikes=0, late=0, unknown=0, lost=0, model="m",
             stamps={name: (20 * (bin + 1) + at) * ms for name, at in stamps.items()},
         )  # fmt: skip
         tally.take([frame], {"zero_ns": 0, "rate": 30_000.0})

@@ -101,7 +101,7 @@ def test_scores_are_the_written_formula(metric):
         rate = ahead_spans(model, recorded(counts), SPANS)
     else:
         each = np.eye(UNITS, dtype=bool)
-        rate = spans_without_units(model, recorded(counts), SPANS, each, each, "neuron")
+        rate = spans_without_units(model, recorded(counts), SPANS, each, each, "neuron", window=300)
     bits = [bits_per_spike_of_unit(kept(counts)[:, n], rate[:, n]) for n in range(UNITS)]
     came = predicted(ALL)[metric]
     np.testing.assert_allclose(came.bits()["bits"], bits, rtol=1e-4)

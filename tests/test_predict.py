@@ -116,7 +116,8 @@ def test_a_hidden_unit_does_not_tell_of_itself_and_others_do_in_the_same_bin():
     model, counts, each = random_model(), random_counts(), one_by_one()
 
     def unit_2(counts):
-        return spans_without_units(model, recorded(counts), SPANS, each, each, "neuron")[:, 2]
+        rate = spans_without_units(model, recorded(counts), SPANS, each, each, "neuron", window=300)
+        return rate[:, 2]
 
     before = unit_2(counts)
     own, other, later = counts.copy(), counts.copy(), counts.copy()
@@ -132,7 +133,7 @@ def test_units_nobody_asks_for_are_nan_and_a_region_is_one_pass():
     model, counts = random_model(), random_counts()
     region = np.arange(UNITS) < 3
     came = spans_without_units(
-        model, recorded(counts), SPANS, region[None], region[None], "inter_region"
+        model, recorded(counts), SPANS, region[None], region[None], "inter_region", window=300
     )
     assert np.isnan(came[:, ~region]).all()
     expected = rates(model, counts, np.ones(BINS, bool), "inter_region", region)
@@ -143,7 +144,7 @@ def test_a_unit_that_is_shown_cannot_be_asked_for():
     asked = one_by_one()
     with pytest.raises(AssertionError, match="seen"):
         spans_without_units(
-            random_model(), recorded(random_counts()), SPANS, ~asked, asked, "neuron"
+            random_model(), recorded(random_counts()), SPANS, ~asked, asked, "neuron", window=300
         )
 
 
