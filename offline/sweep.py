@@ -317,11 +317,38 @@ def _start_ray(address: str | None) -> None:
 
 def _progress(tune: Any, samples: int, quiet: bool) -> Any:
     """A bar on a terminal, nothing elsewhere, that Ray tells how trials go."""
+
+    class Shown(tune.Callback):
+        best = -math.inf
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}  # Ray pickles what it calls back, and a terminal cannot be
+
+        def setup(self, **_: Any) -> None:
+            self.bar = _bar(quiet)
+            self.task = self.bar.add_task("trials", total=samples, best="-")
+            self.bar.start()
+
+        def on_trial_result(self, result: dict[str, Any], **_: Any) -> None:
+            self.best = max(self.best, result["best"])
+            best = f"{self.best:.4f}" if math.isfinite(self.best) else "-"
+            self.bar.update(self.task, best=best)
+
+        def on_trial_complete(self, **_: Any) -> None:
+            self.bar.advance(self.task)
+
+        def on_experiment_end(self, **_: Any) -> None:
+            self.bar.stop()
+
+    return Shown()
+
+
+def _bar(quiet: bool) -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
-    bar = Progress(
+    return Progress(
         TextColumn("trials"),
         BarColumn(),
         TextColumn("{task.completed}/{task.total}  best validation score {task.fields[best]}"),
@@ -329,25 +356,6 @@ def _progress(tune: Any, samples: int, quiet: bool) -> Any:
         console=console,
         disable=quiet or not console.is_terminal,
     )
-    task = bar.add_task("trials", total=samples, best="-")
-
-    class Shown(tune.Callback):
-        best = -math.inf
-
-        def setup(self, **_: Any) -> None:
-            bar.start()
-
-        def on_trial_result(self, result: dict[str, Any], **_: Any) -> None:
-            self.best = max(self.best, result["best"])
-            bar.update(task, best=f"{self.best:.4f}" if math.isfinite(self.best) else "-")
-
-        def on_trial_complete(self, **_: Any) -> None:
-            bar.advance(task)
-
-        def on_experiment_end(self, **_: Any) -> None:
-            bar.stop()
-
-    return Shown()
 
 
 # -- command -------------------------------------------------------------------------------------
