@@ -125,6 +125,8 @@ def train(
     ):
         if not resume:
             _note(log, {"step": 0, "score": best_score, "val": best_val})
+            if on_validation is not None:
+                on_validation(0, best_score)
         while step < settings.steps:
             set_rates(optimiser, step, settings)
             # What a step draws depends on the seed and on its number, and on nothing before it.

@@ -91,7 +91,7 @@ def test_a_trial_reports_each_validation_and_leaves_a_run(base, monkeypatch, tmp
     session = str(write_session(tmp_path / "s.h5"))
     settings = {"training.learning_rate": 3e-3, "model.layers": 1}
     told, result = told_by_a_trial(monkeypatch, base, settings, [session], tmp_path / "out")
-    assert [metrics["step"] for metrics in told] == [6, 12]
+    assert [metrics["step"] for metrics in told] == [0, 6, 12]
     lines = (tmp_path / "out" / "a" / "log.jsonl").read_text().splitlines()
     scores = [entry["score"] for entry in map(json.loads, lines) if "score" in entry]
     assert [metrics["score"] for metrics in told] == scores
