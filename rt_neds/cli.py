@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import os
 import signal
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from rt_neds import __version__
 from rt_neds.errors import RtNedsError
-from rt_neds.result import write_json
+from rt_neds.result import refuse_unwritable, write_json
 
 COMMANDS = {
     "demo": ("rt_neds.demo", "see it work: simulate, train, replay into serve, measure, draw"),
@@ -34,6 +35,13 @@ COMMANDS = {
     "doctor": ("rt_neds.doctor", "say what this machine will hold, and what to change"),
 }
 """Each module has ``add_arguments(parser)`` and ``run(args)``; what run returns is for --json."""
+
+
+OF_THE_DISK = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EEXIST, errno.ENAMETOOLONG),
+)
+"""What can be wrong with a file, or with the disk it is on."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,6 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone; Python would complain once more while closing it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in OF_THE_DISK:
+            raise
+        of = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{of}{error.strerror}; name another place, or make room there", 1)
 
 
 class _Terminated(BaseException):
@@ -112,6 +125,7 @@ def _run(name: str, argv: Sequence[str]) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the result there; - for the screen")
     parser.add_argument("--quiet", action="store_true", help="no progress, no chatter")
     args = parser.parse_args(argv)
+    refuse_unwritable(args.json)
     if args.json == "-":
         # Standard output belongs to the JSON alone.
         with contextlib.redirect_stdout(sys.stderr):

@@ -24,6 +24,20 @@ def write_json(target: str, result: Any) -> None:
         raise ConfigError(f"cannot write {target} ({error.strerror}); name another file") from None
 
 
+def refuse_unwritable(target: str | None) -> None:
+    """Say so before the work, not after it, if its result could not be written.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if target is None or target == "-":
+        return
+    path = Path(target)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"cannot write {target}; name a file in a folder that exists")
+
+
 def clean(value: Any) -> Any:
     """The same for JSON, which knows no NaN: it becomes null."""
     if isinstance(value, dict):

@@ -86,6 +86,8 @@ def test_simulate_by_command_carries_its_ideal(capsys, tmp_path):
             "no such configuration",
         ),
         (["inspect", "no.h5"], "no such session file"),
+        (["inspect", "no.h5", "--json", "/no/such/folder/r.json"], "folder that exists"),
+        (["inspect", "no.h5", "--json", "/"], "folder that exists"),
         (["evaluate", "--bundle", "no", "--session", "a.h5"], "is not a bundle"),
         (["serve"], "--probe NAME and --bundle"),
         (["serve", "--probe", "p", "--bundle", "no"], "is not a bundle"),
@@ -104,6 +106,18 @@ def test_mistakes_are_told_in_one_line(capsys, args, words):
     assert err.startswith("rt-neds: ")
     assert err.count("\n") == 1
     assert words in err
+
+
+def test_a_place_that_cannot_be_written_is_one_line(capsys, tmp_path):
+    session, file = write_session(tmp_path / "s.h5", seconds=60.0), tmp_path / "taken"
+    file.write_text("")
+    config = tmp_path / "tiny.toml"
+    config.write_text(as_toml(TINY))
+    args = ["train", "--config", str(config), "--sessions", str(session), "--out", str(file)]
+    code, _out, err = run(capsys, *args, "--quiet")
+    assert code == 1
+    assert err.startswith(f"rt-neds: {file}")
+    assert err.count("\n") == 1
 
 
 def test_overview_and_version(capsys):
