@@ -101,12 +101,14 @@ def wire(calls: int) -> Case:
     return both, calls, 0.0
 
 
-SMALL, BASE = (128, 4, 4), (256, 5, 8)
+SMALL, BASE, LARGE = (128, 4, 4), (256, 5, 8), (256, 22, 8)
 CASES: dict[str, Callable[[], Case]] = {
     "step small hot": lambda: step(*SMALL, 60, 0.0),
     "step small paced": lambda: step(*SMALL, 15, PERIOD),
     "step base hot": lambda: step(*BASE, 40, 0.0),
     "step base paced": lambda: step(*BASE, 15, PERIOD),
+    "step large hot": lambda: step(*LARGE, 15, 0.0),
+    "step large paced": lambda: step(*LARGE, 15, PERIOD),
     "binner": lambda: binner(3),
     "wire": lambda: wire(200),
 }

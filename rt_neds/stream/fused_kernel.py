@@ -59,9 +59,12 @@ STREAM = np.dtype(
 its arrays."""
 SPIKES, LIVE = 1, 2
 """What a bin shows: bits of ``shown_T``."""
-AHEAD = 16384
+AHEAD = 2048
 """Bytes by which weights are fetched before their turn, into an outer cache. After a bin's sleep
 they lie in memory, which takes long, and processors do not look past a page by themselves."""
+ASKED_WORDS = 32
+"""Words of weights per fetch: outer caches fetch two lines of 64 bytes together, and asking for
+each would cost more, of weights that are in the cache already, than it gains."""
 
 # "contract" lets a product and a sum be one instruction, which rounds once less. Sums over a token
 # may also be taken in any order, or they could not be taken many lanes at a time.
@@ -135,7 +138,7 @@ class _TileWriter:
         b, byte, i32 = self.builder, ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
         prefetch = b.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        for word in range(0, self.vectors * LANES // (2 if self.half else 1), 16):
+        for word in range(0, self.vectors * LANES // (2 if self.half else 1), ASKED_WORDS):
             line = b.bitcast(b.gep(row, [self.size(word + AHEAD // 4)]), byte)
             b.call(prefetch, [line, i32(0), i32(1), i32(1)])
 
