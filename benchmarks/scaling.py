@@ -6,7 +6,8 @@ last minutes of a new animal's training split; beside it the same network from s
 
     python benchmarks/scaling.py --out runs/scaling
 
-writes ``results/scaling.json``: pretrained on -> minutes -> {scores, seconds}.
+writes ``results/scaling.json``: pretrained on -> minutes -> {scores, seconds}, and draws all that is
+in it as ``results/scaling.png``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from offline.config import TrainConfig
@@ -27,6 +29,8 @@ from rt_neds.simulate import simulate_file
 
 RESULTS = Path(__file__).resolve().parent / "results"
 UNITS, PAST_MINUTES, NEW_MINUTES, NEW_SEED = 80, 8.0, 40.0, 1000
+TRAIN_SHARE = 0.7
+DRAWN = {"wheel_speed": "wheel", "whisker": "whisker"}
 
 FOR_FEW_LABELS = (
     "masking.schemes={decoding=1.0, encoding=0.5}",
@@ -50,6 +54,41 @@ def tested(bundle: Path, session: Path) -> dict[str, dict[str, float]]:
         }
         for which in ("decoding", "ideal")
     }
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Each behaviour's score against minutes of calibration, a curve for each number of animals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    kept = NEW_MINUTES * TRAIN_SHARE
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for ax, (name, title) in zip(axes, DRAWN.items(), strict=True):
+        for shade, sessions in enumerate((0, 1, 5, 20)):
+            by_label = results.get(f"pretrained_on_{sessions}", {})
+            points = sorted(
+                (kept if label == "all" else float(label), entry["scores"][name])
+                for label, by_seed in by_label.items()
+                for entry in by_seed.values()
+            )
+            minutes = sorted({m for m, _ in points})
+            mean = [float(np.mean([r2 for m, r2 in points if m == at])) for at in minutes]
+            color = plt.get_cmap("viridis_r")(0.15 + 0.25 * shade)
+            label = f"after {sessions} other{'s' if sessions > 1 else ''}" if sessions else "alone"
+            ax.plot(minutes, mean, color=color, label=label)
+            ax.plot(*zip(*points, strict=True), "o", color=color, markersize=4)
+        ax.axhline(results["ideal"][name], color="0.5", linestyle=":", label="ideal observer")
+        ticks = (1, 2, 5, 10, 20, kept)
+        ax.set(title=title, xscale="log", xlabel="minutes of the new animal's own")
+        ax.set_xticks(ticks, [f"{m:g}" for m in ticks], minor=False)
+        ax.minorticks_off()
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set(ylabel="R2, test, streamed", ylim=(0, 0.8))
+    axes[0].legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, 0.88))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -99,6 +138,7 @@ def main() -> None:
             by_seed[f"seed_{args.seed}"] = entry
             print(sessions, label, entry, flush=True)
             path.write_text(json.dumps(results, indent=1) + "\n")
+    draw(results, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
