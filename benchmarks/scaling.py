@@ -6,8 +6,8 @@ last minutes of a new animal's training split; beside it the same network from s
 
     python benchmarks/scaling.py --out runs/scaling
 
-writes ``results/scaling.json``: pretrained on -> minutes -> {scores, seconds}, and draws all that is
-in it as ``results/scaling.png``.
+writes ``results/scaling.json``: pretrained on -> minutes -> {scores, seconds}, and draws all that
+is in it as ``results/scaling.png``.
 """
 
 from __future__ import annotations
