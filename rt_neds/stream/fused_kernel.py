@@ -59,12 +59,12 @@ STREAM = np.dtype(
 its arrays."""
 SPIKES, LIVE = 1, 2
 """What a bin shows: bits of ``shown_T``."""
-AHEAD = 2048
-"""Bytes by which weights are fetched before their turn, into an outer cache. After a bin's sleep
-they lie in memory, which takes long, and processors do not look past a page by themselves."""
-ASKED_WORDS = 32
-"""Words of weights per fetch: outer caches fetch two lines of 64 bytes together, and asking for
-each would cost more, of weights that are in the cache already, than it gains."""
+NEAR, FAR = (2048, 32), (16384, 16)
+"""Bytes by which weights are fetched before their turn, into an outer cache, and words per fetch.
+After a bin's sleep they lie in memory, which takes long, and processors do not look past a page by
+themselves. Near for two-byte weights of one token: outer caches fetch two lines of 64 bytes
+together, and asking for each costs more, of what is there already, than it gains. Far for more
+tokens, which read a part of each row at a time, and for keys and values."""
 
 # "contract" lets a product and a sum be one instruction, which rounds once less. Sums over a token
 # may also be taken in any order, or they could not be taken many lanes at a time.
@@ -138,8 +138,9 @@ class _TileWriter:
         b, byte, i32 = self.builder, ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
         prefetch = b.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        for word in range(0, self.vectors * LANES // (2 if self.half else 1), ASKED_WORDS):
-            line = b.bitcast(b.gep(row, [self.size(word + AHEAD // 4)]), byte)
+        ahead, every = NEAR if self.tokens == 1 and self.half else FAR
+        for word in range(0, self.vectors * LANES // (2 if self.half else 1), every):
+            line = b.bitcast(b.gep(row, [self.size(word + ahead // 4)]), byte)
             b.call(prefetch, [line, i32(0), i32(1), i32(1)])
 
     def multiply(self, i: Any, weights: Any, stride: Any, x: Any, x_stride: Any) -> None:
