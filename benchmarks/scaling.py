@@ -73,6 +73,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 for label, by_seed in by_label.items()
                 for entry in by_seed.values()
             )
+            if not points:
+                continue
             minutes = sorted({m for m, _ in points})
             mean = [float(np.mean([r2 for m, r2 in points if m == at])) for at in minutes]
             color = plt.get_cmap("viridis_r")(0.15 + 0.25 * shade)

@@ -206,7 +206,7 @@ class Health:
                     "is it being sent, with the epoch and samples of the spikes?",
                 )
             before = self._before("live", name)
-            shown, beyond = (now[k] - before.get(k, now[k]) for k in ("shown", "beyond"))
+            shown, beyond = (now.get(k, 0) - before.get(k, now.get(k, 0)) for k in ("shown", "beyond"))
             if beyond > BEYOND * shown:
                 yield Finding(
                     "doubtful",
