@@ -206,7 +206,8 @@ class Health:
                     "is it being sent, with the epoch and samples of the spikes?",
                 )
             before = self._before("live", name)
-            shown, beyond = (now.get(k, 0) - before.get(k, now.get(k, 0)) for k in ("shown", "beyond"))
+            shown = now["shown"] - before.get("shown", now["shown"])
+            beyond = now.get("beyond", 0) - before.get("beyond", now.get("beyond", 0))
             if beyond > BEYOND * shown:
                 yield Finding(
                     "doubtful",

@@ -93,3 +93,17 @@ def test_it_goes_into_the_read_out_and_changes_no_decision(tmp_path, linear):
     subject.binned.split_T[subject.binned.of_split("val")] = -1
     assert calibrate(model, [subject], 100) == {}
     assert all(torch.equal(kept[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_network_is_calibrated_on_windows_as_it_was_trained_on(tmp_path, monkeypatch):
+    session = write_session(tmp_path / "s.h5", seconds=300.0, units=8)
+    config = tiny_config(model={"attention": "full"}, masking={"ahead": False})
+    subject, windows = prepare(session, config), []
+
+    def noted(*args, **keywords):
+        windows.append(keywords["window"])
+        return decode_spans(*args, **keywords)
+
+    monkeypatch.setattr("offline.calibration.decode_spans", noted)
+    calibrate(build(config, [subject]).eval(), [subject], config.data.window_bins)
+    assert windows == [config.data.window_bins]
