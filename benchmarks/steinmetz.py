@@ -8,21 +8,22 @@ that read spikes. Three protocols, each with spikes up to 100, 200, 300 and 400 
     transfer        sessions 10 to 12, contiguous 60/10/30 % of trials, after sessions 1 to 9; with
                     the last 8, 16, 32 or all trials of the 60 %
 
-    python benchmarks/steinmetz.py --data ../recordings/steinmetz
+    python benchmarks/steinmetz.py --data ../recordings/steinmetz --seeds 0 1 2
 
-writes ``results/steinmetz.json``: protocol -> method -> [mean, sd over sessions], and under
+writes ``results/steinmetz.json``: protocol -> method -> [mean, sd over sessions] of the mean over
+seeds; under ``by_seed`` what each seed of a method with several had, sessions averaged; and under
 ``intervals`` 95 % intervals (test trials drawn again) of differences between methods, also of their
 mean over the four lengths of time. A further method is a function from a task to scores and one
 line in METHODS.
 
-Shape suffixes: K trials, T bins of a trial, N units, F features, B bootstrap draws.
+Shape suffixes: K trials, T bins of a trial, N units, F features, R seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -32,6 +33,7 @@ import numpy as np
 import steinmetz_network as network
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
+from steinmetz_scores import Scored, summarise
 
 from offline.baselines.rrr import Standardised, rrr, rrr_of_basis
 from rt_neds.result import machine, write_json
@@ -46,13 +48,7 @@ LABELLED = (8, 16, 32, None)
 PROTOCOLS = ("folds", "transfer")
 """What can be run; trials of equal contrast are scored with the folds."""
 
-OUTER_FOLDS, INNER_FOLDS, PAST_SESSIONS, DRAWS = 5, 4, 9, 2000
-COMPARED = (
-    *((name, "logistic") for name in ("majority", "contrasts", "rrr", "neds")),
-    *((f"{name}_pretrained", alone) for name in ("rrr", "neds") for alone in ("logistic", name)),
-    ("neds_full", "neds"),
-)
-"""Methods whose difference gets an interval: the first less the second."""
+OUTER_FOLDS, INNER_FOLDS, PAST_SESSIONS = 5, 4, 9
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,13 +96,15 @@ class Task:
     """What a method may read.
 
     ``validation`` chooses settings; where it is None, folds of ``train`` do. The sides of ``test``
-    are not to be read. ``past`` are whole sessions of other animals, to pretrain on.
+    are not to be read. ``past`` are whole sessions of other animals, to pretrain on. ``seed`` is
+    for methods that draw.
     """
 
     train: Trials
     validation: Trials | None
     test: Trials
     past: tuple[Trials, ...] = ()
+    seed: int = 0
 
 
 Scorer = Callable[[Trials], NDArray[np.float64]]
@@ -246,6 +244,15 @@ METHODS: dict[str, Callable[[Task], NDArray[np.float64]]] = {
 PRETRAINED = ("rrr_pretrained", "neds_pretrained")
 """Methods that need past sessions."""
 
+SEEDED = ("neds", "neds_pretrained", "neds_full")
+"""Methods that draw, and are run with each seed."""
+
+
+def scores_RK(name: str, task: Task, seeds: Sequence[int]) -> NDArray[np.float64]:
+    """What a method says of the test trials, with each seed if it draws."""
+    drawn = seeds if name in SEEDED else seeds[:1]
+    return np.stack([METHODS[name](replace(task, seed=seed)) for seed in drawn])
+
 
 # -- what the methods share ----------------------------------------------------------------------
 
@@ -307,43 +314,50 @@ def folds(trials: int, count: int) -> list[tuple[NDArray[np.int64], NDArray[np.i
 
 # -- protocols -----------------------------------------------------------------------------------
 
-Scored = tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]
-"""Sides of a session's test trials, and each method's scores of them."""
 
-
-def by_folds(trials: Trials, names: Iterable[str]) -> Scored:
+def by_folds(trials: Trials, names: Iterable[str], seeds: Sequence[int] = (0,)) -> Scored:
     """Each session by itself: every trial scored by the folds without it."""
-    scores = {name: np.zeros(len(trials)) for name in names if name not in PRETRAINED}
-    for kept, held in folds(len(trials), OUTER_FOLDS):
-        task = Task(trials[kept], None, trials[held])
-        for name, score_K in scores.items():
-            score_K[held] = METHODS[name](task)
-    return trials.side_K, scores
+    tasks = [
+        Task(trials[kept], None, trials[held]) for kept, held in folds(len(trials), OUTER_FOLDS)
+    ]  # contiguous, in order: together they are the session
+    return trials.side_K, {
+        name: np.concatenate([scores_RK(name, task, seeds) for task in tasks], axis=1)
+        for name in names
+        if name not in PRETRAINED
+    }
 
 
 def by_transfer(
-    trials: Trials, past: tuple[Trials, ...], labelled: int | None, names: Iterable[str]
+    trials: Trials,
+    past: tuple[Trials, ...],
+    labelled: int | None,
+    names: Iterable[str],
+    seeds: Sequence[int] = (0,),
 ) -> Scored:
     """A new session after past ones, with the last few labels before its validation trials."""
     cuts = [round(len(trials) * share) for share in (0.6, 0.7)]
     first = 0 if labelled is None else max(0, cuts[0] - labelled)
     train, validation = trials[first : cuts[0]], trials[cuts[0] : cuts[1]]
     task = Task(train, validation, trials[cuts[1] :], past)
-    return task.test.side_K, {name: METHODS[name](task) for name in names}
+    return task.test.side_K, {name: scores_RK(name, task, seeds) for name in names}
 
 
 def run(
-    sessions: list[Trials], ms: int, names: list[str], protocols: Collection[str] = PROTOCOLS
+    sessions: list[Trials],
+    ms: int,
+    names: list[str],
+    protocols: Collection[str] = PROTOCOLS,
+    seeds: Sequence[int] = (0,),
 ) -> dict[str, list[Scored]]:
     """Scores of the protocols with spikes up to so long after the stimulus, by session."""
     cut, found = [trials.until(ms) for trials in sessions], {}
     if "folds" in protocols:
-        found[f"folds/{ms}ms"] = [by_folds(trials, names) for trials in cut]
+        found[f"folds/{ms}ms"] = [by_folds(trials, names, seeds) for trials in cut]
         found[f"equal_contrast/{ms}ms"] = [equal_contrasts(cut, found[f"folds/{ms}ms"])]
     past, new = tuple(cut[:PAST_SESSIONS]), cut[PAST_SESSIONS:]
     for k in LABELLED if "transfer" in protocols else ():
         protocol = f"transfer/{ms}ms/k={k or 'all'}"
-        found[protocol] = [by_transfer(trials, past, k, names) for trials in new]
+        found[protocol] = [by_transfer(trials, past, k, names, seeds) for trials in new]
     return found
 
 
@@ -352,82 +366,21 @@ def equal_contrasts(sessions: list[Trials], scored: list[Scored]) -> Scored:
     equal = [trials.contrast_K2[:, 0] == trials.contrast_K2[:, 1] for trials in sessions]
     side_K = np.concatenate([side[use] for use, (side, _) in zip(equal, scored, strict=True)])
     return side_K, {
-        name: np.concatenate([of[name][use] for use, (_, of) in zip(equal, scored, strict=True)])
+        name: np.concatenate(
+            [of[name][:, use] for use, (_, of) in zip(equal, scored, strict=True)], axis=1
+        )
         for name in scored[0][1]
     }
 
 
-# -- scores --------------------------------------------------------------------------------------
-
-
-def balanced_accuracy(side_K: NDArray, score_K: NDArray, weight_BK: NDArray) -> NDArray[np.float64]:
-    """Mean recall of both sides; ``weight_BK`` counts the trials; a score of 0 is half right."""
-    right_K = 0.5 * (1.0 + np.sign(score_K) * side_K)
-    with np.errstate(invalid="ignore"):
-        recall = [
-            (weight_BK[:, side_K == side] @ right_K[side_K == side])
-            / weight_BK[:, side_K == side].sum(axis=1)
-            for side in (-1.0, 1.0)
-        ]
-    return np.mean(recall, axis=0)
-
-
-def auc(side_K: NDArray, score_K: NDArray, weight_BK: NDArray) -> NDArray[np.float64]:
-    """Chance that a right trial scores above a left one, ties by half; weights as above."""
-    left, right = side_K < 0, side_K > 0
-    above = 0.5 * (1.0 + np.sign(score_K[right][:, None] - score_K[left][None, :]))
-    pairs_B = np.einsum(
-        "br,rl,bl->b", weight_BK[:, right], above, weight_BK[:, left], optimize=True
-    )
-    with np.errstate(invalid="ignore"):
-        return pairs_B / (weight_BK[:, right].sum(axis=1) * weight_BK[:, left].sum(axis=1))
-
-
-METRICS = {"balanced_accuracy": balanced_accuracy, "auc": auc}
-
-
-def summarise(found: dict[str, list[Scored]]) -> dict[str, Any]:
-    """Means and sds over sessions, and intervals of differences, by protocol and metric."""
-    scores: dict[str, Any] = {}
-    differences: dict[str, dict[str, list[NDArray]]] = {}
-    for protocol, scored in found.items():
-        rng = np.random.default_rng(0)  # the same draws of the same trials in each protocol
-        draws = [rng.multinomial(len(s), np.full(len(s), 1 / len(s)), DRAWS) for s, _ in scored]
-        for label, metric in METRICS.items():
-            drawn_B: dict[str, NDArray] = {}
-            for name in scored[0][1]:
-                point_of = [metric(s, of[name], np.ones((1, len(s))))[0] for s, of in scored]
-                drawn = [metric(s, of[name], w) for (s, of), w in zip(scored, draws, strict=True)]
-                drawn_B[name] = np.nanmean(drawn, axis=0)
-                # Pooled trials have no sessions to spread over: their sd is the bootstrap's.
-                sd = np.std(point_of) if len(point_of) > 1 else np.nanstd(drawn_B[name])
-                entry = [round(float(np.mean(point_of)), 4), round(float(sd), 4)]
-                scores.setdefault(f"{protocol}/{label}", {})[name] = entry
-            kind, _, *labelled = protocol.split("/")
-            for name, other in COMPARED:
-                if name in drawn_B and other in drawn_B:
-                    for key in (protocol, "/".join([kind, "mean", *labelled])):
-                        of_key = differences.setdefault(f"{key}/{label}", {})
-                        of_key.setdefault(f"{name} - {other}", []).append(
-                            drawn_B[name] - drawn_B[other]
-                        )
-    return {**scores, "intervals": {key: _intervals(of) for key, of in differences.items()}}
-
-
-def _intervals(differences: dict[str, list[NDArray]]) -> dict[str, list[float]]:
-    """The middle 95 % of drawn differences, of their mean where there are several."""
-    found = {}
-    for pair, drawn in differences.items():
-        between = np.nanpercentile(np.mean(drawn, axis=0), [2.5, 97.5])
-        found[pair] = [round(float(end), 4) for end in between]
-    return found
+# -- the file ------------------------------------------------------------------------------------
 
 
 def beside_others(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
     """Scores, beside those in a file of protocols that were not run now."""
     old = json.loads(path.read_text()) if path.is_file() else {}
-    intervals = {**old.get("intervals", {}), **scores["intervals"]}
-    return {**old, **scores, "intervals": intervals, "machine": machine()}
+    kept = {part: {**old.get(part, {}), **scores[part]} for part in ("by_seed", "intervals")}
+    return {**old, **scores, **kept, "machine": machine()}
 
 
 def main() -> None:
@@ -436,12 +389,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     args = parser.parse_args()
     sessions = [load_trials(args.data / f"session{n:02d}.h5") for n in range(1, 13)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[Scored]] = {}
     for ms in UNTIL_MS:  # written at each, so that a long run cut short leaves what it had
-        found |= run(sessions, ms, args.methods, args.protocols)
+        found |= run(sessions, ms, args.methods, args.protocols, args.seeds)
         write_json(str(args.out), beside_others(args.out, summarise(found)))
         print(f"spikes up to {ms} ms: written to {args.out}", flush=True)
 

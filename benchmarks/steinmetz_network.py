@@ -68,8 +68,8 @@ def write_trials(
         data.to_hdf5(file)
 
 
-@lru_cache(maxsize=1)
-def pretrained(past: tuple[Path, ...], load: Any) -> Path:
+@lru_cache
+def pretrained(past: tuple[Path, ...], load: Any, seed: int) -> Path:
     """A bundle of past sessions, the last fifth of each its validation."""
     folder = Path(tempfile.mkdtemp(prefix="steinmetz-"))
     paths = []
@@ -80,7 +80,8 @@ def pretrained(past: tuple[Path, ...], load: Any) -> Path:
         splits = {"train": order[:cut], "val": order[cut:]}
         write_trials(path, trials.path.stem, trials.counts_KTN, trials.side_K, splits)
         paths.append(str(path))
-    config = config_of(f"training.steps={PRETRAINING_STEPS}", "training.validate_every=100")
+    changes = (f"training.steps={PRETRAINING_STEPS}", "training.validate_every=100")
+    config = config_of(*changes, f"training.seed={seed}")
     return Path(train(config, paths, folder / "run")["bundle"])
 
 
@@ -110,9 +111,10 @@ def scores_KT(
     else:
         val_K = np.array([place[int(i)] for i in task.validation.index_K], int)
     bins = whole.counts_KTN.shape[1]
+    changes = (*changes, f"training.seed={task.seed}")
     key = (task.test.path, tuple(train_K), tuple(test_K), bool(past), bins, changes)
     if key not in _scores:
-        init = pretrained(past, load) if past else None
+        init = pretrained(past, load, task.seed) if past else None
         _scores[key] = _trained(whole, train_K, val_K, test_K, init, changes)
     return _scores[key]
 

@@ -14,7 +14,7 @@ import numpy as np
 from rt_neds.bench_input import SIZES, poisson_session, random_bundle
 from rt_neds.bench_step import bench_step, paced
 from rt_neds.errors import ConfigError
-from rt_neds.latency import Tally
+from rt_neds.latency import Tally, stolen_ms
 from rt_neds.result import machine
 
 BLOCK_S = 10.0
@@ -45,7 +45,8 @@ def bench_latency(
     -------
     dict
         As ``rt-neds bench latency --json``; ``missed`` counts bins that came more than one bin
-        width after their end, or never; ``late_when`` where those that came were first late.
+        width after their end, or never; ``late_when`` where those that came were first late;
+        ``stolen_ms`` what the host of a virtual machine took from it meanwhile.
     """
     from rt_neds.bundle import load_spec
 
@@ -71,7 +72,9 @@ def bench_latency(
         f"{len(spec.behaviours)} behaviours",
         "control_missed": control_missed,
         "control_late_when": control.late_when,
+        "control_stolen_ms": control.stolen_ms,
         **report,
+        "stolen_ms": decoded.stolen_ms,
         "terms": terms(report, control_missed, statistics.median(paced_step.us) / 1e3),
     }
 
@@ -154,13 +157,14 @@ def _in_turns(
             ready(listener, child)
         for turn in range(2 * turns):
             which = turn % 2
-            out = file.with_suffix(f".{turn}.json")
+            out, before = file.with_suffix(f".{turn}.json"), stolen_ms()
             sending = start_replay(
                 "--session", str(file), "--probe", probes[which],
                 "--bind", f"tcp://127.0.0.1:{spikes}", out=out,
             )  # fmt: skip
             frames, _ = collect(listeners[which], sending)
             tallies[which].take(frames, finish_replay(sending, out))
+            tallies[which].steal(before, stolen_ms())
             between()
     for listener in listeners:
         listener.close()
@@ -267,8 +271,8 @@ def show(result: dict[str, Any]) -> None:
             f"{result['missed']} later than a bin or never (control {result['control_missed']}), "
             f"{result['lost']} messages lost"
         )
-        console.print(late_line("decoded", result["late_when"]))
-        console.print(late_line("control", result["control_late_when"]))
+        for path, of in (("decoded", ""), ("control", "control_")):
+            console.print(late_line(path, result[f"{of}late_when"], result[f"{of}stolen_ms"]))
         for line in term_lines(result["terms"]):
             console.print(line)
     else:
@@ -278,9 +282,10 @@ def show(result: dict[str, Any]) -> None:
         )
 
 
-def late_line(path: str, late_when: dict[str, int]) -> str:
-    """Where the late bins of a path were first late."""
-    return f"{path}: " + ", ".join(f"{n} late when {stage}" for stage, n in late_when.items())
+def late_line(path: str, late_when: dict[str, int], stolen: float | None) -> str:
+    """Where the late bins of a path were first late, and what the machine was without."""
+    line = f"{path}: " + ", ".join(f"{n} late when {stage}" for stage, n in late_when.items())
+    return line if stolen is None else f"{line}; {stolen:.0f} ms of processor stolen by the host"
 
 
 def term_lines(said: dict[str, Any]) -> list[str]:

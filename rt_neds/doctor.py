@@ -15,6 +15,7 @@ import numpy as np
 
 from rt_neds.bench_step import paced, percentiles, timed
 from rt_neds.errors import ConfigError
+from rt_neds.latency import stolen_ms
 from rt_neds.result import machine
 from rt_neds.serve import quiet_machine
 
@@ -54,9 +55,11 @@ def processor(about: dict[str, Any], proc: Path = Path("/proc")) -> Iterator[Fin
     do = "end other programs: serve wants a core of its own beside the acquisition's"
     yield Finding(what="processor", found=found, good=not busy, do=do if busy else "")
     if "hypervisor" in (_read(proc / "cpuinfo") or ""):
+        stolen, up_s = stolen_ms(proc), _read(proc / "uptime")
+        told = f", whose host took {stolen:.0f} ms" if stolen is not None else ""
         yield Finding(
             what="virtual machine",
-            found="yes",
+            found="yes" + told + (f" in {float(up_s.split()[0]):.0f} s" if told and up_s else ""),
             good=False,
             do="run on the bare machine: what its other guests do shows in the longest latencies",
         )

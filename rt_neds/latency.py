@@ -6,6 +6,8 @@ cannot hide: what waits during it is as late as it is, not as late as it looked 
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from hdrh.histogram import HdrHistogram
@@ -16,6 +18,19 @@ LONGEST_NS = 3_600_000_000_000
 
 STAGES = ("sent", "received", "published")
 """Where a bin can first be late: at the sender, on its way or waking us, and in our hands."""
+
+
+def stolen_ms(proc: Path = Path("/proc")) -> float | None:
+    """Processor time that the host of a virtual machine gave to others, all cores, since the start.
+
+    None where the system does not say (Linux does, in ``/proc/stat``, to 10 ms). What is stolen
+    stops every thread on that core, whatever its priority.
+    """
+    try:
+        with (proc / "stat").open() as file:
+            return int(file.readline().split()[8]) * 1000.0 / os.sysconf("SC_CLK_TCK")
+    except (OSError, IndexError, ValueError):
+        return None
 
 
 class Latency:
@@ -62,6 +77,7 @@ class Tally:
     def __init__(self, bin_ms: float) -> None:
         self.bins = self.repeated = self.missed = self.late_spikes = self.lost = 0
         self.late_when = dict.fromkeys(STAGES, 0)
+        self.stolen_ms: float | None = 0.0
         self.receive_to_publish, self.decode = Latency(), Latency()
         self.bin_end_to_publish = Latency()
         self._bin_ns = bin_ms * 1e6
@@ -87,6 +103,13 @@ class Tally:
             if late:
                 self.missed += 1
                 self.late_when[late[0]] += 1
+
+    def steal(self, before: float | None, after: float | None) -> None:
+        """Add what was stolen from the machine during a turn; see :func:`stolen_ms`."""
+        if self.stolen_ms is None or before is None or after is None:
+            self.stolen_ms = None
+        else:
+            self.stolen_ms += after - before
 
     def report(self, control: Tally, expected: int) -> dict[str, Any]:
         """What ``rt-neds bench latency`` says of this path, beside its control.

@@ -1,5 +1,7 @@
 """What bench concludes from what it measured."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,7 @@ from rt_neds.bench_input import random_bundle
 from rt_neds.bench_step import bench_step, paced, percentiles
 from rt_neds.bundle import load_spec
 from rt_neds.frames import DecodedFrame
-from rt_neds.latency import Tally
+from rt_neds.latency import Tally, stolen_ms
 
 
 def report(p50, p99_9, missed, control_p50=0.3, control_p99_9=2.0):
@@ -54,9 +56,24 @@ def test_a_late_bin_counts_once_where_it_was_first_late():
     report = tally.report(tally, expected=7)
     assert report["missed"] == 4 + 1  # one never came
     assert report["late_when"] == tally.late_when
-    assert late_line("decoded", tally.late_when) == (
-        "decoded: 2 late when sent, 1 late when received, 1 late when published"
-    )
+    line = "decoded: 2 late when sent, 1 late when received, 1 late when published"
+    assert late_line("decoded", tally.late_when, None) == line
+    assert late_line("decoded", tally.late_when, 20.0).startswith(line + "; 20 ms of")
+
+
+def test_what_a_host_took_is_told_or_not_known(tmp_path):
+    assert stolen_ms(tmp_path) is None
+    (tmp_path / "stat").write_text("cpu 1 2 3 4 5 6 7\n")  # a kernel that does not say
+    assert stolen_ms(tmp_path) is None
+    (tmp_path / "stat").write_text("cpu 1 2 3 4 5 6 7 250 9 0\ncpu0 1\n")
+    assert stolen_ms(tmp_path) == 250_000 / os.sysconf("SC_CLK_TCK")
+    tally = Tally(bin_ms=20.0)
+    tally.steal(100.0, 130.0)
+    tally.steal(200.0, 210.0)
+    assert tally.stolen_ms == 40.0
+    tally.steal(None, None)
+    tally.steal(200.0, 210.0)
+    assert tally.stolen_ms is None
 
 
 def test_paced_steps_take_turns_and_are_all_timed():

@@ -28,6 +28,13 @@ def steinmetz():
 
 
 @pytest.fixture
+def scores(steinmetz):
+    import steinmetz_scores
+
+    return steinmetz_scores
+
+
+@pytest.fixture
 def trials(steinmetz):
     """Sixty trials: units 0 and 1 say the side from 200 ms on, and contrasts say nothing."""
     rng = np.random.default_rng(0)
@@ -77,8 +84,8 @@ def test_spikes_are_counted_from_the_stimulus_and_only_go_trials_kept(steinmetz,
 @pytest.mark.parametrize("name", ["logistic", "rrr"])
 def test_methods_decode_spikes_as_far_as_they_may_read(steinmetz, trials, name):
     def score(ms: int) -> float:
-        side_K, scores = steinmetz.by_folds(trials.until(ms), [name])
-        return roc_auc_score(side_K, scores[name])
+        side_K, found = steinmetz.by_folds(trials.until(ms), [name])
+        return roc_auc_score(side_K, found[name][0])
 
     assert score(400) > 0.9
     assert score(200) < 0.7
@@ -140,13 +147,13 @@ def test_logistic_in_the_span_of_the_trials_is_the_whole_one(steinmetz, trials):
     np.testing.assert_allclose(found, expected, atol=2e-3)
 
 
-def test_scores_are_those_of_scikit_learn_also_when_drawn_again(steinmetz):
+def test_scores_are_those_of_scikit_learn_also_when_drawn_again(scores):
     rng = np.random.default_rng(1)
     side_K = np.where(rng.random(40) < 0.4, 1.0, -1.0)
     score_K = np.round(side_K * 0.4 + rng.normal(size=40), 1) + 0.03
     weight_BK = rng.multinomial(40, np.full(40, 1 / 40), 5)
-    balanced = steinmetz.balanced_accuracy(side_K, score_K, weight_BK)
-    area = steinmetz.auc(side_K, score_K, weight_BK)
+    balanced = scores.balanced_accuracy(side_K, score_K, weight_BK)
+    area = scores.auc(side_K, score_K, weight_BK)
     for b, weight_K in enumerate(weight_BK):
         drawn = np.repeat(np.arange(40), weight_K)
         guess = np.where(score_K[drawn] > 0, 1, -1)
@@ -154,24 +161,28 @@ def test_scores_are_those_of_scikit_learn_also_when_drawn_again(steinmetz):
         assert area[b] == pytest.approx(roc_auc_score(side_K[drawn], score_K[drawn]))
 
 
-def test_summary_gives_spread_and_an_interval_of_the_difference(steinmetz):
+def test_summary_gives_spread_and_an_interval_of_the_difference(scores):
     rng = np.random.default_rng(2)
     scored = []
     for _ in range(4):
         side_K = np.where(rng.random(50) < 0.5, 1.0, -1.0)
-        good = side_K + 0.3 * rng.normal(size=50)
-        bad = 0.2 * side_K + rng.normal(size=50)
-        scored.append((side_K, {"logistic": bad, "rrr": good, "majority": np.ones(50)}))
-    summary = steinmetz.summarise({"folds/400ms": scored})
+        good = side_K + 0.3 * rng.normal(size=(1, 50))
+        bad = 0.2 * side_K + rng.normal(size=(2, 50))
+        scored.append((side_K, {"logistic": bad, "rrr": good, "majority": np.ones((1, 50))}))
+    summary = scores.summarise({"folds/400ms": scored})
     entry = summary["folds/400ms/auc"]
-    each = [roc_auc_score(side, of["logistic"]) for side, of in scored]
-    assert entry["logistic"] == pytest.approx([np.mean(each), np.std(each)], abs=1e-4)
+    each_MR = np.array([[roc_auc_score(s, of) for of in sc["logistic"]] for s, sc in scored])
+    expected = [each_MR.mean(), each_MR.mean(axis=1).std()]
+    assert entry["logistic"] == pytest.approx(expected, abs=1e-4)
+    by_seed = summary["by_seed"]["folds/400ms/auc"]
+    assert list(by_seed) == ["logistic"]  # the others drew nothing
+    assert by_seed["logistic"] == pytest.approx(each_MR.mean(axis=0), abs=1e-4)
     assert summary["folds/400ms/balanced_accuracy"]["majority"][0] == 0.5
     low, high = summary["intervals"]["folds/400ms/auc"]["rrr - logistic"]
     assert 0 < low < entry["rrr"][0] - entry["logistic"][0] < high
-    twice = steinmetz.summarise({"folds/300ms": scored, "folds/400ms": scored})["intervals"]
+    twice = scores.summarise({"folds/300ms": scored, "folds/400ms": scored})["intervals"]
     assert twice["folds/mean/auc"]["rrr - logistic"] == [low, high]  # the trials drawn are the same
-    pooled = steinmetz.summarise({"equal_contrast/400ms": scored[:1]})
+    pooled = scores.summarise({"equal_contrast/400ms": scored[:1]})
     assert pooled["equal_contrast/400ms/auc"]["logistic"][1] > 0
 
 
@@ -195,3 +206,15 @@ def test_a_run_pretrains_on_nine_sessions_and_tests_on_the_others(steinmetz, tri
         assert len(task.past) == 9
         assert {t.counts_KTN.shape[1] for t in (*task.past, task.train, task.test)} == {10}
     assert [len(task.train) for task in asked[::2]] == [8, 16, 32, 36]
+
+
+def test_only_what_draws_is_run_with_each_seed(steinmetz, trials, monkeypatch):
+    asked = {"neds": [], "rrr": []}
+    for name, seeds in asked.items():
+        monkeypatch.setitem(
+            steinmetz.METHODS, name, lambda t, s=seeds: s.append(t.seed) or np.full(18, t.seed)
+        )
+    _, found = steinmetz.by_transfer(trials, (), None, ["neds", "rrr"], seeds=(3, 5))
+    assert asked == {"neds": [3, 5], "rrr": [3]}
+    assert found["neds"].tolist() == [[3] * 18, [5] * 18]
+    assert found["rrr"].shape == (1, 18)

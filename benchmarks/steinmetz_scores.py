@@ -1,0 +1,102 @@
+"""How well left is told from right: scores, their spread over sessions and seeds, intervals.
+
+Shape suffixes: K trials, B bootstrap draws, R seeds, M sessions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Scored = tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]
+"""Sides of a session's test trials, and each method's scores of them, (R, K)."""
+
+DRAWS = 2000
+"""Times that test trials are drawn again for an interval."""
+
+COMPARED = (
+    *((name, "logistic") for name in ("majority", "contrasts", "rrr", "neds")),
+    *((f"{name}_pretrained", alone) for name in ("rrr", "neds") for alone in ("logistic", name)),
+    ("neds_full", "neds"),
+)
+"""Methods whose difference gets an interval: the first less the second."""
+
+
+def balanced_accuracy(side_K: NDArray, score_K: NDArray, weight_BK: NDArray) -> NDArray[np.float64]:
+    """Mean recall of both sides; ``weight_BK`` counts the trials; a score of 0 is half right."""
+    right_K = 0.5 * (1.0 + np.sign(score_K) * side_K)
+    with np.errstate(invalid="ignore"):
+        recall = [
+            (weight_BK[:, side_K == side] @ right_K[side_K == side])
+            / weight_BK[:, side_K == side].sum(axis=1)
+            for side in (-1.0, 1.0)
+        ]
+    return np.mean(recall, axis=0)
+
+
+def auc(side_K: NDArray, score_K: NDArray, weight_BK: NDArray) -> NDArray[np.float64]:
+    """Chance that a right trial scores above a left one, ties by half; weights as above."""
+    left, right = side_K < 0, side_K > 0
+    above = 0.5 * (1.0 + np.sign(score_K[right][:, None] - score_K[left][None, :]))
+    pairs_B = np.einsum(
+        "br,rl,bl->b", weight_BK[:, right], above, weight_BK[:, left], optimize=True
+    )
+    with np.errstate(invalid="ignore"):
+        return pairs_B / (weight_BK[:, right].sum(axis=1) * weight_BK[:, left].sum(axis=1))
+
+
+METRICS = {"balanced_accuracy": balanced_accuracy, "auc": auc}
+
+
+def summarise(found: dict[str, list[Scored]]) -> dict[str, Any]:
+    """Means and sds over sessions, seeds' own, and intervals of differences, all by protocol."""
+    scores: dict[str, Any] = {}
+    by_seed: dict[str, dict[str, list[float]]] = {}
+    differences: dict[str, dict[str, list[NDArray]]] = {}
+    for protocol, scored in found.items():
+        rng = np.random.default_rng(0)  # the same draws of the same trials in each protocol
+        draws = [rng.multinomial(len(s), np.full(len(s), 1 / len(s)), DRAWS) for s, _ in scored]
+        for label, metric in METRICS.items():
+            place, drawn_B = f"{protocol}/{label}", {}
+            for name in scored[0][1]:
+                point_RM = np.stack([_points(metric, s, of[name]) for s, of in scored], axis=1)
+                drawn_MB = [
+                    np.mean([metric(s, score_K, w) for score_K in of[name]], axis=0)
+                    for (s, of), w in zip(scored, draws, strict=True)
+                ]
+                drawn_B[name] = np.nanmean(drawn_MB, axis=0)
+                # Pooled trials have no sessions to spread over: their sd is the bootstrap's.
+                sd = point_RM.mean(axis=0).std() if len(scored) > 1 else np.nanstd(drawn_B[name])
+                entry = [round(float(point_RM.mean()), 4), round(float(sd), 4)]
+                scores.setdefault(place, {})[name] = entry
+                if len(point_RM) > 1:
+                    each = point_RM.mean(axis=1).round(4).tolist()
+                    by_seed.setdefault(place, {})[name] = each
+            kind, _, *labelled = protocol.split("/")
+            for name, other in COMPARED:
+                if name in drawn_B and other in drawn_B:
+                    for key in (protocol, "/".join([kind, "mean", *labelled])):
+                        of_key = differences.setdefault(f"{key}/{label}", {})
+                        of_key.setdefault(f"{name} - {other}", []).append(
+                            drawn_B[name] - drawn_B[other]
+                        )
+    intervals = {key: _intervals(of) for key, of in differences.items()}
+    return {**scores, "by_seed": by_seed, "intervals": intervals}
+
+
+def _points(metric: Callable[..., NDArray], side_K: NDArray, score_RK: NDArray) -> NDArray:
+    """A session's score with each seed."""
+    every = np.ones((1, len(side_K)))
+    return np.array([metric(side_K, score_K, every)[0] for score_K in score_RK])
+
+
+def _intervals(differences: dict[str, list[NDArray]]) -> dict[str, list[float]]:
+    """The middle 95 % of drawn differences, of their mean where there are several."""
+    found = {}
+    for pair, drawn in differences.items():
+        between = np.nanpercentile(np.mean(drawn, axis=0), [2.5, 97.5])
+        found[pair] = [round(float(end), 4) for end in between]
+    return found
