@@ -13,8 +13,8 @@ that read spikes. Three protocols, each with spikes up to 100, 200, 300 and 400 
 writes ``results/steinmetz.json``: protocol -> method -> [mean, sd over sessions] of the mean over
 seeds; under ``by_seed`` what each seed of a method with several had, sessions averaged; and under
 ``intervals`` 95 % intervals (test trials drawn again) of differences between methods, also of their
-mean over the four lengths of time. A further method is a function from a task to scores and one
-line in METHODS.
+mean over the four lengths of time. Each method's [mean, sd over seeds] goes into ``accuracy.json``
+beside it. A further method is a function from a task to scores and one line in METHODS.
 
 Shape suffixes: K trials, T bins of a trial, N units, F features, R seeds.
 """
@@ -22,7 +22,6 @@ Shape suffixes: K trials, T bins of a trial, N units, F features, R seeds.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -33,10 +32,10 @@ import numpy as np
 import steinmetz_network as network
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
-from steinmetz_scores import Scored, summarise
+from steinmetz_scores import Scored, among_all, beside_others, summarise
 
 from offline.baselines.rrr import Standardised, rrr, rrr_of_basis
-from rt_neds.result import machine, write_json
+from rt_neds.result import write_json
 from rt_neds.session import load_session
 
 RESULTS = Path(__file__).resolve().parent / "results" / "steinmetz.json"
@@ -373,16 +372,6 @@ def equal_contrasts(sessions: list[Trials], scored: list[Scored]) -> Scored:
     }
 
 
-# -- the file ------------------------------------------------------------------------------------
-
-
-def beside_others(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
-    """Scores, beside those in a file of protocols that were not run now."""
-    old = json.loads(path.read_text()) if path.is_file() else {}
-    kept = {part: {**old.get(part, {}), **scores[part]} for part in ("by_seed", "intervals")}
-    return {**old, **scores, **kept, "machine": machine()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of session01..12.h5")
@@ -396,7 +385,10 @@ def main() -> None:
     found: dict[str, list[Scored]] = {}
     for ms in UNTIL_MS:  # written at each, so that a long run cut short leaves what it had
         found |= run(sessions, ms, args.methods, args.protocols, args.seeds)
-        write_json(str(args.out), beside_others(args.out, summarise(found)))
+        scores = summarise(found)
+        write_json(str(args.out), beside_others(args.out, scores))
+        accuracy = args.out.with_name("accuracy.json")
+        write_json(str(accuracy), among_all(accuracy, scores))
         print(f"spikes up to {ms} ms: written to {args.out}", flush=True)
 
 

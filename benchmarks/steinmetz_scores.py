@@ -5,11 +5,15 @@ Shape suffixes: K trials, B bootstrap draws, R seeds, M sessions.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from rt_neds.result import machine
 
 Scored = tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]
 """Sides of a session's test trials, and each method's scores of them, (R, K)."""
@@ -100,3 +104,26 @@ def _intervals(differences: dict[str, list[NDArray]]) -> dict[str, list[float]]:
         between = np.nanpercentile(np.mean(drawn, axis=0), [2.5, 97.5])
         found[pair] = [round(float(end), 4) for end in between]
     return found
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def beside_others(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
+    """Scores, beside those in a file of protocols that were not run now."""
+    old = json.loads(path.read_text()) if path.is_file() else {}
+    kept = {part: {**old.get(part, {}), **scores[part]} for part in ("by_seed", "intervals")}
+    return {**old, **scores, **kept, "machine": machine()}
+
+
+def among_all(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
+    """The file of all recordings' scores with ours in it: dataset, protocol, method, target."""
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    ours = results.setdefault("steinmetz", {})
+    for place in [key for key in scores if key not in ("by_seed", "intervals")]:
+        protocol, metric = place.rsplit("/", 1)
+        for method, (mean, _) in scores[place].items():
+            each = scores["by_seed"].get(place, {}).get(method, [mean])
+            entry = ours.setdefault(protocol, {}).setdefault(method, {})
+            entry |= {metric: [mean, round(float(np.std(each)), 4)], "seeds": len(each)}
+    return results

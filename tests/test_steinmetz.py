@@ -161,7 +161,7 @@ def test_scores_are_those_of_scikit_learn_also_when_drawn_again(scores):
         assert area[b] == pytest.approx(roc_auc_score(side_K[drawn], score_K[drawn]))
 
 
-def test_summary_gives_spread_and_an_interval_of_the_difference(scores):
+def test_summary_gives_spread_and_an_interval_of_the_difference(scores, tmp_path):
     rng = np.random.default_rng(2)
     scored = []
     for _ in range(4):
@@ -178,6 +178,16 @@ def test_summary_gives_spread_and_an_interval_of_the_difference(scores):
     assert list(by_seed) == ["logistic"]  # the others drew nothing
     assert by_seed["logistic"] == pytest.approx(each_MR.mean(axis=0), abs=1e-4)
     assert summary["folds/400ms/balanced_accuracy"]["majority"][0] == 0.5
+    path = tmp_path / "accuracy.json"
+    path.write_text('{"rat": {"a": 1}, "steinmetz": {"folds/400ms": {"neds": {"auc": [1, 0]}}}}')
+    shown = scores.among_all(path, summary)
+    assert shown["rat"] == {"a": 1}
+    of = shown["steinmetz"]["folds/400ms"]
+    assert of["neds"] == {"auc": [1, 0]}
+    assert of["logistic"]["seeds"] == 2
+    expected = [each_MR.mean(), each_MR.mean(axis=0).std()]
+    assert of["logistic"]["auc"] == pytest.approx(expected, abs=1e-4)
+    assert of["rrr"]["auc"] == [entry["rrr"][0], 0.0]
     low, high = summary["intervals"]["folds/400ms/auc"]["rrr - logistic"]
     assert 0 < low < entry["rrr"][0] - entry["logistic"][0] < high
     twice = scores.summarise({"folds/300ms": scored, "folds/400ms": scored})["intervals"]
