@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from kernels import BEHAVIOURS, SIZES, make_model, take_turns
+from kernels import BEHAVIOURS, SIZES, make_model
+from turns import take_turns
 
 from rt_neds.errors import ConfigError
 from rt_neds.result import machine, write_json

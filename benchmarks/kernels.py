@@ -20,8 +20,7 @@ import argparse
 import itertools
 import json
 import platform
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +28,23 @@ import msgspec
 import numba
 import numpy as np
 import torch
-import zmq
+from ingest import bench_counting, bench_messages
 from numpy.typing import NDArray
 from peers import make_gru, make_poyo, make_ridge
 from rich.console import Console
 from rich.table import Table
+from turns import Contestant, pace, take_turns
 
-from rt_neds.frames import SPIKE_DTYPE, DecodedFrame, SpikeBatch
 from rt_neds.model.config import ModelConfig
 from rt_neds.model.neds import NEDS
 from rt_neds.model.readout import Behaviour
 from rt_neds.model.rounding import round_trunk
-from rt_neds.stream.binner import CHUNK, Binner, count_spikes
+from rt_neds.stream.binner import CHUNK
 from rt_neds.stream.fused import FusedStep
 from rt_neds.stream.graph import GraphStep
-from rt_neds.wire import pack_decoded, pack_spikes, unpack_decoded, unpack_spikes
 
 UNITS = 400
 WINDOW = 100
-PERIOD = 0.020
 SIZES = {
     "small": ModelConfig(dim=128, layers=4, heads=4, context=WINDOW),
     "base": ModelConfig(dim=256, layers=5, heads=8, context=WINDOW),
@@ -63,122 +60,6 @@ FUSED, EAGER, READ = "fused step", "PyTorch step", "bytes read"
 RERUN, PAPER = "window again", "window again, paper's tokens"
 QUEUE = "in a queue of 8"
 GRU, RIDGE, POYO = "GRU of 64", "ridge", "POYO"
-
-Contestant = Callable[[], object]
-
-
-def microseconds(run: Contestant) -> float:
-    start = time.perf_counter_ns()
-    run()
-    return (time.perf_counter_ns() - start) / 1e3
-
-
-def take_turns(
-    contestants: Mapping[Any, tuple[Contestant, int]], rounds: int
-) -> dict[Any, NDArray[np.float64]]:
-    """Time blocks of each contestant in turn, of so many runs each, after a few that are not."""
-    times: dict[Any, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, (run, runs) in contestants.items():
-            for _ in range(1 + runs // 4):
-                run()
-            times[name] += [microseconds(run) for _ in range(runs)]
-    return {name: np.array(of_name) for name, of_name in times.items()}
-
-
-def pace(contestants: Mapping[Any, Contestant], bins: int) -> dict[Any, NDArray[np.float64]]:
-    """Time one run of each contestant in turn, each after a period asleep."""
-    times: dict[Any, list[float]] = {name: [] for name in contestants}
-    for _ in range(bins):
-        for name, run in contestants.items():
-            time.sleep(PERIOD)
-            times[name].append(microseconds(run))
-    return {name: np.array(of_name) for name, of_name in times.items()}
-
-
-# -- counting ------------------------------------------------------------------------------------
-
-
-def bench_counting(rounds: int) -> list[dict[str, object]]:
-    """A million spikes, in one call, by the binner's kernel and by ``bincount``."""
-    rng = np.random.default_rng(0)
-    spikes, bins, width = 1_000_000, 5_000, 600
-    samples_S = np.sort(rng.integers(0, bins * width, spikes))
-    records_S2 = np.stack([samples_S, rng.integers(0, UNITS, spikes)], axis=1)
-    row_of_unit_U = np.arange(UNITS, dtype=np.int32)
-    ring_RC, tally = np.zeros((bins, UNITS + 2), np.float32), np.zeros(2, np.int64)
-
-    def ours() -> NDArray[np.float32]:
-        ring_RC[:] = 0
-        count_spikes(records_S2, row_of_unit_U, ring_RC, 0, bins, width, tally)
-        return ring_RC[:, :UNITS]
-
-    def theirs() -> NDArray[np.int64]:
-        flat_S = records_S2[:, 0] // width * UNITS + records_S2[:, 1]
-        return np.bincount(flat_S, minlength=bins * UNITS).reshape(bins, UNITS)
-
-    np.testing.assert_array_equal(ours(), theirs())
-    times = take_turns({"count_spikes": (ours, 3), "numpy.bincount": (theirs, 3)}, rounds)
-    best = np.median(times["count_spikes"])
-    return [
-        {
-            "who": who,
-            "p50_us": float(np.median(us)),
-            "million_spikes_per_s": float(spikes / np.median(us)),
-            "times_ours": float(np.median(us) / best),
-        }
-        for who, us in times.items()
-    ]
-
-
-# -- messages ------------------------------------------------------------------------------------
-
-
-def bench_messages(rounds: int) -> list[dict[str, object]]:
-    """A 1 ms batch of ten spikes, and a decoded bin of eight values, on their way."""
-    records_S = np.zeros(10, SPIKE_DTYPE)
-    records_S["sample"] = np.arange(10)
-    batch = SpikeBatch(1, 5, 0, 30, 30_000.0, 7, 0, records_S)
-    stamps = dict.fromkeys(("sent", "received", "binned", "decoded", "published"), 10**15)
-    values_V = np.zeros(8, np.float32)
-    frame = DecodedFrame("imec0", 1, 5, 600, values_V, 0, 10, 0, 0, 0, "0123456789ab", stamps)
-    spikes, decoded = pack_spikes("imec0", batch), pack_decoded(frame)
-    binners = {n: Binner(np.arange(n, dtype=np.int32), n, 600, WINDOW) for n in (100, 1_600)}
-    sample = dict.fromkeys(binners, 0)
-    context = zmq.Context()
-    push, pull = context.socket(zmq.PUSH), context.socket(zmq.PULL)
-    pull.connect(f"tcp://127.0.0.1:{push.bind_to_random_port('tcp://127.0.0.1')}")
-
-    def through_a_socket() -> list[bytes]:
-        push.send_multipart(spikes)
-        return pull.recv_multipart()
-
-    def into_bins(units: int) -> None:
-        first = sample[units]
-        sample[units] = first + 30
-        records_S["sample"] = np.arange(first, first + 10)
-        for _ in binners[units].frames(SpikeBatch(1, 0, first, first + 30, 3e4, 0, 0, records_S)):
-            pass
-
-    contestants: dict[str, tuple[Contestant, int]] = {
-        "pack ten spikes": (lambda: pack_spikes("imec0", batch), 100),
-        "parse ten spikes": (lambda: unpack_spikes(spikes[1], spikes[2], 0), 100),
-        "ten spikes through tcp, to and fro": (through_a_socket, 100),
-        "ten spikes into bins, 100 units": (lambda: into_bins(100), 100),
-        "ten spikes into bins, 1600 units": (lambda: into_bins(1_600), 100),
-        "pack a decoded bin": (lambda: pack_decoded(frame), 100),
-        "parse a decoded bin": (lambda: unpack_decoded(decoded[1]), 100),
-    }
-    times = take_turns(contestants, rounds)
-    context.destroy()
-    return [
-        {
-            "who": who,
-            "p50_us": float(np.median(us)),
-            "p99_us": float(np.percentile(us, 99)),
-        }
-        for who, us in times.items()
-    ]
 
 
 # -- decoding ------------------------------------------------------------------------------------
