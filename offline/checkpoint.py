@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,43 @@ from rt_neds.errors import ConfigError
 TENSORS, NUMBERS = "state.safetensors", "state.json"
 
 
+@dataclass
+class Best:
+    """What did best on validation so far.
+
+    Attributes
+    ----------
+    weights : dict of str to tensor
+        State of the averaged model.
+    score : float
+    step : int
+    val : dict
+        Scores by session and behaviour.
+    """
+
+    weights: dict[str, Tensor]
+    score: float = -math.inf
+    step: int = 0
+    val: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def offer(
+        self, step: int, score: float, val: dict[str, dict[str, float]], averaged: nn.Module
+    ) -> None:
+        """Keep a model if none was better; of equals the last: without validation all are equal."""
+        if score >= self.score:
+            self.weights = {name: t.clone() for name, t in averaged.state_dict().items()}
+            self.score, self.step, self.val = score, step, val
+
+
 def save_checkpoint(
     folder: Path,
     *,
     model: nn.Module,
     averaged: nn.Module,
-    best: dict[str, Tensor],
     optimiser: torch.optim.Optimizer,
-    numbers: dict[str, Any],
+    best: Best,
+    step: int,
+    config: Any,
 ) -> None:
     """Write a checkpoint; the older one stays readable until the new one is whole.
 
@@ -30,18 +61,25 @@ def save_checkpoint(
     ----------
     folder : path
     model, averaged : module
-    best : dict of str to tensor
-        State of the best averaged model so far.
     optimiser : AdamW
-    numbers : dict
-        Step, best score and the configuration, as JSON.
+    best : Best
+    step : int
+    config : dict
+        The run's, as JSON.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    numbers = {
+        "step": step,
+        "best_score": best.score,
+        "best_step": best.step,
+        "best_val": best.val,
+        "config": config,
+    }
     tensors: dict[str, Tensor] = {}
     for prefix, state in (
         ("model", model.state_dict()),
         ("averaged", averaged.state_dict()),
-        ("best", best),
+        ("best", best.weights),
     ):
         tensors.update({f"{prefix}.{name}": tensor for name, tensor in state.items()})
     for index, moments in optimiser.state_dict()["state"].items():
@@ -62,22 +100,27 @@ def load_checkpoint(
     model: nn.Module,
     averaged: nn.Module,
     optimiser: torch.optim.Optimizer,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config: Any,
+) -> tuple[int, Best]:
     """Put everything back where :func:`save_checkpoint` found it.
 
     Returns
     -------
-    numbers : dict
-    best : dict of str to tensor
+    step : int
+    best : Best
 
     Raises
     ------
     ConfigError
-        If there is no checkpoint in the folder.
+        If there is no checkpoint in the folder, or it is of another configuration.
     """
     if not (folder / NUMBERS).is_file():
         raise ConfigError(f"no checkpoint in {folder}; leave out --resume to begin anew")
     numbers = json.loads((folder / NUMBERS).read_text())
+    if numbers["config"] != json.loads(json.dumps(config)):
+        raise ConfigError(
+            f"{folder.parent} was trained with another configuration; use that one to resume"
+        )
     tensors = load_file(folder / TENSORS)
 
     def part(prefix: str) -> dict[str, Tensor]:
@@ -93,4 +136,5 @@ def load_checkpoint(
         index, _, key = name.partition(".")
         moments.setdefault(int(index), {})[key] = tensor
     optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
-    return numbers, part("best")
+    names = ("best_score", "best_step", "best_val")
+    return numbers["step"], Best(part("best"), *(numbers[name] for name in names))

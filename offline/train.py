@@ -25,7 +25,7 @@ from offline.batches import Batch, Step, Subject, draw_step, refuse_twins
 from offline.beginning import build, fit_linear
 from offline.cache import kept
 from offline.calibration import calibrate
-from offline.checkpoint import load_checkpoint, save_checkpoint
+from offline.checkpoint import Best, load_checkpoint, save_checkpoint
 from offline.config import TrainConfig, TrainingConfig
 from offline.expectation import expectation_of
 from offline.finetune import begin_at_bundle, refuse_other_units, trunk
@@ -100,33 +100,29 @@ def train(
     model = model.to(processes.device)
     average = RunningAverage(model)
     optimiser = make_optimiser(model, settings)
-    step, best_score, best_step, best_val = 0, -math.inf, 0, {}
-    best = {name: tensor.clone() for name, tensor in average.mean.state_dict().items()}
-    as_json = msgspec.to_builtins(config)
+    state: dict[str, Any] = {"model": model, "averaged": average.mean, "optimiser": optimiser}
+    state["config"] = msgspec.to_builtins(config)
+    step, best = 0, Best({n: t.clone() for n, t in average.mean.state_dict().items()})
     if resume:
-        numbers, best = load_checkpoint(
-            out / "checkpoint", model=model, averaged=average.mean, optimiser=optimiser
-        )
-        if numbers["config"] != json.loads(json.dumps(as_json)):
-            raise ConfigError(
-                f"{out} was trained with another configuration; use that one to resume"
-            )
-        step, best_score = numbers["step"], numbers["best_score"]
-        best_step, best_val = numbers["best_step"], numbers["best_val"]
+        step, best = load_checkpoint(out / "checkpoint", **state)
     alone = regression_scores(
         average.mean, subjects, lambda: validate_all(average.mean, subjects, config, processes)
     )
-    if not resume:  # where it begins counts too: the kept weights are never worse on validation
-        best_val = validate_all(average.mean, subjects, config, processes)
-        best_score = mean_score(best_val, alone)
     with (
         open_log(out, resume, processes) as log,
         progress(settings.steps, quiet or not processes.first) as show,
     ):
-        if not resume:
-            _note(log, {"step": 0, "score": best_score, "val": best_val})
+
+        def judge() -> None:
+            val = validate_all(average.mean, subjects, config, processes)
+            score = mean_score(val, alone)
+            _note(log, {"step": step, "score": score, "val": val})
             if on_validation is not None:
-                on_validation(0, best_score)
+                on_validation(step, score)
+            best.offer(step, score, val, average.mean)
+
+        if not resume:  # where it begins counts too: the kept weights are never worse on validation
+            judge()
         while step < settings.steps:
             set_rates(optimiser, step, settings)
             # What a step draws depends on the seed and on its number, and on nothing before it.
@@ -140,60 +136,19 @@ def train(
             average.after(drawn.sessions, min(settings.average, (1 + step) / (10 + step)))
             step += 1
             _note(log, {"step": step, "session": drawn.sessions, "loss": losses})
-            show(step, losses["total"], best_score)
+            show(step, losses["total"], best.score)
             if step % settings.validate_every and step != settings.steps:
                 continue
-            val = validate_all(average.settle(), subjects, config, processes)
-            score = mean_score(val, alone)
-            _note(log, {"step": step, "score": score, "val": val})
-            if on_validation is not None:
-                on_validation(step, score)
-            if score >= best_score:  # of equals the last: without validation all are equal
-                best_score, best_step, best_val = score, step, val
-                best = {name: tensor.clone() for name, tensor in average.mean.state_dict().items()}
+            average.settle()
+            judge()
             if processes.first:
-                save_checkpoint(
-                    out / "checkpoint",
-                    model=model,
-                    averaged=average.mean,
-                    best=best,
-                    optimiser=optimiser,
-                    numbers={
-                        "step": step,
-                        "best_score": best_score,
-                        "best_step": best_step,
-                        "best_val": best_val,
-                        "config": as_json,
-                    },
-                )
-    average.mean.load_state_dict(best)
-    by_regression = leave_to_regression(average.mean, subjects, best_val, alone)
-    best_val = better(best_val, alone)
-    temperature = calibrate(average.mean, subjects, config.data.window_bins, processes.device)
-    summary = {
-        "bundle": str(out / "bundle"),
-        "steps": step,
-        "best_step": best_step,
-        "best_score": best_score,
-        "val": best_val,
-        "by_regression": by_regression,
-        "temperature": temperature,
+                save_checkpoint(out / "checkpoint", **state, best=best, step=step)
+    summary = finish(average.mean, best, alone, subjects, config, out, processes)
+    return {
+        **summary,
         "seconds": round(time.monotonic() - started, 1),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    if processes.first:
-        save_bundle(
-            out / "bundle",
-            average.mean,
-            bin_ms=config.data.bin_ms,
-            sessions=[
-                _bundle_session(average.mean, subject, config, processes.device)
-                for subject in subjects
-            ],
-            training={"config": as_json, **{k: summary[k] for k in BUNDLED}},
-        )
-    processes.wait()
-    return summary
 
 
 # -- before the loop -----------------------------------------------------------------------------
@@ -241,6 +196,44 @@ def _bundle_session(
         expectation=expectation_of(model, subject.binned, config, device),
         longest_silence=longest_silences(subject.binned),
     )
+
+
+# -- after the loop ------------------------------------------------------------------------------
+
+
+def finish(
+    model: NEDS,
+    best: Best,
+    alone: dict[str, dict[str, float]],
+    subjects: list[Subject],
+    config: TrainConfig,
+    out: Path,
+    processes: Processes,
+) -> dict[str, Any]:
+    """Make the best weights a bundle: what regression decodes better left to it, calibrated."""
+    model.load_state_dict(best.weights)
+    by_regression = leave_to_regression(model, subjects, best.val, alone)
+    temperature = calibrate(model, subjects, config.data.window_bins, processes.device)
+    summary = {
+        "bundle": str(out / "bundle"),
+        "steps": config.training.steps,
+        "best_step": best.step,
+        "best_score": best.score,
+        "val": better(best.val, alone),
+        "by_regression": by_regression,
+        "temperature": temperature,
+    }
+    if processes.first:
+        told = {name: summary[name] for name in BUNDLED}
+        save_bundle(
+            out / "bundle",
+            model,
+            bin_ms=config.data.bin_ms,
+            sessions=[_bundle_session(model, s, config, processes.device) for s in subjects],
+            training={"config": msgspec.to_builtins(config), **told},
+        )
+    processes.wait()
+    return summary
 
 
 # -- inside the loop -----------------------------------------------------------------------------
