@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,7 @@ def assemble(
     import torch
 
     from rt_neds.stream.binner import Binner
-    from rt_neds.stream.decoder import Decoder, Silence, make_step, outputs_of, schema_outputs
+    from rt_neds.stream.decoder import schema_outputs
     from rt_neds.stream.loop import Loop
     from rt_neds.stream.receiver import Announcement
     from rt_neds.stream.silent import FallenSilent
@@ -97,29 +97,14 @@ def assemble(
     rows = unit_map(announced.units if announced else None, session.units)
     missing_N = np.ones(len(session.units), bool)
     missing_N[rows[rows >= 0]] = False
-    if config.control:
-        step: Any = Silence(sum(b.outputs for b in outputs_of(spec, session, config.live)))
-    else:
-        step = make_step(model, spec, session, missing_N, config.device, say, config.live)
     if config.live:
-        scales = {b.name: session.scales[b.name] for b in spec.behaviours if b.name in config.live}
-        source.live.learned(
-            {
-                name: (scale.low, scale.high)
-                for name, scale in scales.items()
-                if not source.live.classes[name]
-            }
-        )
-    decoder = Decoder(spec, session, step, missing_N, config.live)
-    decoder.warm_up(len(session.units))
-    fit = ClockFit(rate, config.slip_ms)
+        tell_ranges(source.live, spec, session, config.live)
     # Sources of rigs hold back what may not be complete, not the binner.
-    held = 0.0 if is_rig(config.source) else config.lateness_ms
-    lateness = round(held / 1000 * rate)
+    lateness = 0 if is_rig(config.source) else round(config.lateness_ms / 1000 * rate)
     validity = Validity(
         spec.model.context,
         round(width / rate * 1e9),
-        fit,
+        ClockFit(rate, config.slip_ms),
         config.stale_ms,
         bool(missing_N.any()),
     )
@@ -129,7 +114,7 @@ def assemble(
         model=spec.name,
         source=source,
         binner=Binner(rows, len(session.units), width, spec.model.context, lateness),
-        decoder=decoder,
+        decoder=warm_decoder(config, spec, model, session, missing_N, say),
         validity=validity,
         sink=sink,
         # A source that says nothing is taken for the session itself; it may yet say otherwise.
@@ -154,3 +139,34 @@ def assemble(
         ),
         live=source.live if config.live else None,
     )
+
+
+def tell_ranges(live: Any, spec: Any, session: Any, names: Iterable[str]) -> None:
+    """Let what is observed know between which values training saw it."""
+    live.learned(
+        {
+            b.name: (session.scales[b.name].low, session.scales[b.name].high)
+            for b in spec.behaviours
+            if b.name in names and not live.classes[b.name]
+        }
+    )
+
+
+def warm_decoder(
+    config: ServeConfig,
+    spec: Any,
+    model: Any,
+    session: Any,
+    missing_N: NDArray[np.bool_],
+    say: Callable[[str], None],
+) -> Any:
+    """A decoder that has run on zeros; of the control, one that does nothing."""
+    from rt_neds.stream.decoder import Decoder, Silence, make_step, outputs_of
+
+    if config.control:
+        step: Any = Silence(sum(b.outputs for b in outputs_of(spec, session, config.live)))
+    else:
+        step = make_step(model, spec, session, missing_N, config.device, say, config.live)
+    decoder = Decoder(spec, session, step, missing_N, config.live)
+    decoder.warm_up(len(session.units))
+    return decoder
