@@ -27,12 +27,12 @@ from offline.metrics import (
 from offline.regions import decode_regions, regions_of
 from offline.streamed import largest_difference, offline_values, stream_spans
 from offline.windows import BinnedSession, Split, bin_session
-from rt_neds.bundle import BundleSpec, build_model, load_spec
+from rt_neds.bundle import BundleSession, BundleSpec, build_model, load_spec
 from rt_neds.config import parse_config
 from rt_neds.errors import BundleError, ConfigError
 from rt_neds.model.neds import NEDS
 from rt_neds.model.readout import Behaviour
-from rt_neds.session import load_session
+from rt_neds.session import Session, load_session
 from rt_neds.stream.decoder import outputs_of
 
 Baselines = Literal["linear", "all", "none"]
@@ -155,77 +155,72 @@ def evaluate_session(
     live: Sequence[str] = (),
 ) -> Evaluation:
     """Score one session; see :func:`evaluate`."""
-    session = load_session(session_path)
-    of_bundle = spec.session(session.id)
-    if of_bundle.units != session.unit_ids:
-        raise BundleError(
-            f"bundle {spec.name} knows {len(of_bundle.units)} units of session {session.id} and "
-            f"{session_path} has {len(session.unit_ids)}, or others; it was trained on another "
-            "version of the file: train again"
-        )
     config = parse_config(spec.training["config"], TrainConfig, f"{spec.name} (its configuration)")
     data = DataConfig(**{**_fields(config.data), **(overrides or {})})
+    session, of_bundle = open_session(spec, session_path)
     binned = bin_session(session, data, config.behaviour, require=False)
     spans = binned.spans(split)
     if not spans:
         raise ConfigError(f"{session_path} has no {split} split by data.split = {data.split!r}")
     kept_T = np.concatenate([np.arange(a, b) for a, b in spans])
-    behaviours = outputs_of(spec, of_bundle, live)
+    m_of = {b.name: m for m, b in enumerate(spec.behaviours, start=1)}
+    decoded = outputs_of(spec, of_bundle, live)
     streamed, published_T = stream_spans(spec, model, of_bundle, binned, spans, live)
-    offline = offline_values(model, of_bundle, binned, spans, behaviours, data.window_bins, live)
-    scored = {
-        b.name: published_T & binned.scored_TM[kept_T, 1 + spec.behaviours.index(b)]
-        for b in behaviours
-    }
+    offline = offline_values(model, of_bundle, binned, spans, decoded, data.window_bins, live)
+    scored = {b.name: published_T & binned.scored_TM[kept_T, m_of[b.name]] for b in decoded}
     if region is None and config.masking.by_region:
         region = config.masking.region
     region_N = regions_of(session, region)
+    scales = [of_bundle.scales[b.name] for b in model.behaviours]
     predicted = predict_spikes(
-        model,
-        config.masking.taught,
-        binned,
-        spans,
-        [of_bundle.scales[b.name] for b in model.behaviours],
-        region_N,
-        window=data.window_bins,
+        model, config.masking.taught, binned, spans, scales, region_N, window=data.window_bins
     )
+    behaviours = [b for b in decoded if scored[b.name].sum() >= 2]
+    bins = {b.name: kept_T[scored[b.name]] for b in behaviours}
+    true = {name: binned.values_TM[at_S, m_of[name]] for name, at_S in bins.items()}
+    values = {name: streamed[name][scored[name]] for name in bins}
+
+    def scores(guesses: dict[str, NDArray]) -> dict[str, Any]:
+        return {
+            b.name: score(binned, b, m_of[b.name], bins[b.name], guesses[b.name])
+            for b in behaviours
+            if b.name in guesses
+        }
+
+    shown = [b for b in spec.behaviours if b.name in live]
+    compared = baseline_values(binned, behaviours, bins, baselines, shown)
+    ideal = {b.name: ideal_values(binned, b, config, bins[b.name]) for b in behaviours}
     result: dict[str, Any] = {
         "session": session.id,
         "split": f"{data.split}/{split}",
         "bundle": spec.name,
         "live": list(live),
         "bins": int(published_T.sum()),
-        "decoding": {},
+        "decoding": scores(values),
         "encoding": encoding_scores(predicted),
-        "baselines": {},
-        "ideal": {},
+        "baselines": {method: scores(guesses) for method, guesses in compared.items()},
+        "ideal": scores({name: guess for name, guess in ideal.items() if guess is not None}),
         "stream_vs_offline_max_abs": largest_difference(
-            streamed, offline, scored, of_bundle, behaviours
+            streamed, offline, scored, of_bundle, decoded
         ),
     }
-    behaviours = [b for b in behaviours if scored[b.name].sum() >= 2]
-    bins = {b.name: kept_T[scored[b.name]] for b in behaviours}
-    true = {
-        b.name: binned.values_TM[bins[b.name], 1 + spec.behaviours.index(b)] for b in behaviours
-    }
-    values = {b.name: streamed[b.name][scored[b.name]] for b in behaviours}
-    for b in behaviours:
-        m, at_S = 1 + spec.behaviours.index(b), bins[b.name]
-        result["decoding"][b.name] = score(binned, b, m, at_S, values[b.name])
-        ideal = ideal_values(binned, b, config, at_S)
-        if ideal is not None:
-            result["ideal"][b.name] = score(binned, b, m, at_S, ideal)
-    shown = [b for b in spec.behaviours if b.name in live]
-    for method, guesses in baseline_values(binned, behaviours, bins, baselines, shown).items():
-        result["baselines"][method] = {
-            b.name: score(binned, b, 1 + spec.behaviours.index(b), bins[b.name], guesses[b.name])
-            for b in behaviours
-            if b.name in guesses
-        }
     if baselines == "all" and predicted:
         classes = {b.name: len(b.classes) for b in spec.behaviours if b.kind == "categorical"}
         result["baselines"]["glm"] = glm_scores(binned, predicted, classes)
     return Evaluation(result, binned, behaviours, bins, true, values, predicted, region_N)
+
+
+def open_session(spec: BundleSpec, path: str | Path) -> tuple[Session, BundleSession]:
+    """A session, and what the bundle knows of it; refused where their units differ."""
+    session = load_session(path)
+    of_bundle = spec.session(session.id)
+    if of_bundle.units != session.unit_ids:
+        raise BundleError(
+            f"bundle {spec.name} knows {len(of_bundle.units)} units of session {session.id} and "
+            f"{path} has {len(session.unit_ids)}, or others; it was trained on another "
+            "version of the file: train again"
+        )
+    return session, of_bundle
 
 
 # -- what it is compared with --------------------------------------------------------------------
