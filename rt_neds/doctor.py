@@ -55,11 +55,14 @@ def processor(about: dict[str, Any], proc: Path = Path("/proc")) -> Iterator[Fin
     do = "end other programs: serve wants a core of its own beside the acquisition's"
     yield Finding(what="processor", found=found, good=not busy, do=do if busy else "")
     if "hypervisor" in (_read(proc / "cpuinfo") or ""):
-        stolen, up_s = stolen_ms(proc), _read(proc / "uptime")
-        told = f", whose host took {stolen:.0f} ms" if stolen is not None else ""
+        stolen, up = stolen_ms(proc), (_read(proc / "uptime") or "").split()
+        found = "yes"
+        if stolen is not None and up:
+            share = stolen / 1e3 / (cores * float(up[0]))
+            found = f"yes; its host took {share:.1%} of the processor time"
         yield Finding(
             what="virtual machine",
-            found="yes" + told + (f" in {float(up_s.split()[0]):.0f} s" if told and up_s else ""),
+            found=found,
             good=False,
             do="run on the bare machine: what its other guests do shows in the longest latencies",
         )
