@@ -29,7 +29,6 @@ NAMES = [b.name for b in BEHAVIOURS]
 UNITS, PROBES = 400, (1, 2, 4, 8)
 UNITS_OF_PROBES = 1000
 BINS = 300
-REPLAYS = 100_000
 
 
 def stepping(step: Any, counts_TN: Any) -> Any:
@@ -69,7 +68,7 @@ def error(step: Any, oracle: EagerStep, counts_TN: Any) -> float:
     )
 
 
-def one_size(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
+def one_size(size: str, device: torch.device, rounds: int, replays: int) -> dict[str, Any]:
     """One stream of one size of model, and everyone else."""
     model, counts_TN = make_model(SIZES[size], UNITS)
     c, steps = model.config, {}
@@ -88,14 +87,14 @@ def one_size(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
     told["us"] = {name: percentiles(times) for name, times in took.items()}
     if device.type == "cuda":
         told["eager_over_graph"] = round(told["us"]["eager"]["p50"] / told["us"]["graph"]["p50"], 2)
-        told["memory_growth_bytes"] = growth(steps["graph"], counts_TN)
+        told["memory_growth_bytes"] = growth(steps["graph"], counts_TN, replays)
     return told
 
 
-def growth(step: Any, counts_TN: Any) -> int:
+def growth(step: Any, counts_TN: Any, replays: int) -> int:
     """Bytes of the device by which many replays grow."""
     before = torch.cuda.memory_allocated()
-    for n in range(REPLAYS):
+    for n in range(replays):
         step.step(counts_TN[n % len(counts_TN)], True)
     return torch.cuda.memory_allocated() - before
 
@@ -126,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--replays", type=int, default=1_000_000, help="over which memory is flat")
     parser.add_argument("--json", default="-")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -135,7 +135,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     result: dict[str, Any] = {"machine": machine(), "device": name, "torch": torch.__version__}
     for size in SIZES:
-        result[size] = one_size(size, device, args.rounds)
+        result[size] = one_size(size, device, args.rounds, args.replays)
     result["probes_of_1000_units"] = several(device, args.rounds)
     write_json(args.json, result)
 
