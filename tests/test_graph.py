@@ -1,6 +1,11 @@
 """The step that a GPU replays: equal to the network, on any device, captured or not."""
 
+import ctypes
 import gc
+import shutil
+import subprocess
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,6 +17,7 @@ from rt_neds.stream.binner import CHUNK
 from rt_neds.stream.decoder import make_step
 from rt_neds.stream.fused import FusedStep
 from rt_neds.stream.graph import GraphStep
+from rt_neds.stream.graph_kernel import source_of
 from tests.test_fused import (
     ATOL,
     NAMES,
@@ -26,15 +32,58 @@ gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-ON = [("cpu", False), *(pytest.param(("cuda", yes), marks=gpu) for yes in (False, True))]
+threads = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+TEAM, WARPS = 3, 2
+ON = {  # device, captured, one launch
+    "cpu": pytest.param(("cpu", False, False)),
+    "cpu, one launch": pytest.param(("cpu", False, True), marks=threads),
+    "cuda": pytest.param(("cuda", False, False), marks=gpu),
+    "cuda, captured": pytest.param(("cuda", True, False), marks=gpu),
+    "cuda, one launch": pytest.param(("cuda", False, True), marks=gpu),
+    "cuda, one launch, captured": pytest.param(("cuda", True, True), marks=gpu),
+}
 
 
-@pytest.fixture(params=ON, ids=lambda on: f"{on[0]}{' captured' if on[1] else ''}")
-def make(request):
-    device, captured = request.param
+class Threads:
+    """The kernel of a GPU, compiled for this processor: threads are its warps, of one lane each."""
+
+    built: ClassVar[dict[str, ctypes.CDLL]] = {}
+
+    def __init__(self, source: str, folder: Path) -> None:
+        if source not in self.built:
+            kernel, library = folder / "kernel.cu", folder / f"kernel{len(self.built)}.so"
+            kernel.write_text(source)
+            subprocess.run(
+                ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas",
+                 f'-DKERNEL="{kernel}"', "-x", "c++", str(Path(__file__).with_name("cuda_on_cpu.hpp")),
+                 "-o", str(library)],
+                check=True,
+            )  # fmt: skip
+            self.built[source] = ctypes.CDLL(str(library))
+        self._library = self.built[source]
+
+    def launch(self, grid, *addresses):
+        self._library.launch(*grid, *map(ctypes.c_void_p, addresses))
+
+
+@pytest.fixture(params=ON.values(), ids=ON.keys())
+def make(request, monkeypatch, tmp_path):
+    device, captured, one_launch = request.param
+    if device == "cpu":
+        monkeypatch.setattr(
+            "rt_neds.stream.graph_kernel.find_launcher",
+            lambda model, streams, device: (
+                TEAM,
+                Threads(source_of(model, TEAM, WARPS, lanes=1), tmp_path),
+            ),
+        )
 
     def make(model, wanted=NAMES, missing_N=None, session="a"):
-        return GraphStep(model, session, wanted, missing_N, device, captured=captured)
+        step = GraphStep(
+            model, session, wanted, missing_N, device, captured=captured, one_launch=one_launch
+        )
+        assert not step.many_because
+        return step
 
     return make
 

@@ -34,10 +34,12 @@ F4 = NDArray[np.float32]
 class _Group:
     """Streams of one trunk, and what runs them; who no longer exists is left out."""
 
-    def __init__(self, model: NEDS, steps: Sequence[GraphStep], captured: bool) -> None:
-        self.model, self.captured = model, captured
+    def __init__(
+        self, model: NEDS, steps: Sequence[GraphStep], captured: bool, one_launch: bool
+    ) -> None:
+        self.model, self.captured, self.one_launch = model, captured, one_launch
         self._steps = [weakref.ref(step) for step in steps]
-        self.streams = Streams(model, [step._stream for step in steps], captured)
+        self.streams = Streams(model, [step._stream for step in steps], captured, one_launch)
         for p, step in enumerate(steps):
             step._group, step._host = self, self.streams.host[p]
 
@@ -46,7 +48,9 @@ class _Group:
 
     def same_trunk(self, other: _Group) -> bool:
         """Whether nothing would change if the other's weights were used."""
-        if self.captured != other.captured or self.model.config != other.model.config:
+        if (self.captured, self.one_launch) != (other.captured, other.one_launch):
+            return False
+        if self.model.config != other.model.config:
             return False
         mine, theirs = (
             {k: v for k, v in group.model.state_dict().items() if k.split(".")[0] in TRUNK}
@@ -76,6 +80,8 @@ class GraphStep:
         Behaviours that may be shown, in the order of their values.
     captured : bool
         Replay a CUDA graph, rather than launch kernel by kernel.
+    one_launch : bool, optional
+        Compute all in one launch where the GPU can; by default if captured.
 
     Raises
     ------
@@ -98,6 +104,7 @@ class GraphStep:
         *,
         live: Mapping[str, Scale] | None = None,
         captured: bool = True,
+        one_launch: bool | None = None,
     ) -> None:
         model.start(session)  # refuses a model that cannot be streamed
         if not wanted or not set(wanted) <= set(model.modalities[1:]):
@@ -113,7 +120,7 @@ class GraphStep:
         self._next_TN = np.zeros((CHUNK, self._units), np.float32)
         self._raw_TO = np.zeros((CHUNK, self._stream.outputs), np.float32)
         self._bins = 0
-        _Group(model, [self], captured)
+        _Group(model, [self], captured, captured if one_launch is None else one_launch)
         self.reset()
 
     def reset(self, first_bin: int = 0) -> None:
@@ -200,8 +207,13 @@ class GraphStep:
         """
         if self._group is not other._group and self._group.same_trunk(other._group):
             steps = [*other._group.living(), *self._group.living()]
-            _Group(other._group.model, steps, other._group.captured)
+            _Group(other._group.model, steps, other._group.captured, other._group.one_launch)
         return self._group is other._group
+
+    @property
+    def many_because(self) -> str:
+        """Why a step is many launches, where it was to be one."""
+        return self._group.streams.many_because
 
     def next_TN(self) -> F4:
         """Log-rates of the spikes of the bin after each of those last decoded."""

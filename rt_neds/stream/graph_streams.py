@@ -27,6 +27,7 @@ from torch import Tensor
 from rt_neds.model.attention import NEVER, rotate
 from rt_neds.model.memory import Memory
 from rt_neds.model.neds import NEDS, SCHEMES
+from rt_neds.stream.graph_kernel import OneLaunch
 
 WARM_UPS = 3
 OF_LAYERS = ("keys_LPHRF", "values_LPHRF")
@@ -147,16 +148,22 @@ class Streams:
         Their state moves into tensors of all of them.
     captured : bool
         Whether to capture a CUDA graph.
+    one_launch : bool
+        Whether to compute all in one launch (:mod:`rt_neds.stream.graph_kernel`) where that can be.
 
     Attributes
     ----------
+    many_because : str
+        Why PyTorch launches it kernel by kernel; empty if it does not, or was to.
     host : list of dict of str to ndarray
         For each stream what goes up: ``counts_N``, ``live_D``, ``spikes_1`` and ``seen_1`` (whether
         spikes, and whether anything is shown), ``due_1`` (whether it has a bin), ``table_2F``
         (cosines, then sines of its bin); and what comes down, ``raw_O``.
     """
 
-    def __init__(self, model: NEDS, streams: list[Stream], captured: bool) -> None:
+    def __init__(
+        self, model: NEDS, streams: list[Stream], captured: bool, one_launch: bool
+    ) -> None:
         self.model, self.streams, self._captured = model, streams, captured
         self._device = streams[0].dark_D.device
         self._layers, self._context = model.stack(), model.config.context
@@ -167,6 +174,15 @@ class Streams:
         self._set_transfers(model.config.dim, model.config.dim // model.config.heads // 2)
         nothing = torch.arange(self._context + 2, device=self._device)
         self._nothing_R, self._sink_R = nothing > self._context, nothing == self._context
+        self._one_launch: OneLaunch | None = None
+        self.many_because = ""
+        if one_launch:
+            try:
+                self._one_launch = OneLaunch(
+                    model, streams, self._given_PX, self._counts, self._raw.split(self._down)
+                )
+            except RuntimeError as error:
+                self.many_because = str(error).splitlines()[0]
         self._graph: torch.cuda.CUDAGraph | None = None
         if captured:
             self._capture()
@@ -186,15 +202,13 @@ class Streams:
         sizes = {"live_D": dim, "spikes_1": 1, "seen_1": 1, "due_1": 1, "table_2F": 2 * half}
         width, P = sum(sizes.values()), len(self.streams)
         units = [stream.units for stream in self.streams]
-        down = [len(stream.bias_O) for stream in self.streams]
+        self._down = down = [len(stream.bias_O) for stream in self.streams]
         self._up_host = torch.zeros(P * width + sum(units), pin_memory=self._captured)
         self._raw_host = torch.zeros(sum(down), pin_memory=self._captured)
         self._up = torch.zeros(len(self._up_host), device=self._device)
-        self._parts = dict(
-            zip(
-                sizes, self._up[: P * width].view(P, width).split([*sizes.values()], 1), strict=True
-            )
-        )
+        self._raw = torch.zeros(sum(down), device=self._device)
+        self._given_PX = self._up[: P * width].view(P, width)
+        self._parts = dict(zip(sizes, self._given_PX.split([*sizes.values()], 1), strict=True))
         self._table_2PF = self._parts["table_2F"].view(P, 2, half).transpose(0, 1)
         self._counts = self._up[P * width :].split(units)
         beside = self._up_host[: P * width].view(P, width)
@@ -238,6 +252,14 @@ class Streams:
     def _step(self) -> None:
         """One bin of every stream that is due, without a decision on the way."""
         self._up.copy_(self._up_host, non_blocking=True)
+        if self._one_launch is not None:
+            self._one_launch()
+        else:
+            self._kernel_by_kernel()
+        self._raw_host.copy_(self._raw, non_blocking=True)
+
+    def _kernel_by_kernel(self) -> None:
+        """All between the two copies, by PyTorch."""
         part, state = self._parts, self._state
         due_P1, seen_P1 = part["due_1"], part["seen_1"]
         bin_P1 = state["bin_P"][:, None]
@@ -265,7 +287,7 @@ class Streams:
                 self.streams, self.model.norm(x_PD), said, part["spikes_1"], strict=True
             )
         ]
-        self._raw_host.copy_(torch.cat(raws), non_blocking=True)
+        torch.cat(raws, out=self._raw)
         state["bin_P"].add_(due_P1[:, 0].long())
 
     def _tokens(self) -> tuple[Tensor, Sequence[Tensor | None]]:

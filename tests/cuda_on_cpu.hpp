@@ -1,0 +1,54 @@
+// What graph_kernel.cu takes from a GPU, on a processor: a thread for each warp, of one lane.
+//
+// So all of it runs as it does on a GPU, blocks at the same time and waiting for each other, but for
+// the sums over lanes.
+#include <barrier>
+#include <cmath>
+#include <memory>
+#include <sched.h>
+#include <thread>
+#include <vector>
+
+#define ON_CPU
+#define __device__
+#define __global__
+#define __launch_bounds__(...)
+#define __shfl_xor_sync(mask, value, away) (value)
+#define SHARED_MEMORY(type, name) type *name = (type *)memory_of_block
+#define __syncthreads() block_barrier->arrive_and_wait()
+
+struct Index {
+    int x, y;
+};
+static thread_local Index threadIdx, blockIdx;
+static thread_local std::barrier<> *block_barrier;
+static thread_local char *memory_of_block;
+
+static float rsqrtf(float v) { return 1.0f / sqrtf(v); }
+
+static float newest(const float *from) { return *(const volatile float *)from; }
+
+static unsigned add_and_fetch(unsigned *count) { return __atomic_add_fetch(count, 1u, __ATOMIC_SEQ_CST); }
+
+static void arrive_and_wait(unsigned *arrived, unsigned goal) {
+    __atomic_add_fetch(arrived, 1u, __ATOMIC_RELEASE);
+    while (__atomic_load_n(arrived, __ATOMIC_ACQUIRE) < goal) sched_yield();
+}
+
+#include KERNEL
+
+extern "C" void launch(int team, int streams, const Stream *table, const float *trunk) {
+    std::vector<std::thread> threads;
+    std::vector<std::unique_ptr<std::barrier<>>> barriers;
+    std::vector<std::vector<char>> memory(team * streams, std::vector<char>(sizeof(Shared)));
+    for (int block = 0; block < team * streams; block++) {
+        barriers.push_back(std::make_unique<std::barrier<>>(THREADS));
+        for (int thread = 0; thread < THREADS; thread++)
+            threads.emplace_back([=, barrier = barriers[block].get(), own = memory[block].data()] {
+                threadIdx = {thread, 0}, blockIdx = {block % team, block / team};
+                block_barrier = barrier, memory_of_block = own;
+                one_bin_of_each(table, trunk);
+            });
+    }
+    for (auto &thread : threads) thread.join();
+}
