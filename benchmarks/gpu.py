@@ -1,9 +1,11 @@
-"""One step on a GPU: as a captured graph, launched kernel by kernel, and of several probes at once.
+"""One step on a GPU: as one launch, as PyTorch's kernels, and of several probes at once.
 
-Copies up and down and the wait for them are in every time. ``eager`` is the network's own step in
-PyTorch; ``uncaptured`` the graph's function, launched kernel by kernel. ``reading`` sums as many
-bytes as the step reads, the roof that no float32 step of this model breaks; what is left above it
-is launching. Contestants take turns in one process.
+Copies up and down and the wait for them are in every time, and what Python does. ``step`` is what
+serves: a graph of a copy up, one launch and a copy down. ``kernels`` is a graph of PyTorch's kernels
+instead, ``uncaptured`` the same without a graph, ``eager`` the network's own step in PyTorch.
+``nothing`` is the graph of one empty kernel and the two copies: what no step can be faster than;
+``reading`` sums as many bytes as the step reads. Contestants take turns in one process; "paced" is
+one of each every 20 ms, asleep in between, when the GPU has slowed its clocks.
 
     python benchmarks/gpu.py --json results/MACHINE/gpu.json
 
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from kernels import BEHAVIOURS, SIZES, make_model
-from turns import take_turns
+from turns import pace, take_turns
 
 from rt_neds.errors import ConfigError
 from rt_neds.result import machine, write_json
@@ -68,49 +70,84 @@ def error(step: Any, oracle: EagerStep, counts_TN: Any) -> float:
     )
 
 
-def one_size(size: str, device: torch.device, rounds: int, replays: int) -> dict[str, Any]:
+def one_size(size: str, device: torch.device, rounds: int, bins: int) -> dict[str, Any]:
     """One stream of one size of model, and everyone else."""
     model, counts_TN = make_model(SIZES[size], UNITS)
-    c, steps = model.config, {}
-    if device.type == "cuda":
-        steps["graph"] = GraphStep(model, "a", NAMES, device=device)
+    c, steps, cuda = model.config, {}, device.type == "cuda"
+    if cuda:
+        steps["step"] = GraphStep(model, "a", NAMES, device=device)
+        if why := steps["step"].many_because:
+            raise ConfigError(f"{why}: there is no step of one launch to measure")
+        steps["kernels"] = GraphStep(model, "a", NAMES, device=device, one_launch=False)
     steps["uncaptured"] = GraphStep(model, "a", NAMES, device=device, captured=False)
-    worst = {name: error(step, EagerStep(model, "a", NAMES), counts_TN) for name, step in
-             steps.items()}  # fmt: skip
+    oracle = EagerStep(model, "a", NAMES)
+    worst = {name: error(step, oracle, counts_TN) for name, step in steps.items()}
     steps["eager"] = EagerStep(make_model(SIZES[size], UNITS)[0], "a", NAMES, device=device)
     of_weights = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("sessions"))
     nbytes = 4 * (of_weights + 2 * c.layers * c.context * c.dim + 3 * UNITS * c.dim)
-    calls = {name: (stepping(step, counts_TN), 20) for name, step in steps.items()}
-    calls["reading"] = (reading(nbytes, device), 20)
-    took = take_turns(calls, rounds)
+    calls = {name: stepping(step, counts_TN) for name, step in steps.items()}
+    calls["reading"] = reading(nbytes, device)
+    if cuda:
+        calls["nothing"] = nothing(steps["step"])
     told: dict[str, Any] = {"bytes": nbytes, "max_abs_error": worst}
+    took = take_turns({name: (call, 20) for name, call in calls.items()}, rounds)
     told["us"] = {name: percentiles(times) for name, times in took.items()}
-    if device.type == "cuda":
-        told["eager_over_graph"] = round(told["us"]["eager"]["p50"] / told["us"]["graph"]["p50"], 2)
-        told["memory_growth_bytes"] = growth(steps["graph"], counts_TN, replays)
+    took = pace({name: call for name, call in calls.items() if name != "uncaptured"}, bins)
+    told["paced_us"] = {name: percentiles(times) for name, times in took.items()}
+    if cuda:
+        told["eager_over_step"] = round(told["us"]["eager"]["p50"] / told["us"]["step"]["p50"], 1)
     return told
 
 
-def growth(step: Any, counts_TN: Any, replays: int) -> int:
-    """Bytes of the device by which many replays grow."""
-    before = torch.cuda.memory_allocated()
+def nothing(step: GraphStep) -> Any:
+    """A call that copies up and down as much as a step, around an empty kernel, in a graph."""
+    streams = step._group.streams
+    up, raw = torch.zeros_like(streams._up), torch.zeros_like(streams._raw)
+    up_host, raw_host = (
+        torch.zeros(len(x), pin_memory=True) for x in (streams._up_host, streams._raw_host)
+    )
+    graph, done = torch.cuda.CUDAGraph(), torch.cuda.Event()
+    with torch.cuda.graph(graph):
+        up.copy_(up_host, non_blocking=True)
+        raw[:1].zero_()
+        raw_host.copy_(raw, non_blocking=True)
+
+    def call() -> None:
+        graph.replay()
+        done.record()
+        done.synchronize()
+
+    return call
+
+
+def growth(replays: int) -> int:
+    """Bytes of the device by which many replays of the base model grow."""
+    model, counts_TN = make_model(SIZES["base"], UNITS)
+    step = GraphStep(model, "a", NAMES)
+    before = torch.cuda.memory_reserved() + torch.cuda.memory_allocated()
     for n in range(replays):
         step.step(counts_TN[n % len(counts_TN)], True)
-    return torch.cuda.memory_allocated() - before
+    return torch.cuda.memory_reserved() + torch.cuda.memory_allocated() - before
 
 
 def several(device: torch.device, rounds: int) -> dict[str, Any]:
     """Base models of several probes, one replay for all: microseconds of the whole call."""
     model, counts_TN = make_model(SIZES["base"], UNITS_OF_PROBES)
     captured = device.type == "cuda"
-    calls = {}
+    calls, teams = {}, {}
     for probes in PROBES:
         steps = [
             GraphStep(model, "a", NAMES, device=device, captured=captured) for _ in range(probes)
         ]
         assert all(step.share(steps[0]) for step in steps)
-        calls[str(probes)] = (together(steps, counts_TN), 10)
-    return {probes: percentiles(times) for probes, times in take_turns(calls, rounds).items()}
+        calls[probes] = (together(steps, counts_TN), 10)
+        launch = steps[0]._group.streams._one_launch
+        teams[probes] = launch.team if launch else None
+    took = take_turns(calls, rounds)
+    return {
+        str(probes): {"blocks_of_a_probe": teams[probes], **percentiles(times)}
+        for probes, times in took.items()
+    }
 
 
 def percentiles(took_us: Any) -> dict[str, float]:
@@ -125,6 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--bins", type=int, default=150, help="paced ones of each size")
     parser.add_argument("--replays", type=int, default=1_000_000, help="over which memory is flat")
     parser.add_argument("--json", default="-")
     args = parser.parse_args()
@@ -135,8 +173,10 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     result: dict[str, Any] = {"machine": machine(), "device": name, "torch": torch.__version__}
     for size in SIZES:
-        result[size] = one_size(size, device, args.rounds, args.replays)
+        result[size] = one_size(size, device, args.rounds, args.bins)
     result["probes_of_1000_units"] = several(device, args.rounds)
+    if device.type == "cuda":
+        result["growth"] = {"replays": args.replays, "bytes": growth(args.replays)}
     write_json(args.json, result)
 
 

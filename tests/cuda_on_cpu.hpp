@@ -14,7 +14,7 @@
 #define __global__
 #define __launch_bounds__(...)
 #define __shfl_xor_sync(mask, value, away) (value)
-#define SHARED_MEMORY(type, name) type *name = (type *)memory_of_block
+#define SHARED_MEMORY(name)
 #define __syncthreads() block_barrier->arrive_and_wait()
 
 struct Index {
@@ -22,25 +22,28 @@ struct Index {
 };
 static thread_local Index threadIdx, blockIdx;
 static thread_local std::barrier<> *block_barrier;
-static thread_local char *memory_of_block;
+static thread_local float *memory_of_block;
 
 static float rsqrtf(float v) { return 1.0f / sqrtf(v); }
 
-static float newest(const float *from) { return *(const volatile float *)from; }
+typedef unsigned long long Word;
+
+static Word look_at(const Word *word) {
+    sched_yield();
+    return __atomic_load_n(word, __ATOMIC_RELAXED);
+}
+
+static void put(Word *word, Word what) { __atomic_store_n(word, what, __ATOMIC_RELAXED); }
 
 static unsigned add_and_fetch(unsigned *count) { return __atomic_add_fetch(count, 1u, __ATOMIC_SEQ_CST); }
 
-static void arrive_and_wait(unsigned *arrived, unsigned goal) {
-    __atomic_add_fetch(arrived, 1u, __ATOMIC_RELEASE);
-    while (__atomic_load_n(arrived, __ATOMIC_ACQUIRE) < goal) sched_yield();
-}
-
 #include KERNEL
 
-extern "C" void launch(int team, int streams, const Stream *table, const float *trunk) {
+extern "C" void launch(int team, int streams, int features, const Stream *table, const float *trunk) {
     std::vector<std::thread> threads;
     std::vector<std::unique_ptr<std::barrier<>>> barriers;
-    std::vector<std::vector<char>> memory(team * streams, std::vector<char>(sizeof(Shared)));
+    const int floats = sizeof(Shared) / sizeof(float) + features;
+    std::vector<std::vector<float>> memory(team * streams, std::vector<float>(floats));
     for (int block = 0; block < team * streams; block++) {
         barriers.push_back(std::make_unique<std::barrier<>>(THREADS));
         for (int thread = 0; thread < THREADS; thread++)

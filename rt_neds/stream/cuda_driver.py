@@ -81,15 +81,23 @@ class Kernel:
         From :func:`compile_cuda`.
     name : str
         Of the function.
-    threads : int
-        Of a block.
     bytes_name : str
         A variable of the code that says how many bytes of shared memory a block needs.
+    more_bytes : int
+        It needs besides.
+    threads : int
+        Of a block.
     device : torch.device
     """
 
     def __init__(
-        self, code: bytes, name: str, threads: int, bytes_name: str, device: torch.device
+        self,
+        code: bytes,
+        name: str,
+        bytes_name: str,
+        more_bytes: int,
+        threads: int,
+        device: torch.device,
     ) -> None:
         torch.cuda.synchronize(device)  # the context is there, and the one of this thread
         self._driver, self._threads = ctypes.CDLL("libcuda.so.1"), threads
@@ -98,7 +106,7 @@ class Kernel:
         self._check(
             self._driver.cuModuleGetFunction(byref(self._function), self._module, name.encode())
         )
-        self._shared = self._read(bytes_name)
+        self._shared = self._read(bytes_name) + more_bytes
         self._check(self._driver.cuCtxGetDevice(byref(index)))
         most = c_int()
         self._check(

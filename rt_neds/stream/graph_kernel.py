@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from rt_neds.stream.graph_streams import Stream
 
 WARPS, LANES = 8, 32
+AT_ONCE = 2
+"""Blocks that a multiprocessor has registers for."""
 TEAMS = (64, 32, 16, 8, 4)
 """Blocks of a stream: as many as may be there at once, for every stream. More do not gain."""
 
@@ -60,16 +62,16 @@ class OneLaunch:
         raws: Sequence[Tensor],
     ) -> None:
         device = given_PX.device
-        self._team, self._launcher = find_launcher(model, len(streams), device)
+        self.team, self._launcher = find_launcher(model, [s.units for s in streams], device)
         self._trunk_X = torch.cat([part.reshape(-1) for part in _trunk(model)])
         self._kept = [own_weights(stream) for stream in streams]
         table, c = [], model.config
-        of_team = 2 * c.dim + _said(model) + c.heads * c.dim + c.widen * c.dim + c.dim
+        of_layer = (3 + c.heads + c.widen + 1) * c.dim
         for p, stream in enumerate(streams):
-            between_X = given_PX.new_zeros(of_team + len(c.history) * stream.units)
-            barrier_2 = torch.zeros(2, dtype=torch.int32, device=device)
-            state = stream.state
-            keys_LPHRF = state["keys_LPHRF"]
+            words = 4 * c.dim + _said(model) + c.layers * of_layer + len(c.history) * stream.units
+            words_X = torch.zeros(words, dtype=torch.int64, device=device)
+            launch_2 = torch.tensor([1, 0], dtype=torch.int32, device=device)
+            state, keys_LPHRF = stream.state, stream.state["keys_LPHRF"]
             table.append(
                 [
                     stream.units, stream.outputs, keys_LPHRF.stride(0),
@@ -77,28 +79,31 @@ class OneLaunch:
                     stream.missing_N.data_ptr(), stream.counts_CN.data_ptr(),
                     keys_LPHRF.data_ptr(), state["values_LPHRF"].data_ptr(),
                     state["memory_PD"].data_ptr(), state["bin_P"].data_ptr(),
-                    state["bin_of_row_PR"].data_ptr(), between_X.data_ptr(), raws[p].data_ptr(),
-                    barrier_2.data_ptr(),
+                    state["bin_of_row_PR"].data_ptr(), words_X.data_ptr(), raws[p].data_ptr(),
+                    launch_2.data_ptr(),
                 ]
             )  # fmt: skip
-            self._kept += [between_X, barrier_2]
+            self._kept += [words_X, launch_2]
         self._table_PX = torch.tensor(table, dtype=torch.int64, device=device)
 
     def __call__(self) -> None:
         """Launch it."""
-        grid = self._team, len(self._table_PX)
+        grid = self.team, len(self._table_PX)
         self._launcher.launch(grid, self._table_PX.data_ptr(), self._trunk_X.data_ptr())
 
 
-def find_launcher(model: NEDS, streams: int, device: torch.device) -> tuple[int, Launcher]:
+def find_launcher(model: NEDS, units: Sequence[int], device: torch.device) -> tuple[int, Launcher]:
     """The largest team for which a GPU can hold all blocks of all streams at once."""
-    properties = torch.cuda.get_device_properties(device)
+    properties, streams = torch.cuda.get_device_properties(device), len(units)
     architecture = f"sm_{properties.major}{properties.minor}"
+    features_bytes = 4 * len(model.config.history) * max(units)
     for team in TEAMS:
-        if team * streams > 4 * properties.multi_processor_count:
+        if team * streams > AT_ONCE * properties.multi_processor_count:
             continue
         code = compile_cuda(source_of(model, team, WARPS, LANES), architecture)
-        kernel = Kernel(code, "one_bin_of_each", WARPS * LANES, "bytes_of_block", device)
+        kernel = Kernel(
+            code, "one_bin_of_each", "bytes_of_block", features_bytes, WARPS * LANES, device
+        )
         if team * streams <= kernel.blocks_at_once() * properties.multi_processor_count:
             return team, kernel
     raise RuntimeError(f"{streams} streams are too many for one launch on this GPU")
