@@ -75,7 +75,7 @@ def make(request, monkeypatch, tmp_path):
             lambda model, units, device: (
                 TEAM,
                 Threads(
-                    source_of(model, TEAM, WARPS, lanes=1),
+                    source_of(model, TEAM, warps=WARPS, lanes=1),
                     len(model.config.history) * max(units),
                     tmp_path,
                 ),

@@ -11,8 +11,8 @@
 // the whole token (`x`) in registers and adds the same numbers to it in the same order.
 //
 // Sizes are constants, defined before this text: DIM, HEADS, LAYERS, CONTEXT, HIDDEN, SAID, WIDTHS,
-// HISTORY (WIDTHS numbers), OLDEST, REMEMBERS, LONGEST, TEAM, WARPS, LANES. What lies where is said by
-// graph_kernel.py. NVRTC compiles it, without headers; a test compiles it for the processor, where it
+// HISTORY (WIDTHS numbers), OLDEST, REMEMBERS, LONGEST, TEAM, AT_ONCE (blocks on a
+// multiprocessor), WARPS, LANES. What lies where is said by graph_kernel.py. NVRTC compiles it, without headers; a test compiles it for the processor, where it
 // brings its own of the few things that only a GPU has.
 
 typedef long long i64;
@@ -45,6 +45,7 @@ constexpr int PARTS = TEAM < HEADS ? 1 : TEAM / HEADS;    // blocks that share a
 constexpr int STRIDE = TEAM < HEADS ? TEAM : HEADS;       // to a block's next head
 constexpr i64 NEVER = -(1LL << 60);
 constexpr float LOWEST = -3.4e38f;
+constexpr int WIDEST = HIDDEN > TOKEN ? HIDDEN : TOKEN;
 
 __device__ constexpr int pieces(int n, int of) { return (n + of - 1) / of; }
 
@@ -85,8 +86,9 @@ constexpr int READ = 0, BEGIN = READ + TOKEN, FIRST = BEGIN + DIM,
 
 struct Shared {
     float keys[ROWS][WIDTH + 1], values[ROWS][WIDTH + 1];
-    float headed[3][WIDTH], scores[ROWS], part[WARPS][WIDTH], weight[WARPS], mixed[WIDTH];
-    float sum[2][DIM];
+    float query[WIDTH], scores[ROWS], part[WARPS][WIDTH], weight[WARPS], mixed[WIDTH];
+    float heard[2][WIDEST];  // whoever is slow still reads what was heard before
+    float given[3 + WIDTH];  // whether spikes, anything, a bin; cosines, sines
     float hidden[ROWS], in_sight;
     float features[1];  // as many as there are
 };
@@ -95,6 +97,16 @@ struct Place {  // of this thread, and of which launch it is
     int rank, warp, lane, thread, worker;
     unsigned launch;
 };
+
+// Every LANES-th of some numbers, from this lane's first.
+template <int COUNT, int N>
+__device__ void fetch(float (&into)[N], const float *from, const Place &at) {
+#pragma unroll
+    for (int e = 0; e < N; e++) {
+        const int i = e * LANES + at.lane;
+        into[e] = i < COUNT ? from[i] : 0.0f;
+    }
+}
 
 // ---- what warps tell each other ------------------------------------------------------------------
 
@@ -106,8 +118,11 @@ __device__ void tell(Word *word, float number, const Place &at) {
     put(word, (Word)at.launch << 32 | as.bits);
 }
 
-__device__ float heard(Word found, const Word *word, const Place &at) {
-    while ((unsigned)(found >> 32) != at.launch) found = look_at(word);
+__device__ bool is_missing(Word found, const Place &at) {
+    return (unsigned)(found >> 32) != at.launch;
+}
+
+__device__ float number_in(Word found) {
     union {
         unsigned bits;
         float number;
@@ -115,18 +130,37 @@ __device__ float heard(Word found, const Word *word, const Place &at) {
     return as.number;
 }
 
-// Every LANES-th of some numbers, from this lane's first: all are looked at before any is waited for.
-template <int COUNT, int N>
-__device__ void hear(float (&into)[N], const Word *words, const Place &at) {
-    Word found[N];
+// Words of which each thread takes every THREADS-th, N at once: looked at again until all are of this
+// launch. `word(i)` is where the i-th is, `take(i, number)` what is done with it.
+template <int N, class Where, class Take>
+__device__ void hear(int count, const Place &at, Where word, Take take) {
+    for (int first = at.thread; first < count; first += N * THREADS) {
+        Word found[N];
+        bool missing;
+        do {
+            missing = false;
 #pragma unroll
-    for (int e = 0; e < N; e++)
-        if (e * LANES + at.lane < COUNT) found[e] = look_at(words + e * LANES + at.lane);
+            for (int e = 0; e < N; e++)
+                if (first + e * THREADS < count) found[e] = look_at(word(first + e * THREADS));
 #pragma unroll
-    for (int e = 0; e < N; e++) {
-        const int i = e * LANES + at.lane;
-        into[e] = i < COUNT ? heard(found[e], words + i, at) : 0.0f;
+            for (int e = 0; e < N; e++)
+                if (first + e * THREADS < count) missing |= is_missing(found[e], at);
+        } while (missing);
+#pragma unroll
+        for (int e = 0; e < N; e++)
+            if (first + e * THREADS < count) take(first + e * THREADS, number_in(found[e]));
     }
+}
+
+// Numbers that all warps of a block need: every LANES-th of them, from this lane's first.
+template <int COUNT, int N>
+__device__ void hear_all(Shared &s, float (&into)[N], int &turn, const Word *words,
+                         const Place &at) {
+    float *heard = s.heard[turn ^= 1];
+    hear<pieces(COUNT, THREADS)>(
+        COUNT, at, [&](int i) { return words + i; }, [&](int i, float v) { heard[i] = v; });
+    __syncthreads();
+    fetch<COUNT>(into, heard, at);
 }
 
 __device__ float sum_of_lanes(float v) {
@@ -149,15 +183,6 @@ __device__ float dot(const float (&a)[N], const float (&b)[N]) {
     return sum_of_lanes(sum);
 }
 
-template <int COUNT, int N>
-__device__ void fetch(float (&into)[N], const float *from, const Place &at) {
-#pragma unroll
-    for (int e = 0; e < N; e++) {
-        const int i = e * LANES + at.lane;
-        into[e] = i < COUNT ? from[i] : 0.0f;
-    }
-}
-
 // The rows of a map that one warp answers for, in registers; PER rows make an item.
 template <int ITEMS, int INPUTS, int PER = 1>
 struct Mine {
@@ -177,7 +202,7 @@ struct Mine {
             }
     }
 
-    // `then(item, sums)` of each item whose warp this is, by its first lane.
+    // `then(m, item, sums)` of each item whose warp this is, by its first lane.
     template <class Then>
     __device__ void of(const float (&in)[pieces(INPUTS, LANES)], const Place &at, Then then) const {
 #pragma unroll
@@ -187,7 +212,7 @@ struct Mine {
             float sums[PER];
 #pragma unroll
             for (int r = 0; r < PER; r++) sums[r] = dot(weights[m][r], in) + biases[m][r];
-            if (at.lane == 0) then(item, sums);
+            if (at.lane == 0) then(m, item, sums);
         }
     }
 };
@@ -214,10 +239,11 @@ struct Norm {
     }
 };
 
-// What all have found of what is added to the token.
-__device__ void hear_and_add(float (&x)[EACH], const Word *words, const Place &at) {
+// What is added to the token.
+__device__ void hear_and_add(Shared &s, float (&x)[EACH], int &turn, const Word *words,
+                             const Place &at) {
     float more[EACH];
-    hear<DIM>(more, words, at);
+    hear_all<DIM>(s, more, turn, words, at);
 #pragma unroll
     for (int e = 0; e < EACH; e++) x[e] += more[e];
 }
@@ -238,17 +264,18 @@ __device__ void fetch_ring(Shared &s, const Stream &t, int layer, int head, int 
 
 // Mix the values of a head: `mixed` is there for all threads of the block.
 __device__ void attend(Shared &s, const Word *words, int head, int row, const Place &at) {
-    for (int n = at.thread; n < 3 * WIDTH; n += THREADS) {
-        const int which = n / WIDTH, f = n % WIDTH;
-        const Word *word = words + HEADED + which * DIM + head * WIDTH + f;
-        const float number = heard(look_at(word), word, at);
-        (which == 0 ? s.headed[0] : which == 1 ? s.keys[row] : s.values[row])[f] = number;
-    }
+    hear<pieces(3 * WIDTH, THREADS)>(
+        3 * WIDTH, at,
+        [&](int n) { return words + HEADED + n / WIDTH * DIM + head * WIDTH + n % WIDTH; },
+        [&](int n, float number) {
+            const int which = n / WIDTH, f = n % WIDTH;
+            (which == 0 ? s.query : which == 1 ? s.keys[row] : s.values[row])[f] = number;
+        });
     __syncthreads();
     for (int r = at.thread; r < CONTEXT + 1; r += THREADS) {
         float score = 0.0f;
 #pragma unroll 8
-        for (int f = 0; f < WIDTH; f++) score += s.headed[0][f] * s.keys[r][f];
+        for (int f = 0; f < WIDTH; f++) score += s.query[f] * s.keys[r][f];
         s.scores[r] = s.hidden[r] ? LOWEST : score;
     }
     __syncthreads();
@@ -307,58 +334,61 @@ __device__ void attention(Shared &s, const Stream &t, const float *own, Word *wo
 }
 
 // What all heads made of it, summed once for the block.
-__device__ void hear_heads(Shared &s, float (&x)[EACH], const Word *words, const float *bias,
-                           int layer, const Place &at) {
-    float *sum = s.sum[layer % 2];  // whoever is slow still reads that of the layer before
+__device__ void hear_heads(Shared &s, float (&x)[EACH], int &turn, const Word *words,
+                           const float *bias, const Place &at) {
+    float *sums = s.heard[turn ^= 1], more[EACH];
     for (int d = at.thread; d < DIM; d += THREADS) {
         Word found[HEADS];
-        float all = bias[d];
+        bool missing;
+        float sum = bias[d];
+        do {
+            missing = false;
 #pragma unroll
-        for (int h = 0; h < HEADS; h++) found[h] = look_at(words + MIXED + h * DIM + d);
+            for (int h = 0; h < HEADS; h++) found[h] = look_at(words + MIXED + h * DIM + d);
 #pragma unroll
-        for (int h = 0; h < HEADS; h++) all += heard(found[h], words + MIXED + h * DIM + d, at);
-        sum[d] = all;
+            for (int h = 0; h < HEADS; h++) missing |= is_missing(found[h], at);
+        } while (missing);
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) sum += number_in(found[h]);
+        sums[d] = sum;
     }
     __syncthreads();
+    fetch<DIM>(more, sums, at);
 #pragma unroll
-    for (int e = 0; e < EACH; e++) {
-        const int d = e * LANES + at.lane;
-        if (d < DIM) x[e] += sum[d];
-    }
+    for (int e = 0; e < EACH; e++) x[e] += more[e];
 }
 
 // ---- a step --------------------------------------------------------------------------------------
 
 // Counts into the ring of counts, and their boxcar sums as standardised roots.
 __device__ void find_features(const Stream &t, const float *standard, i64 bin, bool due,
-                              const Place &at) {
-    constexpr int widths[WIDTHS] = {HISTORY};
-    const int N = t.units;
-    for (int n = at.rank * THREADS + at.thread; n < N; n += TEAM * THREADS) {
-        float sums[WIDTHS] = {}, now = t.counts[n];
-#pragma unroll 8
+                              float now, const Place &at) {
+    constexpr int widths[WIDTHS] = {HISTORY}, stride = TEAM * THREADS;
+    const int N = t.units, newest = bin % OLDEST;
+    for (int n = at.rank * THREADS + at.thread; n < N; n += stride) {
+        float sums[WIDTHS] = {};
+#pragma unroll 32
         for (int age = 0; age < OLDEST; age++) {
-            const i64 row = ((bin - age) % OLDEST + OLDEST) % OLDEST;
-            const float count = age ? t.ring[row * N + n] : now;
+            const int row = newest < age ? newest - age + OLDEST : newest - age;
+            const float count = age ? t.ring[(i64)row * N + n] : now;
 #pragma unroll
             for (int k = 0; k < WIDTHS; k++)
                 if (age < widths[k]) sums[k] += count;
         }
-        if (due) t.ring[bin % OLDEST * N + n] = now;
 #pragma unroll
         for (int k = 0; k < WIDTHS; k++) {  // means, then deviations, then what stands in
             const int i = k * N + n;
             const float z = (sqrtf(sums[k]) - standard[i]) / standard[WIDTHS * N + i];
             tell(t.words + FEATURES + i, t.missing[n] ? standard[2 * WIDTHS * N + i] : z, at);
         }
+        if (due) t.ring[(i64)newest * N + n] = now;
+        if (n + stride < N) now = t.counts[n + stride];
     }
 }
 
 // Who may be looked at; the row of this bin is told of by one block, for later.
 __device__ void look_back(Shared &s, const Stream &t, i64 bin, int row, bool seen,
                           const Place &at) {
-    if (at.thread == 0) s.in_sight = 0.0f;
-    __syncthreads();
     for (int r = at.thread; r < ROWS; r += THREADS) {
         const i64 of = r == row ? (seen ? bin : NEVER) : t.bin_of_row[r];
         s.hidden[r] = r != SINK && (r > SINK || bin - of >= CONTEXT);
@@ -368,36 +398,60 @@ __device__ void look_back(Shared &s, const Stream &t, i64 bin, int row, bool see
 }
 
 __device__ void step(Shared &s, const Stream t, const float *trunk, const Place &at) {
-    const float *given = t.given, *cosines = given + DIM + 3, *sines = cosines + HALF;
-    const float spikes = given[DIM], seen = given[DIM + 1], due = given[DIM + 2];
     const int F = WIDTHS * t.units, O = t.outputs + t.units;
     const float *dark = t.own, *of_spikes = dark + DIM, *standard = of_spikes + DIM,
                 *read = standard + 3 * F, *read_bias = read + (i64)TOKEN * F,
                 *head = read_bias + TOKEN, *head_bias = head + (i64)O * DIM,
                 *said = head_bias + O, *said_bias = said + t.outputs * SAID;
     const i64 bin = *t.bin;
-    const int row = due > 0 ? bin % CONTEXT : CONTEXT + 1;
+    int turn = 0;
 
-    find_features(t, standard, bin, due > 0, at);
-    look_back(s, t, bin, row, seen > 0, at);
-    for (int i = at.thread; i < F; i += THREADS) {
-        const Word *word = t.words + FEATURES + i;
-        s.features[i] = heard(look_at(word), word, at);
+    const int unit = at.rank * THREADS + at.thread;
+    const float now = unit < t.units ? t.counts[unit] : 0.0f;
+    using FromRead = Mine<DIM, TOKEN>;
+    float without[FromRead::COUNT], with_spikes[FromRead::COUNT];  // of this warp's tokens
+#pragma unroll
+    for (int m = 0; m < FromRead::COUNT; m++) {
+        const int d = at.worker + m * WORKERS;
+        without[m] = d < DIM ? dark[d] + t.given[d] : 0.0f;
+        with_spikes[m] = d < DIM ? of_spikes[d] : 0.0f;
     }
+    for (int i = at.thread; i < 3 + WIDTH; i += THREADS) s.given[i] = t.given[DIM + i];
+    if (at.thread == 0) s.in_sight = 0.0f;
+    __syncthreads();
+    const float spikes = s.given[0], seen = s.given[1], due = s.given[2];
+    const int row = due > 0 ? bin % CONTEXT : CONTEXT + 1;
+    find_features(t, standard, bin, due > 0, now, at);
+    look_back(s, t, bin, row, seen > 0, at);
+
+    // What turns the queries and keys of this warp, and that the scores are scaled.
+    using Qkv = Mine<3 * DIM / 2, DIM, 2>;
+    float cosines[Qkv::COUNT], sines[Qkv::COUNT];
+#pragma unroll
+    for (int m = 0; m < Qkv::COUNT; m++) {
+        const int pair = at.worker + m * WORKERS, which = pair / (DIM / 2);
+        const int f = pair % (DIM / 2) % HALF;
+        const float scale = which ? 1.0f : rsqrtf((float)WIDTH);
+        cosines[m] = which < 2 ? scale * s.given[3 + f] : 1.0f;
+        sines[m] = which < 2 ? scale * s.given[3 + HALF + f] : 0.0f;
+    }
+    hear<4>(
+        F, at, [&](int i) { return t.words + FEATURES + i; },
+        [&](int i, float z) { s.features[i] = z; });
     __syncthreads();
     for (int e = at.worker; e < TOKEN; e += WORKERS) {
         float sum = 0.0f;
-#pragma unroll 8
+#pragma unroll 16
         for (int i = at.lane; i < F; i += LANES) sum += read[(i64)e * F + i] * s.features[i];
         sum = sum_of_lanes(sum) + read_bias[e];
         if (at.lane == 0) tell(t.words + READ + e, e < DIM ? sum / (1.0f + fabsf(sum)) : sum, at);
     }
     {
-        const Mine<DIM, TOKEN> shared(trunk + SHARED, trunk + SHARED_BIAS, at);
+        const FromRead shared(trunk + SHARED, trunk + SHARED_BIAS, at);
         float in[pieces(TOKEN, LANES)];
-        hear<TOKEN>(in, t.words + READ, at);
-        shared.of(in, at, [&](int d, const float *token) {
-            tell(t.words + BEGIN + d, dark[d] + given[d] + spikes * (*token + of_spikes[d]), at);
+        hear_all<TOKEN>(s, in, turn, t.words + READ, at);
+        shared.of(in, at, [&](int m, int d, const float *token) {
+            tell(t.words + BEGIN + d, without[m] + spikes * (*token + with_spikes[m]), at);
         });
     }
 
@@ -408,40 +462,40 @@ __device__ void step(Shared &s, const Stream t, const float *trunk, const Place 
         Word *words = t.words + FIRST + layer * OF_LAYER;
         {
             // Queries, keys, values: a row and that of half a head later, which are turned together.
-            const Mine<3 * DIM / 2, DIM, 2> qkv(own + QKV, own + QKV_BIAS, at);
+            const Qkv qkv(own + QKV, own + QKV_BIAS, at);
             const Norm norm(own + NORM1, at);
-            hear_and_add(x, more, at);
+            hear_and_add(s, x, turn, more, at);
             norm.of(x, normed, at);
-            qkv.of(normed, at, [&](int pair, const float *sums) {
-                const int which = pair / (DIM / 2), of = pair % (DIM / 2), f = of % HALF;
-                const int first = of / HALF * WIDTH + f;
-                const float c = which < 2 ? cosines[f] : 1.0f, sine = which < 2 ? sines[f] : 0.0f;
-                const float scale = which ? 1.0f : rsqrtf((float)WIDTH);
-                const float a = (sums[0] * c - sums[1] * sine) * scale;
-                const float b = (sums[1] * c + sums[0] * sine) * scale;
-                tell(words + HEADED + which * DIM + first, a, at);
-                tell(words + HEADED + which * DIM + first + HALF, b, at);
+            qkv.of(normed, at, [&](int m, int pair, const float *sums) {
+                const int which = pair / (DIM / 2), of = pair % (DIM / 2), headed = of / HALF;
+                const float a = sums[0] * cosines[m] - sums[1] * sines[m];
+                const float b = sums[1] * cosines[m] + sums[0] * sines[m];
+                const int f = of % HALF, first = which * DIM + headed * WIDTH + f;
+                tell(words + HEADED + first, a, at);
+                tell(words + HEADED + first + HALF, b, at);
                 if (which == 0) return;
-                float *ring = (which == 1 ? t.keys : t.values) + layer * t.layer +
-                              ((i64)(of / HALF) * ROWS + row) * WIDTH;
-                ring[f] = a, ring[f + HALF] = b;
+                float *ring = (which == 1 ? t.keys : t.values) + layer * t.layer;
+                ring[((i64)headed * ROWS + row) * WIDTH + f] = a;
+                ring[((i64)headed * ROWS + row) * WIDTH + f + HALF] = b;
             });
         }
         attention(s, t, own, words, layer, row, at);
         {
             const Mine<HIDDEN, DIM> widen(own + WIDEN, own + WIDEN_BIAS, at);
             const Norm norm(own + NORM2, at);
-            hear_heads(s, x, words, own + OUT_BIAS, layer, at);
+            hear_heads(s, x, turn, words, own + OUT_BIAS, at);
             norm.of(x, normed, at);
-            widen.of(normed, at, [&](int g, const float *wide) {
+            widen.of(normed, at, [&](int, int g, const float *wide) {
                 tell(words + WIDE + g, 0.5f * *wide * (1.0f + erff(*wide * 0.70710678f)), at);
             });
         }
         {
             const Mine<DIM, HIDDEN> narrow(own + NARROW, own + NARROW_BIAS, at);
             float wide[pieces(HIDDEN, LANES)];
-            hear<HIDDEN>(wide, words + WIDE, at);
-            narrow.of(wide, at, [&](int d, const float *sum) { tell(words + ADDED + d, *sum, at); });
+            hear_all<HIDDEN>(s, wide, turn, words + WIDE, at);
+            narrow.of(wide, at, [&](int, int d, const float *sum) {
+                tell(words + ADDED + d, *sum, at);
+            });
         }
         more = words + ADDED;
     }
@@ -450,9 +504,9 @@ __device__ void step(Shared &s, const Stream t, const float *trunk, const Place 
         {
             const Mine<DIM, DIM, 2> pace(trunk + PACE, trunk + PACE_BIAS, at);
             const Norm norm(trunk + MEMORY_NORM, at);
-            hear_and_add(x, more, at);
+            hear_and_add(s, x, turn, more, at);
             norm.of(x, normed, at);
-            pace.of(normed, at, [&](int d, const float *sums) {
+            pace.of(normed, at, [&](int, int d, const float *sums) {
                 const float by = 1.0f - LONGEST / (1.0f + expf(-sums[0]));
                 const float before = s.in_sight > 0 || due == 0 ? t.memory[d] : 0.0f;
                 const float now = before + (sums[1] - before) * (by * seen * due);
@@ -462,27 +516,27 @@ __device__ void step(Shared &s, const Stream t, const float *trunk, const Place 
         }
         const Mine<DIM, DIM> recall(trunk + RECALL, trunk + RECALL_BIAS, at);
         float memory[EACH];
-        hear<DIM>(memory, t.words + MEMORY, at);
-        recall.of(memory, at, [&](int d, const float *sum) {
+        hear_all<DIM>(s, memory, turn, t.words + MEMORY, at);
+        recall.of(memory, at, [&](int, int d, const float *sum) {
             tell(t.words + RECALLED + d, *sum, at);
         });
         more = t.words + RECALLED;
     }
 
     const Norm norm(trunk + LAST_NORM, at);
-    hear_and_add(x, more, at);
+    float weights[EACH];
+    if (at.worker < O) fetch<DIM>(weights, head + (i64)at.worker * DIM, at);
+    hear_and_add(s, x, turn, more, at);
     norm.of(x, normed, at);
     for (int o = at.worker; o < O; o += WORKERS) {
-        float weights[EACH];
-        fetch<DIM>(weights, head + (i64)o * DIM, at);
-        float sum = dot(weights, normed) + head_bias[o];
+        if (o != at.worker) fetch<DIM>(weights, head + (i64)o * DIM, at);
+        float sum = dot(weights, normed);
         if (at.lane > 0) continue;
+        sum += head_bias[o];
         if (SAID && o < t.outputs) {
             float more = said_bias[o];
-            for (int u = 0; u < SAID; u++) {
-                const Word *word = t.words + READ + DIM + u;
-                more += said[o * SAID + u] * heard(look_at(word), word, at);
-            }
+            for (int u = 0; u < SAID; u++)  // heard before
+                more += said[o * SAID + u] * number_in(look_at(t.words + READ + DIM + u));
             sum += spikes * more;
         }
         t.raw[o] = sum;
@@ -498,7 +552,7 @@ __device__ void step(Shared &s, const Stream t, const float *trunk, const Place 
 
 extern "C" __device__ const int bytes_of_block = sizeof(Shared);
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE)
 one_bin_of_each(const Stream *streams, const float *trunk) {
     SHARED_MEMORY(memory_of_block);
     const Stream stream = streams[blockIdx.y];

@@ -6,6 +6,7 @@ be, and what a linear decoder says), X numbers of many shapes in a row.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Protocol
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from rt_neds.stream.graph_streams import Stream
 
 WARPS, LANES = 8, 32
-AT_ONCE = 2
-"""Blocks that a multiprocessor has registers for."""
+AT_ONCE = (1, 2)
+"""Blocks of a multiprocessor: two of them have half the registers each, which is enough."""
 TEAMS = (64, 32, 16, 8, 4)
 """Blocks of a stream: as many as may be there at once, for every stream. More do not gain."""
 
@@ -61,7 +62,7 @@ class OneLaunch:
         counts: Sequence[Tensor],
         raws: Sequence[Tensor],
     ) -> None:
-        device = given_PX.device
+        device = streams[0].dark_D.device
         self.team, self._launcher = find_launcher(model, [s.units for s in streams], device)
         self._trunk_X = torch.cat([part.reshape(-1) for part in _trunk(model)])
         self._kept = [own_weights(stream) for stream in streams]
@@ -97,10 +98,10 @@ def find_launcher(model: NEDS, units: Sequence[int], device: torch.device) -> tu
     properties, streams = torch.cuda.get_device_properties(device), len(units)
     architecture = f"sm_{properties.major}{properties.minor}"
     features_bytes = 4 * len(model.config.history) * max(units)
-    for team in TEAMS:
-        if team * streams > AT_ONCE * properties.multi_processor_count:
+    for team, at_once in itertools.product(TEAMS, AT_ONCE):
+        if team * streams > at_once * properties.multi_processor_count:
             continue
-        code = compile_cuda(source_of(model, team, WARPS, LANES), architecture)
+        code = compile_cuda(source_of(model, team, at_once), architecture)
         kernel = Kernel(
             code, "one_bin_of_each", "bytes_of_block", features_bytes, WARPS * LANES, device
         )
@@ -109,7 +110,9 @@ def find_launcher(model: NEDS, units: Sequence[int], device: torch.device) -> tu
     raise RuntimeError(f"{streams} streams are too many for one launch on this GPU")
 
 
-def source_of(model: NEDS, team: int, warps: int, lanes: int) -> str:
+def source_of(
+    model: NEDS, team: int, at_once: int = 1, warps: int = WARPS, lanes: int = LANES
+) -> str:
     """The text to compile, all sizes defined."""
     c, memory = model.config, model.memory
     constants = {
@@ -118,7 +121,7 @@ def source_of(model: NEDS, team: int, warps: int, lanes: int) -> str:
         "HISTORY": ", ".join(map(str, c.history)), "OLDEST": max(c.history),
         "REMEMBERS": int(memory is not None),
         "LONGEST": f"{memory.longest if memory is not None else 0.0!r}f",
-        "TEAM": team, "WARPS": warps, "LANES": lanes,
+        "TEAM": team, "AT_ONCE": at_once, "WARPS": warps, "LANES": lanes,
     }  # fmt: skip
     text = resources.files("rt_neds.stream").joinpath("graph_kernel.cu").read_text("utf-8")
     return "".join(f"#define {name} {value}\n" for name, value in constants.items()) + text

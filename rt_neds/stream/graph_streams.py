@@ -30,6 +30,8 @@ from rt_neds.model.neds import NEDS, SCHEMES
 from rt_neds.stream.graph_kernel import OneLaunch
 
 WARM_UPS = 3
+READS_HOST = False
+WRITES_HOST = True
 OF_LAYERS = ("keys_LPHRF", "values_LPHRF")
 """State of which each layer has its own."""
 TRUNK = ("spikes_shared", "linear_in", "layers", "memory", "norm")
@@ -178,9 +180,7 @@ class Streams:
         self.many_because = ""
         if one_launch:
             try:
-                self._one_launch = OneLaunch(
-                    model, streams, self._given_PX, self._counts, self._raw.split(self._down)
-                )
+                self._one_launch = OneLaunch(model, streams, *self._where())
             except RuntimeError as error:
                 self.many_because = str(error).splitlines()[0]
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -203,8 +203,8 @@ class Streams:
         width, P = sum(sizes.values()), len(self.streams)
         units = [stream.units for stream in self.streams]
         self._down = down = [len(stream.bias_O) for stream in self.streams]
-        self._up_host = torch.zeros(P * width + sum(units), pin_memory=self._captured)
-        self._raw_host = torch.zeros(sum(down), pin_memory=self._captured)
+        self._up_host = torch.zeros(P * width + sum(units), pin_memory=self._device.type == "cuda")
+        self._raw_host = torch.zeros(sum(down), pin_memory=self._device.type == "cuda")
         self._up = torch.zeros(len(self._up_host), device=self._device)
         self._raw = torch.zeros(sum(down), device=self._device)
         self._given_PX = self._up[: P * width].view(P, width)
@@ -218,6 +218,14 @@ class Streams:
             split = beside[p].split([*sizes.values()])
             own = {name: part.numpy() for name, part in zip(sizes, split, strict=True)}
             self.host.append({**own, "counts_N": counts[p].numpy(), "raw_O": raws[p].numpy()})
+
+    def _where(self) -> Any:
+        P = len(self.streams)
+        units = [stream.units for stream in self.streams]
+        up = self._up_host if READS_HOST else self._up
+        raw = self._raw_host if WRITES_HOST else self._raw
+        width = self._given_PX.shape[1]
+        return up[: P * width].view(P, width), up[P * width :].split(units), raw.split(self._down)
 
     def _capture(self) -> None:
         """Record all kernels of a step; streams have no bin meanwhile, and so stay as they are."""
@@ -251,12 +259,14 @@ class Streams:
     @torch.no_grad()
     def _step(self) -> None:
         """One bin of every stream that is due, without a decision on the way."""
-        self._up.copy_(self._up_host, non_blocking=True)
+        if self._one_launch is None or not READS_HOST:
+            self._up.copy_(self._up_host, non_blocking=True)
         if self._one_launch is not None:
             self._one_launch()
         else:
             self._kernel_by_kernel()
-        self._raw_host.copy_(self._raw, non_blocking=True)
+        if self._one_launch is None or not WRITES_HOST:
+            self._raw_host.copy_(self._raw, non_blocking=True)
 
     def _kernel_by_kernel(self) -> None:
         """All between the two copies, by PyTorch."""
