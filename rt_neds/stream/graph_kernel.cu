@@ -86,7 +86,7 @@ constexpr int READ = 0, BEGIN = READ + TOKEN, FIRST = BEGIN + DIM,
 
 struct Shared {
     float keys[ROWS][WIDTH + 1], values[ROWS][WIDTH + 1];
-    float query[WIDTH], scores[ROWS], part[WARPS][WIDTH], weight[WARPS], mixed[WIDTH];
+    float query[WIDTH], scores[ROWS], part[WARPS][WIDTH], weight[WARPS];
     float heard[2][WIDEST];  // whoever is slow still reads what was heard before
     float given[3 + WIDTH];  // whether spikes, anything, a bin; cosines, sines
     float hidden[ROWS], in_sight;
@@ -253,17 +253,28 @@ __device__ void hear_and_add(Shared &s, float (&x)[EACH], int &turn, const Word 
 // Keys and values of a head, but for those of this bin.
 __device__ void fetch_ring(Shared &s, const Stream &t, int layer, int head, int row,
                            const Place &at) {
-    const i64 from = layer * t.layer + (i64)head * ROWS * WIDTH;
-    for (int n = at.thread; n < (CONTEXT + 1) * WIDTH; n += THREADS) {
-        const int r = n / WIDTH, f = n % WIDTH;
-        if (r == row) continue;
-        s.keys[r][f] = t.keys[from + n];
-        s.values[r][f] = t.values[from + n];
+    constexpr int COUNT = (CONTEXT + 1) * WIDTH, BATCH = 13;  // that many on their way at once
+    const float *keys = t.keys + layer * t.layer + (i64)head * ROWS * WIDTH;
+    const float *values = t.values + layer * t.layer + (i64)head * ROWS * WIDTH;
+    for (int first = at.thread; first < COUNT; first += BATCH * THREADS) {
+        float found[2][BATCH];
+#pragma unroll
+        for (int e = 0; e < BATCH; e++) {
+            const int n = first + e * THREADS;
+            found[0][e] = n < COUNT ? keys[n] : 0.0f;
+            found[1][e] = n < COUNT ? values[n] : 0.0f;
+        }
+#pragma unroll
+        for (int e = 0; e < BATCH; e++) {
+            const int n = first + e * THREADS, r = n / WIDTH, f = n % WIDTH;
+            if (n < COUNT && r != row) s.keys[r][f] = found[0][e], s.values[r][f] = found[1][e];
+        }
     }
 }
 
-// Mix the values of a head: `mixed` is there for all threads of the block.
-__device__ void attend(Shared &s, const Word *words, int head, int row, const Place &at) {
+// Mix the values of a head.
+__device__ void attend(Shared &s, float (&mixed)[OF_HEAD], const Word *words, int head, int row,
+                       const Place &at) {
     hear<pieces(3 * WIDTH, THREADS)>(
         3 * WIDTH, at,
         [&](int n) { return words + HEADED + n / WIDTH * DIM + head * WIDTH + n % WIDTH; },
@@ -299,13 +310,17 @@ __device__ void attend(Shared &s, const Word *words, int head, int row, const Pl
     }
     if (at.lane == 0) s.weight[at.warp] = weights;
     __syncthreads();
-    for (int f = at.thread; f < WIDTH; f += THREADS) {
-        float sum = 0.0f, all = 0.0f;
+    float all = 0.0f;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) sum += s.part[w][f], all += s.weight[w];
-        s.mixed[f] = sum / all;
+    for (int w = 0; w < WARPS; w++) all += s.weight[w];
+#pragma unroll
+    for (int e = 0; e < OF_HEAD; e++) {
+        const int f = e * LANES + at.lane;
+        float sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum += f < WIDTH ? s.part[w][f] : 0.0f;
+        mixed[e] = sum / all;
     }
-    __syncthreads();
 }
 
 // A head is mixed by each of its blocks, each of which makes some of the outputs of it.
@@ -320,8 +335,7 @@ __device__ void attention(Shared &s, const Stream &t, const float *own, Word *wo
             if (first + m * SOME < DIM)
                 fetch<WIDTH>(out[m], own + OUT + (i64)(first + m * SOME) * DIM + head * WIDTH, at);
         fetch_ring(s, t, layer, head, row, at);
-        attend(s, words, head, row, at);
-        fetch<WIDTH>(mixed, s.mixed, at);
+        attend(s, mixed, words, head, row, at);
 #pragma unroll
         for (int m = 0; m < COUNT; m++) {
             const int d = first + m * SOME;
@@ -366,7 +380,14 @@ __device__ void find_features(const Stream &t, const float *standard, i64 bin, b
     constexpr int widths[WIDTHS] = {HISTORY}, stride = TEAM * THREADS;
     const int N = t.units, newest = bin % OLDEST;
     for (int n = at.rank * THREADS + at.thread; n < N; n += stride) {
-        float sums[WIDTHS] = {};
+        float sums[WIDTHS] = {}, means[WIDTHS], deviations[WIDTHS], instead[WIDTHS];
+        const bool missing = t.missing[n];
+#pragma unroll
+        for (int k = 0; k < WIDTHS; k++) {
+            means[k] = standard[k * N + n];
+            deviations[k] = standard[(WIDTHS + k) * N + n];
+            instead[k] = standard[(2 * WIDTHS + k) * N + n];
+        }
 #pragma unroll 32
         for (int age = 0; age < OLDEST; age++) {
             const int row = newest < age ? newest - age + OLDEST : newest - age;
@@ -376,10 +397,9 @@ __device__ void find_features(const Stream &t, const float *standard, i64 bin, b
                 if (age < widths[k]) sums[k] += count;
         }
 #pragma unroll
-        for (int k = 0; k < WIDTHS; k++) {  // means, then deviations, then what stands in
-            const int i = k * N + n;
-            const float z = (sqrtf(sums[k]) - standard[i]) / standard[WIDTHS * N + i];
-            tell(t.words + FEATURES + i, t.missing[n] ? standard[2 * WIDTHS * N + i] : z, at);
+        for (int k = 0; k < WIDTHS; k++) {
+            const float z = (sqrtf(sums[k]) - means[k]) / deviations[k];
+            tell(t.words + FEATURES + k * N + n, missing ? instead[k] : z, at);
         }
         if (due) t.ring[(i64)newest * N + n] = now;
         if (n + stride < N) now = t.counts[n + stride];
@@ -435,14 +455,27 @@ __device__ void step(Shared &s, const Stream t, const float *trunk, const Place 
         cosines[m] = which < 2 ? scale * s.given[3 + f] : 1.0f;
         sines[m] = which < 2 ? scale * s.given[3 + HALF + f] : 0.0f;
     }
-    hear<4>(
+    float weights[16];  // the first of those that this warp needs next
+    const int first = at.worker < TOKEN ? F : 0;
+#pragma unroll
+    for (int e = 0; e < 16; e++) {
+        const int i = e * LANES + at.lane;
+        weights[e] = i < first ? read[(i64)at.worker * F + i] : 0.0f;
+    }
+    hear<8>(
         F, at, [&](int i) { return t.words + FEATURES + i; },
         [&](int i, float z) { s.features[i] = z; });
     __syncthreads();
     for (int e = at.worker; e < TOKEN; e += WORKERS) {
         float sum = 0.0f;
-#pragma unroll 16
-        for (int i = at.lane; i < F; i += LANES) sum += read[(i64)e * F + i] * s.features[i];
+        int from = at.lane;
+        if (e == at.worker) {
+#pragma unroll
+            for (int w = 0; w < 16; w++, from += LANES)
+                sum += weights[w] * (from < F ? s.features[from] : 0.0f);
+        }
+#pragma unroll 24
+        for (int i = from; i < F; i += LANES) sum += read[(i64)e * F + i] * s.features[i];
         sum = sum_of_lanes(sum) + read_bias[e];
         if (at.lane == 0) tell(t.words + READ + e, e < DIM ? sum / (1.0f + fabsf(sum)) : sum, at);
     }
@@ -524,15 +557,20 @@ __device__ void step(Shared &s, const Stream t, const float *trunk, const Place 
     }
 
     const Norm norm(trunk + LAST_NORM, at);
-    float weights[EACH];
-    if (at.worker < O) fetch<DIM>(weights, head + (i64)at.worker * DIM, at);
+    float row_of_head[EACH], bias = 0.0f;
+    if (at.worker < O) {
+        fetch<DIM>(row_of_head, head + (i64)at.worker * DIM, at);
+        bias = head_bias[at.worker];
+    }
     hear_and_add(s, x, turn, more, at);
     norm.of(x, normed, at);
     for (int o = at.worker; o < O; o += WORKERS) {
-        if (o != at.worker) fetch<DIM>(weights, head + (i64)o * DIM, at);
-        float sum = dot(weights, normed);
+        if (o != at.worker) {
+            fetch<DIM>(row_of_head, head + (i64)o * DIM, at);
+            bias = head_bias[o];
+        }
+        float sum = dot(row_of_head, normed) + bias;
         if (at.lane > 0) continue;
-        sum += head_bias[o];
         if (SAID && o < t.outputs) {
             float more = said_bias[o];
             for (int u = 0; u < SAID; u++)  // heard before
