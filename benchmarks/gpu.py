@@ -1,11 +1,11 @@
 """One step on a GPU: as one launch, as PyTorch's kernels, and of several probes at once.
 
 Copies up and down and the wait for them are in every time, and what Python does. ``step`` is what
-serves: a graph of a copy up, one launch and a copy down. ``kernels`` is a graph of PyTorch's kernels
-instead, ``uncaptured`` the same without a graph, ``eager`` the network's own step in PyTorch.
-``nothing`` is the graph of one empty kernel and the two copies: what no step can be faster than;
-``reading`` sums as many bytes as the step reads. Contestants take turns in one process; "paced" is
-one of each every 20 ms, asleep in between, when the GPU has slowed its clocks.
+serves: a graph of a copy up and one launch. ``kernels`` is a graph of PyTorch's kernels instead,
+``uncaptured`` the same without a graph, ``eager`` the network's own step in PyTorch. ``nothing`` is
+the graph of a copy up, an empty kernel and a copy down; ``reading`` sums as many bytes as the step
+reads. ``launch`` is the step's launch alone by the GPU's clock. Contestants take turns in one
+process; "paced" is one of each every 20 ms, asleep in between.
 
     python benchmarks/gpu.py --json results/MACHINE/gpu.json
 
@@ -30,7 +30,8 @@ from rt_neds.stream.graph import GraphStep
 NAMES = [b.name for b in BEHAVIOURS]
 UNITS, PROBES = 400, (1, 2, 4, 8)
 UNITS_OF_PROBES = 1000
-BINS = 300
+BINS = 150
+SLOW = ("uncaptured", "eager")
 
 
 def stepping(step: Any, counts_TN: Any) -> Any:
@@ -90,11 +91,13 @@ def one_size(size: str, device: torch.device, rounds: int, bins: int) -> dict[st
     if cuda:
         calls["nothing"] = nothing(steps["step"])
     told: dict[str, Any] = {"bytes": nbytes, "max_abs_error": worst}
-    took = take_turns({name: (call, 20) for name, call in calls.items()}, rounds)
+    runs = {name: (call, 4 if name in SLOW else 20) for name, call in calls.items()}
+    took = take_turns(runs, rounds)
     told["us"] = {name: percentiles(times) for name, times in took.items()}
     took = pace({name: call for name, call in calls.items() if name != "uncaptured"}, bins)
     told["paced_us"] = {name: percentiles(times) for name, times in took.items()}
     if cuda:
+        told["us"]["launch"] = launch(steps["step"])
         told["eager_over_step"] = round(told["us"]["eager"]["p50"] / told["us"]["step"]["p50"], 1)
     return told
 
@@ -118,6 +121,22 @@ def nothing(step: GraphStep) -> Any:
         done.synchronize()
 
     return call
+
+
+def launch(step: GraphStep) -> dict[str, float]:
+    """Microseconds of the launch alone, back to back."""
+    one_launch = step._group.streams._one_launch
+    assert one_launch is not None
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    took = []
+    for _ in range(BINS):
+        begin.record()
+        for _ in range(10):
+            one_launch()
+        end.record()
+        end.synchronize()
+        took.append(begin.elapsed_time(end) * 1e3 / 10)
+    return percentiles(took)
 
 
 def growth(replays: int) -> int:

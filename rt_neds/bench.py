@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rt_neds.bench_input import SIZES, poisson_session, random_bundle
-from rt_neds.bench_step import bench_step, paced
+from rt_neds.bench_step import bench_step, device_name, paced, served_step
 from rt_neds.errors import ConfigError
 from rt_neds.latency import Tally, stolen_ms
 from rt_neds.result import machine
@@ -34,6 +34,7 @@ def bench_latency(
     units: int,
     spikes_per_s: float,
     bin_ms: float,
+    device: str,
 ) -> dict[str, Any]:
     """Latency through real processes and sockets, decoder and control in turns of ten seconds.
 
@@ -58,13 +59,14 @@ def bench_latency(
         turn_s = min(BLOCK_S, seconds)
         file = poisson_session(folder / "s.h5", session.id, session.units, spikes_per_s, turn_s)
         turns = max(1, round(seconds / turn_s))
-        paced_step = _PacedStep(path, spec, spikes_per_s)
-        decoded, control = _in_turns(path, file, turns, spec.bin_ms, paced_step.take)
+        paced_step = _PacedStep(path, spec, spikes_per_s, device)
+        decoded, control = _in_turns(path, file, turns, spec.bin_ms, paced_step.take, device)
     expected = turns * round(turn_s * 1000 / spec.bin_ms)
     control_missed = control.missed + max(0, expected - control.bins)
     report = decoded.report(control, expected)
     return {
         "machine": machine(),
+        "device": device_name(device),
         "bin_ms": spec.bin_ms,
         "units": len(session.units),
         "spikes_per_s": spikes_per_s,
@@ -115,16 +117,14 @@ def terms(report: dict[str, Any], control_missed: int, step_ms: float) -> dict[s
 class _PacedStep:
     """The step that serve would run, alone in this process, one per bin."""
 
-    def __init__(self, bundle: Path, spec: Any, spikes_per_s: float) -> None:
+    def __init__(self, bundle: Path, spec: Any, spikes_per_s: float, device: str) -> None:
         import torch
 
         from rt_neds.bundle import build_model
-        from rt_neds.stream.decoder import make_step
 
         torch.set_num_threads(1)
-        session = spec.sessions[0]
-        n = len(session.units)
-        self._step = make_step(build_model(bundle, spec), spec, session, np.zeros(n, bool))
+        n = len(spec.sessions[0].units)
+        self._step = served_step(build_model(bundle, spec), spec, device)
         self._period_s = spec.bin_ms / 1e3
         per_bin = spikes_per_s * self._period_s / n
         self._counts_TN = np.random.default_rng(0).poisson(per_bin, (512, n)).astype(np.float32)
@@ -137,7 +137,7 @@ class _PacedStep:
 
 
 def _in_turns(
-    bundle: Path, file: Path, turns: int, bin_ms: float, between: Callable[[], None]
+    bundle: Path, file: Path, turns: int, bin_ms: float, between: Callable[[], None], device: str
 ) -> tuple[Tally, Tally]:
     from rt_neds.children import collect, finish_replay, free_port, serving, start_replay
     from rt_neds.children import wait_for_schema as ready
@@ -148,7 +148,7 @@ def _in_turns(
     probes, extra = ("bench", "control"), ((), ("--control",))
     options = [
         ("--probe", probes[i], "--bundle", str(bundle), "--source", f"rtneds://127.0.0.1:{spikes}",
-         "--publish", f"tcp://127.0.0.1:{ports[i]}", *extra[i])
+         "--publish", f"tcp://127.0.0.1:{ports[i]}", "--device", device, *extra[i])
         for i in range(2)
     ]  # fmt: skip
     listeners = [DecodedListener(f"tcp://127.0.0.1:{ports[i]}", probes[i]) for i in range(2)]
@@ -189,6 +189,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="in all: 10 000 for latency, 4 000 for soak",
     )
     parser.add_argument("--bin-ms", type=float, default=20.0, help="of the random bundle")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="what decodes (cpu)"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -205,6 +208,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             units=args.units,
             behaviours=args.behaviours,
             seconds=args.seconds or 10.0,
+            device=args.device,
         )
     else:
         result = bench_latency(
@@ -214,6 +218,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             units=args.units,
             spikes_per_s=10_000.0 if args.spikes_per_s is None else args.spikes_per_s,
             bin_ms=args.bin_ms,
+            device=args.device,
         )
     if not args.quiet:
         show(result)

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from rt_neds.bench_input import random_bundle
+from rt_neds.errors import ConfigError
 from rt_neds.result import machine
 
 
 def bench_step(
-    *, bundle: str | None, size: str, units: int, behaviours: int, seconds: float
+    *, bundle: str | None, size: str, units: int, behaviours: int, seconds: float, device: str
 ) -> dict[str, Any]:
     """One bin through the served step, PyTorch's, and the window run anew, in turns.
 
@@ -30,7 +31,7 @@ def bench_step(
     import torch
 
     from rt_neds.bundle import build_model, load_spec
-    from rt_neds.stream.decoder import EagerStep, make_step, outputs_of
+    from rt_neds.stream.decoder import EagerStep, outputs_of
     from rt_neds.stream.graph import GraphStep
 
     torch.set_num_threads(1)
@@ -43,7 +44,7 @@ def bench_step(
     session = spec.sessions[0]
     n = len(session.units)
     wanted = [b.name for b in outputs_of(spec, session)]
-    fast = make_step(model, spec, session, np.zeros(n, bool))
+    fast = served_step(model, spec, device)
     plain = EagerStep(model, session.id, wanted)
     eager = GraphStep(model, session.id, wanted, device="cpu", captured=False)
     rng = np.random.default_rng(0)
@@ -64,6 +65,7 @@ def bench_step(
     middle = {name: statistics.median(times) for name, times in hot.items()}
     return {
         "machine": machine(),
+        "device": device_name(device),
         "model": f"{spec.model.layers} layers of {spec.model.dim}, context {spec.model.context}",
         "units": n,
         "behaviours": len(wanted),
@@ -77,6 +79,31 @@ def bench_step(
         ),
         "max_abs_error": worst,
     }
+
+
+def served_step(model: Any, spec: Any, device: str) -> Any:
+    """The step that serve would run for the bundle's first session.
+
+    Raises
+    ------
+    ConfigError
+        If the device cannot: a figure of the CPU would stand there as the GPU's.
+    """
+    from rt_neds.stream.decoder import make_step
+    from rt_neds.stream.fused import FusedStep
+
+    session, said = spec.sessions[0], [""]
+    step = make_step(model, spec, session, np.zeros(len(session.units), bool), device, said.append)
+    if device != "cpu" and isinstance(step, FusedStep):
+        raise ConfigError(f"{said[-1].partition(';')[0]}; measure with --device cpu")
+    return step
+
+
+def device_name(device: str) -> str:
+    """Which GPU, or ``cpu``."""
+    import torch
+
+    return device if device == "cpu" else torch.cuda.get_device_name(device)
 
 
 def _window(model: Any, session: str, wanted: list[str], counts_TN: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from rt_neds.bench_step import paced, percentiles, timed
+from rt_neds.bench_step import paced, percentiles, served_step, timed
 from rt_neds.errors import ConfigError
 from rt_neds.latency import stolen_ms
 from rt_neds.result import machine
@@ -171,18 +171,16 @@ def timer(late: dict[str, float]) -> Finding:
     return Finding(what="timer", found=found, good=good, do="" if good else do)
 
 
-def step_us(bundle: str, seconds: float) -> tuple[dict[str, Any], float]:
+def step_us(bundle: str, seconds: float, device: str) -> tuple[dict[str, Any], float]:
     """Time of the step that serve would run, back to back and one per bin; and the bundle's bin."""
     import torch
 
     from rt_neds.bundle import build_model, load_spec
-    from rt_neds.stream.decoder import make_step
 
     torch.set_num_threads(1)
     spec = load_spec(bundle)
-    session = spec.sessions[0]
-    units = len(session.units)
-    step = make_step(build_model(bundle, spec), spec, session, np.zeros(units, bool))
+    units = len(spec.sessions[0].units)
+    step = served_step(build_model(bundle, spec), spec, device)
     counts_TN = np.random.default_rng(0).poisson(0.3, (512, units)).astype(np.float32)
     with quiet_machine(True):
         hot = timed(lambda i: step.steps((counts_TN[i % 512],), (True,)), 1_000)
@@ -228,7 +226,10 @@ def decoding(step: dict[str, Any], held: list[dict[str, Any]], own_ms: float) ->
 
 
 def examine(
-    bundle: str | None, seconds: float, say: Callable[[str], None] = lambda line: None
+    bundle: str | None,
+    seconds: float,
+    device: str = "cpu",
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Look at everything.
 
@@ -244,7 +245,7 @@ def examine(
     findings.append(timer(late))
     result: dict[str, Any] = {"machine": about, "timer_us": late}
     if bundle:
-        step, own_ms = step_us(bundle, seconds)
+        step, own_ms = step_us(bundle, seconds, device)
         held = widths(late, step, own_ms)
         findings += decoding(step, held, own_ms)
         result |= {"step_us": step, "bins": held}
@@ -281,12 +282,16 @@ def show(result: dict[str, Any]) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", metavar="DIR", help="also measure its step on this machine")
     parser.add_argument("--seconds", type=float, default=2.5, help="of each measurement (2.5)")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="what runs that step (cpu)"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if not 0.1 <= args.seconds <= 600:
         raise ConfigError(f"seconds {args.seconds:g}; 0.1 to 600 were expected")
-    result = examine(args.bundle, args.seconds, (lambda line: None) if args.quiet else print)
+    say = (lambda line: None) if args.quiet else print
+    result = examine(args.bundle, args.seconds, args.device, say)
     if not args.quiet:
         show(result)
     return result

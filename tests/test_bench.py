@@ -97,7 +97,9 @@ def test_paced_steps_take_turns_and_are_all_timed():
 def test_a_random_bundle_is_a_bundle_and_its_step_is_measured(tmp_path):
     path = random_bundle(tmp_path / "b", "small", 7, 5.0, 2)
     assert load_spec(path).bin_ms == 5.0
-    result = bench_step(bundle=str(path), size="small", units=7, behaviours=2, seconds=0.2)
+    result = bench_step(
+        bundle=str(path), size="small", units=7, behaviours=2, seconds=0.2, device="cpu"
+    )
     assert result["max_abs_error"] < 1e-4
     assert result["window_over_step"] > 1
     assert set(result) >= {"step_us", "eager_us", "window_us", "eager_over_step"}

@@ -89,6 +89,7 @@ def make(request, monkeypatch, tmp_path):
         assert not step.many_because
         return step
 
+    make.one_launch = one_launch
     return make
 
 
@@ -214,6 +215,8 @@ def test_streams_together_give_what_each_gives_alone(make, size):
             at[name] = cut.stop
     for name in steps:
         got_TO = np.concatenate([first[name], *got[name]])
+        if make.one_launch:
+            np.testing.assert_array_equal(got_TO, expected[name])
         np.testing.assert_allclose(got_TO, expected[name], atol=ATOL)
         np.testing.assert_allclose(steps[name].next_TN()[-1], next_TN[name][-1], atol=ATOL)
 

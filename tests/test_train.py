@@ -111,6 +111,27 @@ def test_what_cannot_be_trained_is_told(tmp_path):
             train(tiny_config(training={"device": "cuda"}), [str(whole)], tmp_path / "run")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_trains_what_a_cpu_does(tmp_path):
+    session = write_session(tmp_path / "s.h5")
+    summaries = [
+        train(
+            tiny_config(training={"device": device}, model={"dropout": 0.0}),
+            [str(session)],
+            tmp_path / device,
+        )
+        for device in ("cpu", "cuda")
+    ]
+    of_cpu, of_gpu = (
+        build_model(tmp_path / device / "bundle", load_spec(tmp_path / device / "bundle"))
+        for device in ("cpu", "cuda")
+    )
+    for (name, a), b in zip(of_cpu.state_dict().items(), of_gpu.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, atol=0.02, rtol=0.0, msg=name)
+    assert summaries[0].keys() == summaries[1].keys()
+
+
 def test_learning_rate_is_one_cycle():
     settings = tiny_config(training={"steps": 100, "learning_rate": 1.0, "warmup": 0.2}).training
     rates = [learning_rate(step, settings) for step in range(100)]

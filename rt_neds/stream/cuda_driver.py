@@ -1,4 +1,4 @@
-"""Compiling one CUDA kernel and launching it: what of NVRTC and of the driver that takes, by ctypes.
+"""Compiling one CUDA kernel and launching it: what that takes of NVRTC and of the driver.
 
 Both are there wherever PyTorch runs on an NVIDIA GPU: it ships with NVRTC and loads the driver. So
 no compiler and no package is needed at the rig. Whatever fails raises RuntimeError with one line.

@@ -336,7 +336,10 @@ def make_step(
         try:
             if not torch.cuda.is_available():
                 raise RuntimeError(f"device {device!r} asked for and no CUDA device is there")
-            return GraphStep(model, session.id, wanted, missing_N, device, live=shown)
+            step = GraphStep(model, session.id, wanted, missing_N, device, live=shown)
+            if step.many_because:
+                say(f"{step.many_because}; a step is many launches, and takes several times longer")
+            return step
         except RuntimeError as error:
             say(f"{str(error).splitlines()[0]}; decoding on the CPU")
     return FusedStep(model, session.id, wanted, missing_N, live=shown)

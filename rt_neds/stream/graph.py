@@ -117,6 +117,7 @@ class GraphStep:
         self._stream = Stream(model, session, wanted, self._never_N)
         width = c.dim // c.heads
         self._frequency_F = ROTARY_BASE ** -(np.arange(0, width, 2, dtype=np.float64) / width)
+        self._table_2F, self._turned = np.zeros(2 * len(self._frequency_F), np.float32), -1
         self._next_TN = np.zeros((CHUNK, self._units), np.float32)
         self._raw_TO = np.zeros((CHUNK, self._stream.outputs), np.float32)
         self._bins = 0
@@ -165,17 +166,20 @@ class GraphStep:
         group = steps[0]._group
         assert all(step._group is group for step in steps), "streams of different trunks"
         for step in group.living():
-            step._host["due_1"][:] = 0
+            step._host["due_1"][0] = 0.0
         for t in range(max(map(len, counts_PTN))):
             due = []
             for step, counts_TN, observed_T, live_TM in zip(
                 steps, counts_PTN, observed_PT, live_PTM, strict=True
             ):
-                step._host["due_1"][:] = t < len(counts_TN)
+                step._host["due_1"][0] = t < len(counts_TN)
                 if t < len(counts_TN):
                     step._put(counts_TN[t], observed_T[t], live_TM[t] if live_TM else None)
                     due.append(step)
-            group.streams.run()
+            group.streams.start()
+            for step in due:  # the host has nothing else to do
+                step._turn(step._bin + 1)
+            group.streams.wait()
             for step in due:
                 step._get(t)
         for step, counts_TN in zip(steps, counts_PTN, strict=True):
@@ -185,13 +189,21 @@ class GraphStep:
     def _put(self, counts_N: F4, observed: bool, live_M: F4 | None) -> None:
         """What goes up of the next bin."""
         _check("counts_N", np.shape(counts_N), (self._units,))
-        host, half = self._host, len(self._frequency_F)
-        host["counts_N"][:] = counts_N if observed else 0
-        host["spikes_1"][:] = observed
-        host["seen_1"][:] = self._live.write(live_M, host["live_D"]) or observed
-        angle_F = self._bin * self._frequency_F  # in float64, or it is off after some hours
-        np.cos(angle_F, out=host["table_2F"][:half], casting="same_kind")
-        np.sin(angle_F, out=host["table_2F"][half:], casting="same_kind")
+        host = self._host
+        host["counts_N"][:] = counts_N if observed else 0.0
+        host["spikes_1"][0] = observed
+        host["seen_1"][0] = self._live.write(live_M, host["live_D"]) or observed
+        if self._turned != self._bin:
+            self._turn(self._bin)
+        host["table_2F"][:] = self._table_2F
+
+    def _turn(self, bin: int) -> None:
+        """Find the rotary angles of a bin, before it comes."""
+        half = len(self._frequency_F)
+        angle_F = bin * self._frequency_F  # in float64, or it is off after some hours
+        np.cos(angle_F, out=self._table_2F[:half], casting="same_kind")
+        np.sin(angle_F, out=self._table_2F[half:], casting="same_kind")
+        self._turned = bin
 
     def _get(self, t: int) -> None:
         """What came down."""

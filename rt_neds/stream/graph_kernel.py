@@ -46,7 +46,7 @@ class OneLaunch:
     given_PX, counts, raws : tensor, sequences of tensors
         Where what comes up is: for each stream a row of the live token, whether there are spikes,
         whether anything is seen, whether there is a bin, cosines and sines; its counts; and where
-        its outputs go.
+        its outputs go, which may be pinned memory of the host.
 
     Raises
     ------
@@ -62,7 +62,7 @@ class OneLaunch:
         counts: Sequence[Tensor],
         raws: Sequence[Tensor],
     ) -> None:
-        device = streams[0].dark_D.device
+        device = given_PX.device
         self.team, self._launcher = find_launcher(model, [s.units for s in streams], device)
         self._trunk_X = torch.cat([part.reshape(-1) for part in _trunk(model)])
         self._kept = [own_weights(stream) for stream in streams]
