@@ -81,8 +81,9 @@ def one_size(size: str, device: torch.device, rounds: int, bins: int) -> dict[st
             raise ConfigError(f"{why}: there is no step of one launch to measure")
         steps["kernels"] = GraphStep(model, "a", NAMES, device=device, one_launch=False)
     steps["uncaptured"] = GraphStep(model, "a", NAMES, device=device, captured=False)
-    oracle = EagerStep(model, "a", NAMES)
-    worst = {name: error(step, oracle, counts_TN) for name, step in steps.items()}
+    worst = {
+        name: error(step, EagerStep(model, "a", NAMES), counts_TN) for name, step in steps.items()
+    }
     steps["eager"] = EagerStep(make_model(SIZES[size], UNITS)[0], "a", NAMES, device=device)
     of_weights = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("sessions"))
     nbytes = 4 * (of_weights + 2 * c.layers * c.context * c.dim + 3 * UNITS * c.dim)

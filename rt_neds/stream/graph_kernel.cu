@@ -474,8 +474,19 @@ __device__ void step(Shared &s, const Stream t, const float *trunk, const Place 
             for (int w = 0; w < 16; w++, from += LANES)
                 sum += weights[w] * (from < F ? s.features[from] : 0.0f);
         }
-#pragma unroll 24
-        for (int i = from; i < F; i += LANES) sum += read[(i64)e * F + i] * s.features[i];
+        for (; from < F; from += 12 * LANES) {
+            float more[12];
+#pragma unroll
+            for (int w = 0; w < 12; w++) {
+                const int i = from + w * LANES;
+                more[w] = i < F ? read[(i64)e * F + i] : 0.0f;
+            }
+#pragma unroll
+            for (int w = 0; w < 12; w++) {
+                const int i = from + w * LANES;
+                sum += more[w] * (i < F ? s.features[i] : 0.0f);
+            }
+        }
         sum = sum_of_lanes(sum) + read_bias[e];
         if (at.lane == 0) tell(t.words + READ + e, e < DIM ? sum / (1.0f + fabsf(sum)) : sum, at);
     }
