@@ -1,56 +1,28 @@
-// One bin of each of some streams in one launch.
+// One bin of each of some streams in one launch: a team of TEAM blocks has a stream.
 //
-// A stream has a team of TEAM blocks, all of which are on the device at once. What one of them finds
-// it tells the others in words of eight bytes, a number and the launch it is of: who needs it looks
-// until it is of this launch. So a layer takes four trips through memory, where PyTorch launches
-// thirty kernels, and nobody waits for more than what he needs; weights that come next, which depend
-// on nobody, have been fetched by then. A word is written once in a launch, so none can be missed.
+// A layer takes four trips through memory, where PyTorch launches thirty kernels, and nobody waits for
+// more than what he needs; weights that come next, which depend on nobody, have been fetched by then.
+// Every warp of a team keeps the whole token (`x`) in registers and adds the same numbers to it in the
+// same order.
 //
-// A row of a linear map belongs to one warp, whose lanes take every 32nd input, whatever the size of
-// the team: the same stream gives the same bits alone and beside others. Every warp of a team keeps
-// the whole token (`x`) in registers and adds the same numbers to it in the same order.
-//
-// Sizes are constants, defined before this text: DIM, HEADS, LAYERS, CONTEXT, HIDDEN, SAID, WIDTHS,
-// HISTORY (WIDTHS numbers), OLDEST, REMEMBERS, LONGEST, TEAM, AT_ONCE (blocks on a
-// multiprocessor), WARPS, LANES. What lies where is said by graph_kernel.py. NVRTC compiles it, without headers; a test compiles it for the processor, where it
-// brings its own of the few things that only a GPU has.
+// Follows graph_team.cu. Constants beside its own: HEADS, LAYERS, CONTEXT, WIDTHS, HISTORY (WIDTHS
+// numbers), OLDEST, REMEMBERS, LONGEST, AT_ONCE (blocks on a multiprocessor). What lies where is said
+// by graph_kernel.py.
 
-typedef long long i64;
-typedef unsigned long long Word;  // the upper half says of which launch the number in the lower is
-
-#ifndef ON_CPU
-#define SHARED_MEMORY(name) extern __shared__ float name[]
-
-__device__ Word look_at(const Word *word) {
-    Word found;
-    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(word) : "memory");
-    return found;
-}
-
-__device__ void put(Word *word, Word what) {
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(word), "l"(what) : "memory");
-}
-
-__device__ unsigned add_and_fetch(unsigned *count) { return atomicAdd(count, 1u) + 1u; }
+#ifndef MARK  // benchmarks/gpu_stages.py takes the time there
+#define MARK(stage)
 #endif
 
-constexpr int THREADS = WARPS * LANES;
-constexpr int WORKERS = TEAM * WARPS;
 constexpr int WIDTH = DIM / HEADS;   // of a head
 constexpr int HALF = WIDTH / 2;      // pairs of numbers that a rotary angle turns
 constexpr int ROWS = CONTEXT + 2;    // of a ring: the sink, and a row for who has no bin
 constexpr int SINK = CONTEXT;
-constexpr int TOKEN = DIM + SAID;    // what is read of the spikes: a token to be, what is said
 constexpr int PARTS = TEAM < HEADS ? 1 : TEAM / HEADS;    // blocks that share a head
 constexpr int STRIDE = TEAM < HEADS ? TEAM : HEADS;       // to a block's next head
+constexpr int OF_HEAD = pieces(WIDTH, LANES);             // numbers of a head that a lane has
+constexpr int BATCH = 12;                                 // numbers that are on their way at once
 constexpr i64 NEVER = -(1LL << 60);
 constexpr float LOWEST = -3.4e38f;
-constexpr int WIDEST = HIDDEN > TOKEN ? HIDDEN : TOKEN;
-
-__device__ constexpr int pieces(int n, int of) { return (n + of - 1) / of; }
-
-constexpr int EACH = pieces(DIM, LANES);         // numbers of a token that a lane has
-constexpr int OF_HEAD = pieces(WIDTH, LANES);
 
 // A stream: its sizes, and the addresses of its arrays. As the table of graph_kernel.py.
 struct Stream {
@@ -82,7 +54,7 @@ constexpr int HEADED = 0, MIXED = 3 * DIM, WIDE = MIXED + HEADS * DIM, ADDED = W
               OF_LAYER = ADDED + DIM;
 // Words of a stream; features come last, for there are as many as the session has.
 constexpr int READ = 0, BEGIN = READ + TOKEN, FIRST = BEGIN + DIM,
-              MEMORY = FIRST + LAYERS * OF_LAYER, RECALLED = MEMORY + DIM, FEATURES = RECALLED + DIM;
+              MEMORY = FIRST + LAYERS * OF_LAYER, RECALLED = MEMORY + DIM, FEATURES_AT = RECALLED + DIM;
 
 struct Shared {
     float keys[ROWS][WIDTH + 1], values[ROWS][WIDTH + 1];
@@ -93,167 +65,12 @@ struct Shared {
     float features[1];  // as many as there are
 };
 
-struct Place {  // of this thread, and of which launch it is
-    int rank, warp, lane, thread, worker;
-    unsigned launch;
-};
-
-// Every LANES-th of some numbers, from this lane's first.
-template <int COUNT, int N>
-__device__ void fetch(float (&into)[N], const float *from, const Place &at) {
-#pragma unroll
-    for (int e = 0; e < N; e++) {
-        const int i = e * LANES + at.lane;
-        into[e] = i < COUNT ? from[i] : 0.0f;
-    }
-}
-
-// ---- what warps tell each other ------------------------------------------------------------------
-
-__device__ void tell(Word *word, float number, const Place &at) {
-    union {
-        float number;
-        unsigned bits;
-    } as = {number};
-    put(word, (Word)at.launch << 32 | as.bits);
-}
-
-__device__ bool is_missing(Word found, const Place &at) {
-    return (unsigned)(found >> 32) != at.launch;
-}
-
-__device__ float number_in(Word found) {
-    union {
-        unsigned bits;
-        float number;
-    } as = {(unsigned)found};
-    return as.number;
-}
-
-// Words of which each thread takes every THREADS-th, N at once: looked at again until all are of this
-// launch. `word(i)` is where the i-th is, `take(i, number)` what is done with it.
-template <int N, class Where, class Take>
-__device__ void hear(int count, const Place &at, Where word, Take take) {
-    for (int first = at.thread; first < count; first += N * THREADS) {
-        Word found[N];
-        bool missing;
-        do {
-            missing = false;
-#pragma unroll
-            for (int e = 0; e < N; e++)
-                if (first + e * THREADS < count) found[e] = look_at(word(first + e * THREADS));
-#pragma unroll
-            for (int e = 0; e < N; e++)
-                if (first + e * THREADS < count) missing |= is_missing(found[e], at);
-        } while (missing);
-#pragma unroll
-        for (int e = 0; e < N; e++)
-            if (first + e * THREADS < count) take(first + e * THREADS, number_in(found[e]));
-    }
-}
-
-// Numbers that all warps of a block need: every LANES-th of them, from this lane's first.
-template <int COUNT, int N>
-__device__ void hear_all(Shared &s, float (&into)[N], int &turn, const Word *words,
-                         const Place &at) {
-    float *heard = s.heard[turn ^= 1];
-    hear<pieces(COUNT, THREADS)>(
-        COUNT, at, [&](int i) { return words + i; }, [&](int i, float v) { heard[i] = v; });
-    __syncthreads();
-    fetch<COUNT>(into, heard, at);
-}
-
-__device__ float sum_of_lanes(float v) {
-    for (int away = LANES / 2; away; away /= 2) v += __shfl_xor_sync(~0u, v, away);
-    return v;
-}
-
-__device__ float max_of_lanes(float v) {
-    for (int away = LANES / 2; away; away /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, away));
-    return v;
-}
-
-// ---- linear maps and norms -----------------------------------------------------------------------
-
-template <int N>
-__device__ float dot(const float (&a)[N], const float (&b)[N]) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int e = 0; e < N; e++) sum += a[e] * b[e];
-    return sum_of_lanes(sum);
-}
-
-// The rows of a map that one warp answers for, in registers; PER rows make an item.
-template <int ITEMS, int INPUTS, int PER = 1>
-struct Mine {
-    static constexpr int COUNT = pieces(ITEMS, WORKERS);
-    float weights[COUNT][PER][pieces(INPUTS, LANES)], biases[COUNT][PER];
-
-    __device__ Mine(const float *map, const float *bias, const Place &at) {
-#pragma unroll
-        for (int m = 0; m < COUNT; m++)
-#pragma unroll
-            for (int r = 0; r < PER; r++) {
-                const int item = at.worker + m * WORKERS, row = item * PER + r;
-                if (item < ITEMS) {
-                    fetch<INPUTS>(weights[m][r], map + (i64)row * INPUTS, at);
-                    biases[m][r] = bias[row];
-                }
-            }
-    }
-
-    // `then(m, item, sums)` of each item whose warp this is, by its first lane.
-    template <class Then>
-    __device__ void of(const float (&in)[pieces(INPUTS, LANES)], const Place &at, Then then) const {
-#pragma unroll
-        for (int m = 0; m < COUNT; m++) {
-            const int item = at.worker + m * WORKERS;
-            if (item >= ITEMS) continue;
-            float sums[PER];
-#pragma unroll
-            for (int r = 0; r < PER; r++) sums[r] = dot(weights[m][r], in) + biases[m][r];
-            if (at.lane == 0) then(m, item, sums);
-        }
-    }
-};
-
-struct Norm {
-    float scale[EACH], shift[EACH];
-
-    __device__ Norm(const float *norm, const Place &at) {
-        fetch<DIM>(scale, norm, at);
-        fetch<DIM>(shift, norm + DIM, at);
-    }
-
-    __device__ void of(const float (&x)[EACH], float (&normed)[EACH], const Place &at) const {
-        float mean = 0.0f, square = 0.0f;
-#pragma unroll
-        for (int e = 0; e < EACH; e++) mean += x[e];
-        mean = sum_of_lanes(mean) / DIM;
-#pragma unroll
-        for (int e = 0; e < EACH; e++)
-            if (e * LANES + at.lane < DIM) square += (x[e] - mean) * (x[e] - mean);
-        const float by = 1.0f / sqrtf(sum_of_lanes(square) / DIM + 1e-5f);
-#pragma unroll
-        for (int e = 0; e < EACH; e++) normed[e] = (x[e] - mean) * by * scale[e] + shift[e];
-    }
-};
-
-// What is added to the token.
-__device__ void hear_and_add(Shared &s, float (&x)[EACH], int &turn, const Word *words,
-                             const Place &at) {
-    float more[EACH];
-    hear_all<DIM>(s, more, turn, words, at);
-#pragma unroll
-    for (int e = 0; e < EACH; e++) x[e] += more[e];
-}
-
 // ---- attention -----------------------------------------------------------------------------------
 
 // Keys and values of a head, but for those of this bin.
 __device__ void fetch_ring(Shared &s, const Stream &t, int layer, int head, int row,
                            const Place &at) {
-    constexpr int COUNT = (CONTEXT + 1) * WIDTH, BATCH = 13;  // that many on their way at once
+    constexpr int COUNT = (CONTEXT + 1) * WIDTH;
     const float *keys = t.keys + layer * t.layer + (i64)head * ROWS * WIDTH;
     const float *values = t.values + layer * t.layer + (i64)head * ROWS * WIDTH;
     for (int first = at.thread; first < COUNT; first += BATCH * THREADS) {
@@ -335,7 +152,9 @@ __device__ void attention(Shared &s, const Stream &t, const float *own, Word *wo
             if (first + m * SOME < DIM)
                 fetch<WIDTH>(out[m], own + OUT + (i64)(first + m * SOME) * DIM + head * WIDTH, at);
         fetch_ring(s, t, layer, head, row, at);
+        MARK(RING_FETCHED);
         attend(s, mixed, words, head, row, at);
+        MARK(ATTENDED);
 #pragma unroll
         for (int m = 0; m < COUNT; m++) {
             const int d = first + m * SOME;
@@ -347,209 +166,237 @@ __device__ void attention(Shared &s, const Stream &t, const float *own, Word *wo
     }
 }
 
-// What all heads made of it, summed once for the block.
-__device__ void hear_heads(Shared &s, float (&x)[EACH], int &turn, const Word *words,
-                           const float *bias, const Place &at) {
-    float *sums = s.heard[turn ^= 1], more[EACH];
-    for (int d = at.thread; d < DIM; d += THREADS) {
-        Word found[HEADS];
-        bool missing;
-        float sum = bias[d];
-        do {
-            missing = false;
-#pragma unroll
-            for (int h = 0; h < HEADS; h++) found[h] = look_at(words + MIXED + h * DIM + d);
-#pragma unroll
-            for (int h = 0; h < HEADS; h++) missing |= is_missing(found[h], at);
-        } while (missing);
-#pragma unroll
-        for (int h = 0; h < HEADS; h++) sum += number_in(found[h]);
-        sums[d] = sum;
-    }
-    __syncthreads();
-    fetch<DIM>(more, sums, at);
-#pragma unroll
-    for (int e = 0; e < EACH; e++) x[e] += more[e];
-}
-
 // ---- a step --------------------------------------------------------------------------------------
 
-// Counts into the ring of counts, and their boxcar sums as standardised roots.
-__device__ void find_features(const Stream &t, const float *standard, i64 bin, bool due,
-                              float now, const Place &at) {
-    constexpr int widths[WIDTHS] = {HISTORY}, stride = TEAM * THREADS;
-    const int N = t.units, newest = bin % OLDEST;
-    for (int n = at.rank * THREADS + at.thread; n < N; n += stride) {
-        float sums[WIDTHS] = {}, means[WIDTHS], deviations[WIDTHS], instead[WIDTHS];
-        const bool missing = t.missing[n];
-#pragma unroll
-        for (int k = 0; k < WIDTHS; k++) {
-            means[k] = standard[k * N + n];
-            deviations[k] = standard[(WIDTHS + k) * N + n];
-            instead[k] = standard[(2 * WIDTHS + k) * N + n];
-        }
-#pragma unroll 32
-        for (int age = 0; age < OLDEST; age++) {
-            const int row = newest < age ? newest - age + OLDEST : newest - age;
-            const float count = age ? t.ring[(i64)row * N + n] : now;
-#pragma unroll
-            for (int k = 0; k < WIDTHS; k++)
-                if (age < widths[k]) sums[k] += count;
-        }
-#pragma unroll
-        for (int k = 0; k < WIDTHS; k++) {
-            const float z = (sqrtf(sums[k]) - means[k]) / deviations[k];
-            tell(t.words + FEATURES + k * N + n, missing ? instead[k] : z, at);
-        }
-        if (due) t.ring[(i64)newest * N + n] = now;
-        if (n + stride < N) now = t.counts[n + stride];
-    }
-}
+using Qkv = Mine<3 * DIM / 2, DIM, 2>;  // a row and that of half a head later: turned together
+using FromRead = Mine<DIM, TOKEN>;
 
-// Who may be looked at; the row of this bin is told of by one block, for later.
-__device__ void look_back(Shared &s, const Stream &t, i64 bin, int row, bool seen,
-                          const Place &at) {
-    for (int r = at.thread; r < ROWS; r += THREADS) {
-        const i64 of = r == row ? (seen ? bin : NEVER) : t.bin_of_row[r];
-        s.hidden[r] = r != SINK && (r > SINK || bin - of >= CONTEXT);
-        if (r < SINK && !s.hidden[r]) s.in_sight = 1.0f;
-        if (r == row && at.rank == 0) t.bin_of_row[r] = of;
-    }
-}
+struct Step {
+    Shared &s;
+    const Stream t;
+    const float *trunk;
+    const Place at;
+    const i64 bin;
+    const int features, numbers;  // of the session's units; read out
+    Heard heard;
+    float spikes, seen, due;
+    int row;                      // of the ring
+    float x[EACH], cosines[Qkv::COUNT], sines[Qkv::COUNT];
+    const Word *more;             // what is added to x next
 
-__device__ void step(Shared &s, const Stream t, const float *trunk, const Place &at) {
-    const int F = WIDTHS * t.units, O = t.outputs + t.units;
-    const float *dark = t.own, *of_spikes = dark + DIM, *standard = of_spikes + DIM,
-                *read = standard + 3 * F, *read_bias = read + (i64)TOKEN * F,
-                *head = read_bias + TOKEN, *head_bias = head + (i64)O * DIM,
-                *said = head_bias + O, *said_bias = said + t.outputs * SAID;
-    const i64 bin = *t.bin;
-    int turn = 0;
+    __device__ Step(Shared &s, const Stream &t, const float *trunk, const Place &at)
+        : s(s), t(t), trunk(trunk), at(at), bin(*t.bin), features(WIDTHS * t.units),
+          numbers(t.outputs + t.units), heard{s.heard, 0}, x{}, more(t.words + BEGIN) {}
 
-    const int unit = at.rank * THREADS + at.thread;
-    const float now = unit < t.units ? t.counts[unit] : 0.0f;
-    using FromRead = Mine<DIM, TOKEN>;
-    float without[FromRead::COUNT], with_spikes[FromRead::COUNT];  // of this warp's tokens
+    __device__ void hear_and_norm(const Norm &norm, float (&normed)[EACH]) {
+        float added[EACH];
+        hear_all<DIM>(added, heard, more, at);
 #pragma unroll
-    for (int m = 0; m < FromRead::COUNT; m++) {
-        const int d = at.worker + m * WORKERS;
-        without[m] = d < DIM ? dark[d] + t.given[d] : 0.0f;
-        with_spikes[m] = d < DIM ? of_spikes[d] : 0.0f;
+        for (int e = 0; e < EACH; e++) x[e] += added[e];
+        norm.of(x, normed, at);
     }
-    for (int i = at.thread; i < 3 + WIDTH; i += THREADS) s.given[i] = t.given[DIM + i];
-    if (at.thread == 0) s.in_sight = 0.0f;
-    __syncthreads();
-    const float spikes = s.given[0], seen = s.given[1], due = s.given[2];
-    const int row = due > 0 ? bin % CONTEXT : CONTEXT + 1;
-    find_features(t, standard, bin, due > 0, now, at);
-    look_back(s, t, bin, row, seen > 0, at);
 
-    // What turns the queries and keys of this warp, and that the scores are scaled.
-    using Qkv = Mine<3 * DIM / 2, DIM, 2>;
-    float cosines[Qkv::COUNT], sines[Qkv::COUNT];
+    // -- the token ---------------------------------------------------------------------------------
+
+    __device__ void token() {
+        const float *dark = t.own, *of_spikes = dark + DIM, *standard = of_spikes + DIM;
+        const int unit = at.rank * THREADS + at.thread;
+        const float now = unit < t.units ? t.counts[unit] : 0.0f;
+        float without[FromRead::COUNT], with_spikes[FromRead::COUNT];  // of this warp's rows
 #pragma unroll
-    for (int m = 0; m < Qkv::COUNT; m++) {
-        const int pair = at.worker + m * WORKERS, which = pair / (DIM / 2);
-        const int f = pair % (DIM / 2) % HALF;
-        const float scale = which ? 1.0f : rsqrtf((float)WIDTH);
-        cosines[m] = which < 2 ? scale * s.given[3 + f] : 1.0f;
-        sines[m] = which < 2 ? scale * s.given[3 + HALF + f] : 0.0f;
-    }
-    float weights[16];  // the first of those that this warp needs next
-    const int first = at.worker < TOKEN ? F : 0;
-#pragma unroll
-    for (int e = 0; e < 16; e++) {
-        const int i = e * LANES + at.lane;
-        weights[e] = i < first ? read[(i64)at.worker * F + i] : 0.0f;
-    }
-    hear<8>(
-        F, at, [&](int i) { return t.words + FEATURES + i; },
-        [&](int i, float z) { s.features[i] = z; });
-    __syncthreads();
-    for (int e = at.worker; e < TOKEN; e += WORKERS) {
-        float sum = 0.0f;
-        int from = at.lane;
-        if (e == at.worker) {
-#pragma unroll
-            for (int w = 0; w < 16; w++, from += LANES)
-                sum += weights[w] * (from < F ? s.features[from] : 0.0f);
+        for (int m = 0; m < FromRead::COUNT; m++) {
+            const int d = at.worker + m * WORKERS;
+            without[m] = d < DIM ? dark[d] + t.given[d] : 0.0f;
+            with_spikes[m] = d < DIM ? of_spikes[d] : 0.0f;
         }
-        for (; from < F; from += 12 * LANES) {
-            float more[12];
-#pragma unroll
-            for (int w = 0; w < 12; w++) {
-                const int i = from + w * LANES;
-                more[w] = i < F ? read[(i64)e * F + i] : 0.0f;
-            }
-#pragma unroll
-            for (int w = 0; w < 12; w++) {
-                const int i = from + w * LANES;
-                sum += more[w] * (i < F ? s.features[i] : 0.0f);
-            }
-        }
-        sum = sum_of_lanes(sum) + read_bias[e];
-        if (at.lane == 0) tell(t.words + READ + e, e < DIM ? sum / (1.0f + fabsf(sum)) : sum, at);
-    }
-    {
+        for (int i = at.thread; i < 3 + WIDTH; i += THREADS) s.given[i] = t.given[DIM + i];
+        if (at.thread == 0) s.in_sight = 0.0f;
+        __syncthreads();
+        spikes = s.given[0], seen = s.given[1], due = s.given[2];
+        row = due > 0 ? bin % CONTEXT : CONTEXT + 1;
+        MARK(GIVEN);
+        find_features(standard, now);
+        look_back();
+        turn();
+        MARK(FEATURES);
+        read_in(standard + 3 * features);
+        MARK(READ_IN);
         const FromRead shared(trunk + SHARED, trunk + SHARED_BIAS, at);
         float in[pieces(TOKEN, LANES)];
-        hear_all<TOKEN>(s, in, turn, t.words + READ, at);
+        hear_all<TOKEN>(in, heard, t.words + READ, at);
         shared.of(in, at, [&](int m, int d, const float *token) {
             tell(t.words + BEGIN + d, without[m] + spikes * (*token + with_spikes[m]), at);
         });
+        MARK(TOKEN_TOLD);
     }
 
-    float x[EACH] = {}, normed[EACH];
-    const Word *more = t.words + BEGIN;
-    for (int layer = 0; layer < LAYERS; layer++) {
-        const float *own = trunk + FIRST_LAYER + layer * LAYER;
-        Word *words = t.words + FIRST + layer * OF_LAYER;
-        {
-            // Queries, keys, values: a row and that of half a head later, which are turned together.
-            const Qkv qkv(own + QKV, own + QKV_BIAS, at);
-            const Norm norm(own + NORM1, at);
-            hear_and_add(s, x, turn, more, at);
-            norm.of(x, normed, at);
-            qkv.of(normed, at, [&](int m, int pair, const float *sums) {
-                const int which = pair / (DIM / 2), of = pair % (DIM / 2), headed = of / HALF;
-                const float a = sums[0] * cosines[m] - sums[1] * sines[m];
-                const float b = sums[1] * cosines[m] + sums[0] * sines[m];
-                const int f = of % HALF, first = which * DIM + headed * WIDTH + f;
-                tell(words + HEADED + first, a, at);
-                tell(words + HEADED + first + HALF, b, at);
-                if (which == 0) return;
-                float *ring = (which == 1 ? t.keys : t.values) + layer * t.layer;
-                ring[((i64)headed * ROWS + row) * WIDTH + f] = a;
-                ring[((i64)headed * ROWS + row) * WIDTH + f + HALF] = b;
-            });
+    // Counts into the ring of counts, and their boxcar sums as standardised roots.
+    __device__ void find_features(const float *standard, float now) {
+        constexpr int widths[WIDTHS] = {HISTORY}, stride = TEAM * THREADS;
+        const int N = t.units, newest = bin % OLDEST;
+        for (int n = at.rank * THREADS + at.thread; n < N; n += stride) {
+            float sums[WIDTHS] = {}, means[WIDTHS], deviations[WIDTHS], instead[WIDTHS];
+            const bool missing = t.missing[n];
+#pragma unroll
+            for (int k = 0; k < WIDTHS; k++) {
+                means[k] = standard[k * N + n];
+                deviations[k] = standard[(WIDTHS + k) * N + n];
+                instead[k] = standard[(2 * WIDTHS + k) * N + n];
+            }
+#pragma unroll 32
+            for (int age = 0; age < OLDEST; age++) {
+                const int row = newest < age ? newest - age + OLDEST : newest - age;
+                const float count = age ? t.ring[(i64)row * N + n] : now;
+#pragma unroll
+                for (int k = 0; k < WIDTHS; k++)
+                    if (age < widths[k]) sums[k] += count;
+            }
+#pragma unroll
+            for (int k = 0; k < WIDTHS; k++) {
+                const float z = (sqrtf(sums[k]) - means[k]) / deviations[k];
+                tell(t.words + FEATURES_AT + k * N + n, missing ? instead[k] : z, at);
+            }
+            if (due > 0) t.ring[(i64)newest * N + n] = now;
+            if (n + stride < N) now = t.counts[n + stride];
         }
-        attention(s, t, own, words, layer, row, at);
+    }
+
+    // Who may be looked at; the row of this bin is told of by one block, for later.
+    __device__ void look_back() {
+        for (int r = at.thread; r < ROWS; r += THREADS) {
+            const i64 of = r == row ? (seen > 0 ? bin : NEVER) : t.bin_of_row[r];
+            s.hidden[r] = r != SINK && (r > SINK || bin - of >= CONTEXT);
+            if (r < SINK && !s.hidden[r]) s.in_sight = 1.0f;
+            if (r == row && at.rank == 0) t.bin_of_row[r] = of;
+        }
+    }
+
+    // What turns the queries and keys of this warp, and scales the scores.
+    __device__ void turn() {
+#pragma unroll
+        for (int m = 0; m < Qkv::COUNT; m++) {
+            const int pair = at.worker + m * WORKERS, which = pair / (DIM / 2);
+            const int f = pair % (DIM / 2) % HALF;
+            const float scale = which ? 1.0f : rsqrtf((float)WIDTH);
+            cosines[m] = which < 2 ? scale * s.given[3 + f] : 1.0f;
+            sines[m] = which < 2 ? scale * s.given[3 + HALF + f] : 0.0f;
+        }
+    }
+
+    // A token to be, and what a linear decoder says; the first weights come before the features.
+    __device__ void read_in(const float *read) {
+        const float *bias = read + (i64)TOKEN * features;
+        float weights[BATCH];
+        const auto fetch_some = [&](int e, int from) {
+#pragma unroll
+            for (int w = 0; w < BATCH; w++) {
+                const int i = from + w * LANES;
+                weights[w] = e < TOKEN && i < features ? read[(i64)e * features + i] : 0.0f;
+            }
+        };
+        fetch_some(at.worker, at.lane);
+        hear<8>(
+            features, at, [&](int i) { return t.words + FEATURES_AT + i; },
+            [&](int i, float z) { s.features[i] = z; });
+        __syncthreads();
+        for (int e = at.worker; e < TOKEN; e += WORKERS) {
+            float sum = 0.0f;
+            for (int from = at.lane; from < features; from += BATCH * LANES) {
+                if (e != at.worker || from != at.lane) fetch_some(e, from);
+#pragma unroll
+                for (int w = 0; w < BATCH; w++) {
+                    const int i = from + w * LANES;
+                    sum += weights[w] * (i < features ? s.features[i] : 0.0f);
+                }
+            }
+            sum = sum_of_lanes(sum) + bias[e];
+            if (at.lane == 0)
+                tell(t.words + READ + e, e < DIM ? sum / (1.0f + fabsf(sum)) : sum, at);
+        }
+    }
+
+    // -- a layer -----------------------------------------------------------------------------------
+
+    __device__ void layer(int n) {
+        const float *own = trunk + FIRST_LAYER + n * LAYER;
+        Word *words = t.words + FIRST + n * OF_LAYER;
+        MARK(LAYER_BEGINS);
+        query(n, own, words);
+        MARK(QUERIED);
+        attention(s, t, own, words, n, row, at);
+        MARK(MIXED_TOLD);
+        float normed[EACH];
         {
             const Mine<HIDDEN, DIM> widen(own + WIDEN, own + WIDEN_BIAS, at);
             const Norm norm(own + NORM2, at);
-            hear_heads(s, x, turn, words, own + OUT_BIAS, at);
+            hear_heads(words, own + OUT_BIAS);
             norm.of(x, normed, at);
             widen.of(normed, at, [&](int, int g, const float *wide) {
                 tell(words + WIDE + g, 0.5f * *wide * (1.0f + erff(*wide * 0.70710678f)), at);
             });
         }
-        {
-            const Mine<DIM, HIDDEN> narrow(own + NARROW, own + NARROW_BIAS, at);
-            float wide[pieces(HIDDEN, LANES)];
-            hear_all<HIDDEN>(s, wide, turn, words + WIDE, at);
-            narrow.of(wide, at, [&](int, int d, const float *sum) {
-                tell(words + ADDED + d, *sum, at);
-            });
-        }
+        MARK(WIDENED);
+        const Mine<DIM, HIDDEN> narrow(own + NARROW, own + NARROW_BIAS, at);
+        float wide[pieces(HIDDEN, LANES)];
+        hear_all<HIDDEN>(wide, heard, words + WIDE, at);
+        narrow.of(wide, at, [&](int, int d, const float *sum) {
+            tell(words + ADDED + d, *sum, at);
+        });
         more = words + ADDED;
+        MARK(NARROWED);
     }
 
-    if (REMEMBERS) {
+    // Queries, keys and values.
+    __device__ void query(int n, const float *own, Word *words) {
+        const Qkv qkv(own + QKV, own + QKV_BIAS, at);
+        float normed[EACH];
+        hear_and_norm(Norm(own + NORM1, at), normed);
+        qkv.of(normed, at, [&](int m, int pair, const float *sums) {
+            const int which = pair / (DIM / 2), of = pair % (DIM / 2), headed = of / HALF;
+            const float a = sums[0] * cosines[m] - sums[1] * sines[m];
+            const float b = sums[1] * cosines[m] + sums[0] * sines[m];
+            const int f = of % HALF, first = which * DIM + headed * WIDTH + f;
+            tell(words + HEADED + first, a, at);
+            tell(words + HEADED + first + HALF, b, at);
+            if (which == 0) return;
+            float *ring = (which == 1 ? t.keys : t.values) + n * t.layer;
+            ring[((i64)headed * ROWS + row) * WIDTH + f] = a;
+            ring[((i64)headed * ROWS + row) * WIDTH + f + HALF] = b;
+        });
+    }
+
+    // What all heads made of it, summed once for the block.
+    __device__ void hear_heads(const Word *words, const float *bias) {
+        float *sums = heard.next(), added[EACH];
+        for (int d = at.thread; d < DIM; d += THREADS) {
+            Word found[HEADS];
+            bool missing;
+            float sum = bias[d];
+            do {
+                missing = false;
+#pragma unroll
+                for (int h = 0; h < HEADS; h++) found[h] = look_at(words + MIXED + h * DIM + d);
+#pragma unroll
+                for (int h = 0; h < HEADS; h++) missing |= is_missing(found[h], at);
+            } while (missing);
+#pragma unroll
+            for (int h = 0; h < HEADS; h++) sum += number_in(found[h]);
+            sums[d] = sum;
+        }
+        __syncthreads();
+        fetch<DIM>(added, sums, at);
+#pragma unroll
+        for (int e = 0; e < EACH; e++) x[e] += added[e];
+    }
+
+    // -- what comes of it --------------------------------------------------------------------------
+
+    // Move memories on, and read them; in the dark they forget.
+    __device__ void remember() {
         {
             const Mine<DIM, DIM, 2> pace(trunk + PACE, trunk + PACE_BIAS, at);
-            const Norm norm(trunk + MEMORY_NORM, at);
-            hear_and_add(s, x, turn, more, at);
-            norm.of(x, normed, at);
+            float normed[EACH];
+            hear_and_norm(Norm(trunk + MEMORY_NORM, at), normed);
             pace.of(normed, at, [&](int, int d, const float *sums) {
                 const float by = 1.0f - LONGEST / (1.0f + expf(-sums[0]));
                 const float before = s.in_sight > 0 || due == 0 ? t.memory[d] : 0.0f;
@@ -560,44 +407,52 @@ __device__ void step(Shared &s, const Stream t, const float *trunk, const Place 
         }
         const Mine<DIM, DIM> recall(trunk + RECALL, trunk + RECALL_BIAS, at);
         float memory[EACH];
-        hear_all<DIM>(s, memory, turn, t.words + MEMORY, at);
+        hear_all<DIM>(memory, heard, t.words + MEMORY, at);
         recall.of(memory, at, [&](int, int d, const float *sum) {
             tell(t.words + RECALLED + d, *sum, at);
         });
         more = t.words + RECALLED;
     }
 
-    const Norm norm(trunk + LAST_NORM, at);
-    float row_of_head[EACH], bias = 0.0f;
-    if (at.worker < O) {
-        fetch<DIM>(row_of_head, head + (i64)at.worker * DIM, at);
-        bias = head_bias[at.worker];
-    }
-    hear_and_add(s, x, turn, more, at);
-    norm.of(x, normed, at);
-    for (int o = at.worker; o < O; o += WORKERS) {
-        if (o != at.worker) {
-            fetch<DIM>(row_of_head, head + (i64)o * DIM, at);
-            bias = head_bias[o];
+    // The numbers of behaviours, and log-rates of the next bin's spikes.
+    __device__ void read_out() {
+        const float *head = t.own + 2 * DIM + 3 * features + (i64)TOKEN * features + TOKEN,
+                    *head_bias = head + (i64)numbers * DIM, *said = head_bias + numbers,
+                    *said_bias = said + t.outputs * SAID;
+        const Norm norm(trunk + LAST_NORM, at);
+        float weights[EACH], normed[EACH], bias = 0.0f;
+        if (at.worker < numbers) {
+            fetch<DIM>(weights, head + (i64)at.worker * DIM, at);
+            bias = head_bias[at.worker];
         }
-        float sum = dot(row_of_head, normed) + bias;
-        if (at.lane > 0) continue;
-        if (SAID && o < t.outputs) {
-            float more = said_bias[o];
-            for (int u = 0; u < SAID; u++)  // heard before
-                more += said[o * SAID + u] * number_in(look_at(t.words + READ + DIM + u));
-            sum += spikes * more;
+        hear_and_norm(norm, normed);
+        for (int o = at.worker; o < numbers; o += WORKERS) {
+            if (o != at.worker) {
+                fetch<DIM>(weights, head + (i64)o * DIM, at);
+                bias = head_bias[o];
+            }
+            float sum = dot(weights, normed) + bias;
+            if (at.lane > 0) continue;
+            if (SAID && o < t.outputs) {
+                float more = said_bias[o];
+                for (int u = 0; u < SAID; u++)  // heard before
+                    more += said[o * SAID + u] * number_in(look_at(t.words + READ + DIM + u));
+                sum += spikes * more;
+            }
+            t.raw[o] = sum;
         }
-        t.raw[o] = sum;
     }
+
     // The last block to be done moves on: none looks any more at what bin or launch it is.
-    __syncthreads();
-    if (at.thread == 0 && add_and_fetch(t.launch + 1) == TEAM) {
-        t.launch[0] = at.launch + 1;
-        t.launch[1] = 0;
-        if (due > 0) *t.bin = bin + 1;
+    __device__ void leave() {
+        __syncthreads();
+        if (at.thread == 0 && add_and_fetch(t.launch + 1) == TEAM) {
+            t.launch[0] = at.launch + 1;
+            t.launch[1] = 0;
+            if (due > 0) *t.bin = bin + 1;
+        }
     }
-}
+};
 
 extern "C" __device__ const int bytes_of_block = sizeof(Shared);
 
@@ -607,5 +462,12 @@ one_bin_of_each(const Stream *streams, const float *trunk) {
     const Stream stream = streams[blockIdx.y];
     const int thread = threadIdx.x, warp = thread / LANES, rank = blockIdx.x;
     const Place at = {rank, warp, thread % LANES, thread, rank * WARPS + warp, *stream.launch};
-    step(*(Shared *)memory_of_block, stream, trunk, at);
+    Step step(*(Shared *)memory_of_block, stream, trunk, at);
+    MARK(BEGUN);
+    step.token();
+    for (int n = 0; n < LAYERS; n++) step.layer(n);
+    if (REMEMBERS) step.remember();
+    step.read_out();
+    MARK(READ_OUT);
+    step.leave();
 }

@@ -6,7 +6,6 @@ be, and what a linear decoder says), X numbers of many shapes in a row.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Protocol
@@ -21,10 +20,9 @@ if TYPE_CHECKING:
     from rt_neds.stream.graph_streams import Stream
 
 WARPS, LANES = 8, 32
-AT_ONCE = (1, 2)
-"""Blocks of a multiprocessor: two of them have half the registers each, which is enough."""
-TEAMS = (64, 32, 16, 8, 4)
-"""Blocks of a stream: as many as may be there at once, for every stream. More do not gain."""
+TEAMS = ((64, 1), (32, 1), (16, 1), (16, 2), (8, 2), (4, 2))
+"""Blocks of a stream, and of all streams on one multiprocessor: the first that fits. As measured; a
+second block on a multiprocessor costs more than a team of twice the size gains."""
 
 
 class Launcher(Protocol):
@@ -98,7 +96,7 @@ def find_launcher(model: NEDS, units: Sequence[int], device: torch.device) -> tu
     properties, streams = torch.cuda.get_device_properties(device), len(units)
     architecture = f"sm_{properties.major}{properties.minor}"
     features_bytes = 4 * len(model.config.history) * max(units)
-    for team, at_once in itertools.product(TEAMS, AT_ONCE):
+    for team, at_once in TEAMS:
         if team * streams > at_once * properties.multi_processor_count:
             continue
         code = compile_cuda(source_of(model, team, at_once), architecture)
@@ -123,8 +121,9 @@ def source_of(
         "LONGEST": f"{memory.longest if memory is not None else 0.0!r}f",
         "TEAM": team, "AT_ONCE": at_once, "WARPS": warps, "LANES": lanes,
     }  # fmt: skip
-    text = resources.files("rt_neds.stream").joinpath("graph_kernel.cu").read_text("utf-8")
-    return "".join(f"#define {name} {value}\n" for name, value in constants.items()) + text
+    here = resources.files("rt_neds.stream")
+    parts = [here.joinpath(f"graph_{part}.cu").read_text("utf-8") for part in ("team", "kernel")]
+    return "".join([*(f"#define {name} {value}\n" for name, value in constants.items()), *parts])
 
 
 def _said(model: NEDS) -> int:
