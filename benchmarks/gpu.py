@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--json", default="-")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("no CUDA device is there; run this where there is one")
+        parser.error("no CUDA device is there; run this where there is one")
     torch.set_num_threads(1)
     device = torch.device(args.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"

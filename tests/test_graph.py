@@ -1,6 +1,7 @@
 """The step that a GPU replays: equal to the network, on any device, captured or not."""
 
 import ctypes
+import functools
 import gc
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from rt_neds.errors import BundleError
 from rt_neds.model.neds import SPIKES
 from rt_neds.stream.binner import CHUNK
+from rt_neds.stream.cuda_driver import compile_cuda
 from rt_neds.stream.decoder import make_step
 from rt_neds.stream.fused import FusedStep
 from rt_neds.stream.graph import GraphStep
@@ -263,6 +265,34 @@ def test_a_gpu_that_does_not_let_itself_be_captured_is_told_of(tiny, monkeypatch
     assert isinstance(step, FusedStep)
     assert len(lines) == 1
     assert "not permitted when stream is capturing; decoding on the CPU" in lines[0]
+
+
+def test_a_gpu_that_cannot_do_it_in_one_launch_does_it_in_many(tiny, monkeypatch):
+    from rt_neds.bundle import build_model, load_spec
+
+    def fails(*args):
+        raise RuntimeError("no libnvrtc.so.13\nmore words")
+
+    monkeypatch.setattr("rt_neds.stream.graph_kernel.find_launcher", fails)
+    on_cpu = functools.partial(GraphStep, captured=False, one_launch=True)
+    monkeypatch.setattr("rt_neds.stream.decoder.GraphStep", lambda *a, **k: on_cpu(*a[:4], "cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    spec, lines = load_spec(tiny[1] / "bundle"), []
+    model = build_model(tiny[1] / "bundle", spec)
+    session = spec.session()
+    step = make_step(model, spec, session, np.zeros(6, bool), "cuda", lines.append)
+    assert lines == ["no libnvrtc.so.13; a step is many launches, and takes several times longer"]
+    counts_TN, observed_T, _ = random_stream(model, 20, session=session.id)
+    expected = FusedStep(model, session.id, [b.name for b in spec.behaviours])
+    np.testing.assert_allclose(
+        streamed(step, counts_TN, observed_T), streamed(expected, counts_TN, observed_T), atol=ATOL
+    )
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="NVRTC is there")
+def test_what_does_not_come_with_pytorch_is_named():
+    with pytest.raises(RuntimeError, match=r"no libnvrtc\.so\..*, which PyTorch for NVIDIA"):
+        compile_cuda("", "sm_90")
 
 
 @pytest.mark.gpu

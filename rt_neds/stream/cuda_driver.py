@@ -11,8 +11,11 @@ import functools
 import sys
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_void_p
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+_Data = TypeVar("_Data", bound=ctypes._SimpleCData | ctypes.Array)
 
 MAX_SHARED_OF_FUNCTION = 8
 """Attributes of a function and of a device: their numbers are part of the driver's interface."""
@@ -30,12 +33,17 @@ def _nvrtc() -> ctypes.CDLL:
         for found in (folder / name, *sorted(folder.glob(f"nvidia/*/lib/{name}")))
         if found.is_file()
     ]
-    for candidate in [*map(str, beside), str(Path(sys.prefix) / "lib" / name), name]:
+    return _load(*map(str, beside), str(Path(sys.prefix) / "lib" / name), name)
+
+
+def _load(*names: str) -> ctypes.CDLL:
+    """The first of some libraries that is there."""
+    for name in names:
         try:
-            return ctypes.CDLL(candidate)
+            return ctypes.CDLL(name)
         except OSError:
             continue
-    raise RuntimeError(f"no {name}, which PyTorch's CUDA packages bring (nvidia-cuda-nvrtc)")
+    raise RuntimeError(f"no {names[-1]}, which PyTorch for NVIDIA GPUs brings or needs")
 
 
 @functools.cache
@@ -100,13 +108,13 @@ class Kernel:
         device: torch.device,
     ) -> None:
         torch.cuda.synchronize(device)  # the context is there, and the one of this thread
-        self._driver, self._threads = ctypes.CDLL("libcuda.so.1"), threads
+        self._driver, self._threads = _load("libcuda.so.1"), threads
         self._module, self._function, index = c_void_p(), c_void_p(), c_int()
         self._check(self._driver.cuModuleLoadData(byref(self._module), code))
         self._check(
             self._driver.cuModuleGetFunction(byref(self._function), self._module, name.encode())
         )
-        self._shared = self._read(bytes_name) + more_bytes
+        self._shared = self.read(bytes_name, c_int()).value + more_bytes
         self._check(self._driver.cuCtxGetDevice(byref(index)))
         most = c_int()
         self._check(
@@ -123,16 +131,16 @@ class Kernel:
             )
         )
 
-    def _read(self, name: str) -> int:
-        """A number that the code knows."""
-        address, size, value = c_void_p(), c_size_t(), c_int()
+    def read(self, name: str, into: _Data) -> _Data:
+        """A variable of the code, as its type."""
+        address, size = c_void_p(), c_size_t()
         self._check(
             self._driver.cuModuleGetGlobal_v2(
                 byref(address), byref(size), self._module, name.encode()
             )
         )
-        self._check(self._driver.cuMemcpyDtoH_v2(byref(value), address, c_size_t(4)))
-        return value.value
+        self._check(self._driver.cuMemcpyDtoH_v2(byref(into), address, size))
+        return into
 
     def _check(self, result: int) -> None:
         if result:
