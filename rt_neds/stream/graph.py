@@ -1,9 +1,9 @@
 """The step on a GPU: one captured graph for each trunk, whichever streams go through it.
 
-What a step costs on a GPU is launching its hundred small kernels; replaying one captured graph
-launches them all (:mod:`rt_neds.stream.graph_streams`). Counts, what is live, whether it was
-observed, and the rotary angles of the bin go up in one copy from a pinned buffer, the number of the
-bin is counted on the device, and the outputs come down in one copy.
+Counts, what is live, whether it was observed, and the rotary angles of the bin go up in one copy
+from a pinned buffer, one kernel computes all (:mod:`rt_neds.stream.graph_kernel`) and writes the
+outputs into another; the number of the bin is counted on the device. Where that kernel cannot be,
+PyTorch's hundred and fifty do it (:mod:`rt_neds.stream.graph_streams`).
 
 Shape suffixes: T bins, N units, D model width, F angles of a head, O numbers read out (of
 behaviours, then log-rates of the next bin's spikes), M live behaviours.
