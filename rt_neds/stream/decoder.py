@@ -320,10 +320,9 @@ def make_step(
     say: Callable[[str], None] = lambda line: None,
     live: Sequence[str] = (),
 ) -> Step:
-    """The fastest faithful step for a device; ``say`` hears why a GPU is not used after all,
-    or not as it could be.
+    """The fastest faithful step for a device.
 
-    ``live`` are behaviours that are observed, in the order of their values.
+    ``say`` hears why a GPU is not used after all, or not as it could be. ``live`` are behaviours that are observed, in the order of their values.
 
     Raises
     ------
