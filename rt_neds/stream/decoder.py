@@ -322,7 +322,8 @@ def make_step(
 ) -> Step:
     """The fastest faithful step for a device.
 
-    ``say`` hears why a GPU is not used after all, or not as it could be. ``live`` are behaviours that are observed, in the order of their values.
+    ``say`` hears why a GPU is not used after all, or not as it could be. ``live`` are behaviours
+    that are observed, in the order of their values.
 
     Raises
     ------
