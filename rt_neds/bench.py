@@ -46,8 +46,9 @@ def bench_latency(
     -------
     dict
         As ``rt-neds bench latency --json``; ``missed`` counts bins that came more than one bin
-        width after their end, or never; ``late_when`` where those that came were first late;
-        ``stolen_ms`` what the host of a virtual machine took from it meanwhile.
+        width after their end, or never; ``late_when`` where those that came were first late, in how
+        many ``stalls`` (runs of late bins); ``stolen_ms`` what the host of a virtual machine took
+        from it meanwhile.
     """
     from rt_neds.bundle import load_spec
 
@@ -74,6 +75,7 @@ def bench_latency(
         f"{len(spec.behaviours)} behaviours",
         "control_missed": control_missed,
         "control_late_when": control.late_when,
+        "control_stalls": control.stalls,
         "control_stolen_ms": control.stolen_ms,
         **report,
         "stolen_ms": decoded.stolen_ms,
@@ -277,7 +279,8 @@ def show(result: dict[str, Any]) -> None:
             f"{result['lost']} messages lost"
         )
         for path, of in (("decoded", ""), ("control", "control_")):
-            console.print(late_line(path, result[f"{of}late_when"], result[f"{of}stolen_ms"]))
+            parts = (result[f"{of}{part}"] for part in ("late_when", "stalls", "stolen_ms"))
+            console.print(late_line(path, *parts))
         for line in term_lines(result["terms"]):
             console.print(line)
     else:
@@ -287,9 +290,10 @@ def show(result: dict[str, Any]) -> None:
         )
 
 
-def late_line(path: str, late_when: dict[str, int], stolen: float | None) -> str:
+def late_line(path: str, late_when: dict[str, int], stalls: int, stolen: float | None) -> str:
     """Where the late bins of a path were first late, and what the machine was without."""
     line = f"{path}: " + ", ".join(f"{n} late when {stage}" for stage, n in late_when.items())
+    line += f", in {stalls} stall{'s' * (stalls != 1)}"
     return line if stolen is None else f"{line}; {stolen:.0f} ms of processor stolen by the host"
 
 

@@ -72,10 +72,17 @@ class Latency:
 
 
 class Tally:
-    """Latencies and counts of one path."""
+    """Latencies and counts of one path.
+
+    Attributes
+    ----------
+    stalls : int
+        Runs of bins that came late one after the other: whatever held the machine up held up all of
+        them, so that these, and not late bins, are what chance deals out.
+    """
 
     def __init__(self, bin_ms: float) -> None:
-        self.bins = self.repeated = self.missed = self.late_spikes = self.lost = 0
+        self.bins = self.repeated = self.missed = self.late_spikes = self.lost = self.stalls = 0
         self.late_when = dict.fromkeys(STAGES, 0)
         self.stolen_ms: float | None = 0.0
         self.receive_to_publish, self.decode = Latency(), Latency()
@@ -85,6 +92,7 @@ class Tally:
 
     def take(self, frames: list[DecodedFrame], summary: dict[str, Any]) -> None:
         """Add the frames of one turn; ``summary`` is the sender's."""
+        late: list[str] = []
         for frame in frames:
             key = (frame.epoch, frame.bin)
             if key in self._seen:
@@ -99,9 +107,10 @@ class Tally:
             self.receive_to_publish.record(stamps["published"] - stamps["received"])
             self.decode.record(stamps["decoded"] - stamps["binned"])
             self.bin_end_to_publish.record(stamps["published"] - intended)
-            late = [stage for stage in STAGES if stamps[stage] - intended > self._bin_ns]
+            before, late = late, [s for s in STAGES if stamps[s] - intended > self._bin_ns]
             if late:
                 self.missed += 1
+                self.stalls += not before
                 self.late_when[late[0]] += 1
 
     def steal(self, before: float | None, after: float | None) -> None:
@@ -127,6 +136,7 @@ class Tally:
             "repeated": self.repeated,
             "missed": self.missed + max(0, expected - self.bins),
             "late_when": self.late_when,
+            "stalls": self.stalls,
             "late_spikes": self.late_spikes,
             "lost": self.lost,
             "stages_ms": {

@@ -39,7 +39,7 @@ def test_terms_of_a_run_without_bins_are_not_met():
 
 
 def test_a_late_bin_counts_once_where_it_was_first_late():
-    tally, ms = Tally(bin_ms=20.0), 1_000_000
+    tally, ms, frames = Tally(bin_ms=20.0), 1_000_000, []
     for bin, (sent, received, published) in enumerate(
         [(1, 2, 3), (1, 2, 20), (1, 2, 21), (1, 22, 23), (30, 31, 32), (30, 31, 32)]
     ):
@@ -51,14 +51,18 @@ def test_a_late_bin_counts_once_where_it_was_first_late():
             spikes=0, late=0, unknown=0, lost=0, model="m",
             stamps={name: (20 * (bin + 1) + at) * ms for name, at in stamps.items()},
         )  # fmt: skip
-        tally.take([frame], {"zero_ns": 0, "rate": 30_000.0})
+        frames.append(frame)
+    tally.take(frames[:5], {"zero_ns": 0, "rate": 30_000.0})
+    assert tally.stalls == 1  # from the third on
+    tally.take(frames[5:], {"zero_ns": 0, "rate": 30_000.0})
+    assert tally.stalls == 2  # another turn, another stall
     assert tally.late_when == {"sent": 2, "received": 1, "published": 1}
     report = tally.report(tally, expected=7)
     assert report["missed"] == 4 + 1  # one never came
     assert report["late_when"] == tally.late_when
-    line = "decoded: 2 late when sent, 1 late when received, 1 late when published"
-    assert late_line("decoded", tally.late_when, None) == line
-    assert late_line("decoded", tally.late_when, 20.0).startswith(line + "; 20 ms of")
+    line = "decoded: 2 late when sent, 1 late when received, 1 late when published, in 2 stalls"
+    assert late_line("decoded", tally.late_when, 2, None) == line
+    assert late_line("decoded", tally.late_when, 2, 20.0).startswith(line + "; 20 ms of")
 
 
 def test_what_a_host_took_is_told_or_not_known(tmp_path):
