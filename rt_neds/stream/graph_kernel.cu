@@ -20,7 +20,7 @@ constexpr int SINK = CONTEXT;
 constexpr int PARTS = TEAM < HEADS ? 1 : TEAM / HEADS;    // blocks that share a head
 constexpr int STRIDE = TEAM < HEADS ? TEAM : HEADS;       // to a block's next head
 constexpr int OF_HEAD = pieces(WIDTH, LANES);             // numbers of a head that a lane has
-constexpr int BATCH = 12;                                 // numbers that are on their way at once
+constexpr int BATCH = 16;                                 // most numbers on their way at once
 constexpr i64 NEVER = -(1LL << 60);
 constexpr float LOWEST = -3.4e38f;
 
@@ -70,19 +70,20 @@ struct Shared {
 // Keys and values of a head, but for those of this bin.
 __device__ void fetch_ring(Shared &s, const Stream &t, int layer, int head, int row,
                            const Place &at) {
-    constexpr int COUNT = (CONTEXT + 1) * WIDTH;
+    constexpr int COUNT = (CONTEXT + 1) * WIDTH, ALL = pieces(COUNT, THREADS);
+    constexpr int SOME = ALL < BATCH ? ALL : BATCH;
     const float *keys = t.keys + layer * t.layer + (i64)head * ROWS * WIDTH;
     const float *values = t.values + layer * t.layer + (i64)head * ROWS * WIDTH;
-    for (int first = at.thread; first < COUNT; first += BATCH * THREADS) {
-        float found[2][BATCH];
+    for (int first = at.thread; first < COUNT; first += SOME * THREADS) {
+        float found[2][SOME];
 #pragma unroll
-        for (int e = 0; e < BATCH; e++) {
+        for (int e = 0; e < SOME; e++) {
             const int n = first + e * THREADS;
             found[0][e] = n < COUNT ? keys[n] : 0.0f;
             found[1][e] = n < COUNT ? values[n] : 0.0f;
         }
 #pragma unroll
-        for (int e = 0; e < BATCH; e++) {
+        for (int e = 0; e < SOME; e++) {
             const int n = first + e * THREADS, r = n / WIDTH, f = n % WIDTH;
             if (n < COUNT && r != row) s.keys[r][f] = found[0][e], s.values[r][f] = found[1][e];
         }
