@@ -121,6 +121,27 @@ def realtime() -> Iterator[Finding]:
     yield Finding(what="memory lock", found=f"{_limit(resource.getrlimit(lock)[0], 1024)} kB")
 
 
+def throttling(proc: Path = Path("/proc")) -> Finding:
+    """Whether the system stops real-time threads that fill a core."""
+    kernel = proc / "sys/kernel"
+    names = ("sched_rt_runtime_us", "sched_rt_period_us")
+    runtime, period = (_read(kernel / name) for name in names)
+    if runtime is None or period is None:
+        return Finding(what="real-time throttling", found=NOT_TOLD)
+    if int(runtime) < 0 or int(runtime) >= int(period):
+        return Finding(what="real-time throttling", found="off")
+    stopped_ms = (int(period) - int(runtime)) / 1e3
+    return Finding(
+        what="real-time throttling",
+        found=f"where they fill a core, {stopped_ms:g} ms without real-time threads",
+        good=False,
+        do=(
+            "sudo sysctl kernel.sched_rt_runtime_us=-1, if you trust all real-time programs here: "
+            "one that never sleeps then keeps its core for ever"
+        ),
+    )
+
+
 def _may_be_realtime() -> bool:
     if not hasattr(os, "sched_setscheduler"):
         return False
@@ -239,7 +260,14 @@ def examine(
         ``machine``, ``findings``, ``timer_us`` and, with a bundle, ``step_us`` and ``bins``.
     """
     about = machine()
-    findings = [*processor(about), graphics(), clock_source(), governor(), *realtime()]
+    findings = [
+        *processor(about),
+        graphics(),
+        clock_source(),
+        governor(),
+        *realtime(),
+        throttling(),
+    ]
     say(f"measuring for {seconds * (2 if bundle else 1):g} s")
     late = lateness_us(seconds)
     findings.append(timer(late))
