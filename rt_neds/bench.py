@@ -233,6 +233,8 @@ def run_soak(args: argparse.Namespace) -> dict[str, Any]:
     from rt_neds.soak_screen import Screen
     from rt_neds.soak_screen import show as show_soak
 
+    if args.device != "cpu":
+        raise ConfigError(f"--device {args.device}; soak decodes on the CPU: leave it out")
     if not 1 <= args.minutes < 1e5:
         raise ConfigError(f"minutes {args.minutes:g}; at least 1 was expected")
     with Screen(args.minutes, args.quiet) as shown:
@@ -263,7 +265,8 @@ def show(result: dict[str, Any]) -> None:
         "window run anew": result["window_us"],
     }
     unit = "ms" if "stages_ms" in result else "us"
-    table = Table(title=f"{result['model']}, {result['units']} units ({result['machine']['cpu']})")
+    where = result["machine"]["cpu"] if result["device"] == "cpu" else result["device"]
+    table = Table(title=f"{result['model']}, {result['units']} units ({where})")
     table.add_column(unit)
     columns = list(next(iter(rows.values())))
     for column in columns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import tempfile
 import time
@@ -46,14 +47,14 @@ def bench_step(
     wanted = [b.name for b in outputs_of(spec, session)]
     fast = served_step(model, spec, device)
     plain = EagerStep(model, session.id, wanted)
-    eager = GraphStep(model, session.id, wanted, device="cpu", captured=False)
+    eager = GraphStep(model, session.id, wanted, device=device, captured=False)
     rng = np.random.default_rng(0)
     counts_TN = rng.poisson(0.5, size=(512, n)).astype(np.float32)
     worst = 0.0
     for counts_N in counts_TN[:300]:
         gap = np.abs(fast.steps((counts_N,), (True,)) - plain.step(counts_N, True)).max()
         worst = max(worst, float(gap))
-    window = _window(model, session.id, wanted, counts_TN[: spec.model.context])
+    window = _window(model, session.id, wanted, counts_TN[: spec.model.context], device)
     hot: dict[str, list[float]] = {"step": [], "eager": [], "window": []}
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -106,19 +107,23 @@ def device_name(device: str) -> str:
     return device if device == "cpu" else torch.cuda.get_device_name(device)
 
 
-def _window(model: Any, session: str, wanted: list[str], counts_TN: Any) -> Any:
+def _window(model: Any, session: str, wanted: list[str], counts_TN: Any, device: str) -> Any:
     """What everyone without a cache does at each bin: the whole window again."""
     import torch
 
     T, M = len(counts_TN), len(model.modalities)
-    counts, values = torch.from_numpy(counts_TN)[None], torch.zeros(1, T, M)
-    observed = torch.zeros(1, T, M, dtype=torch.bool)
+    model = copy.deepcopy(model).to(device)
+    counts = torch.from_numpy(counts_TN)[None].to(device)
+    values = torch.zeros(1, T, M, device=device)
+    observed = torch.zeros(1, T, M, dtype=torch.bool, device=device)
     observed[:, :, 0] = True
-    scheme = torch.zeros(1, dtype=torch.int64)
+    scheme = torch.zeros(1, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def run() -> None:
         model(session, counts, values, observed, scheme, wanted=wanted)
+        if device != "cpu":
+            torch.cuda.synchronize()
 
     return run
 

@@ -130,10 +130,10 @@ def throttling(proc: Path = Path("/proc")) -> Finding:
         return Finding(what="real-time throttling", found=NOT_TOLD)
     if int(runtime) < 0 or int(runtime) >= int(period):
         return Finding(what="real-time throttling", found="off")
-    stopped_ms = (int(period) - int(runtime)) / 1e3
+    stopped_ms, of_ms = (int(period) - int(runtime)) / 1e3, int(period) / 1e3
     return Finding(
         what="real-time throttling",
-        found=f"where they fill a core, {stopped_ms:g} ms without real-time threads",
+        found=f"programs that fill a core are stopped for {stopped_ms:g} of each {of_ms:g} ms",
         good=False,
         do=(
             "sudo sysctl kernel.sched_rt_runtime_us=-1, if you trust all real-time programs here: "

@@ -94,7 +94,11 @@ def test_by_command_with_a_bundle(tiny, capsys):
 
 @pytest.mark.parametrize(
     ("runtime", "found"),
-    [("950000", "where they fill a core, 50 ms without"), ("-1", "off"), ("1000000", "off")],
+    [
+        ("950000", "programs that fill a core are stopped for 50 of each 1000 ms"),
+        ("-1", "off"),
+        ("1000000", "off"),
+    ],
 )
 def test_real_time_threads_that_are_stopped_are_told_of(tmp_path, runtime, found):
     assert doctor.throttling(tmp_path).found == doctor.NOT_TOLD

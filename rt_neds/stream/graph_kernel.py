@@ -33,7 +33,7 @@ class Launcher(Protocol):
 
 
 class OneLaunch:
-    """All of a step between the copy up and the copy down.
+    """All of a step after the copy up.
 
     Parameters
     ----------
