@@ -15,6 +15,7 @@ from rt_neds.bench_input import SIZES, poisson_session, random_bundle
 from rt_neds.bench_step import bench_step, device_name, paced, served_step
 from rt_neds.errors import ConfigError
 from rt_neds.latency import Tally, stolen_ms
+from rt_neds.priority import quiet_machine
 from rt_neds.result import machine
 
 BLOCK_S = 10.0
@@ -76,6 +77,7 @@ def bench_latency(
         "control_missed": control_missed,
         "control_late_when": control.late_when,
         "control_stalls": control.stalls,
+        "control_longest_stalls": control.longest,
         "control_stolen_ms": control.stolen_ms,
         **report,
         "stolen_ms": decoded.stolen_ms,
@@ -134,7 +136,8 @@ class _PacedStep:
 
     def take(self) -> None:
         """Measure a few bins."""
-        took = paced({"step": self._step}, self._counts_TN, PACED_BINS, self._period_s)
+        with quiet_machine(True):
+            took = paced({"step": self._step}, self._counts_TN, PACED_BINS, self._period_s)
         self.us += took["step"]
 
 
@@ -282,8 +285,8 @@ def show(result: dict[str, Any]) -> None:
             f"{result['lost']} messages lost"
         )
         for path, of in (("decoded", ""), ("control", "control_")):
-            parts = (result[f"{of}{part}"] for part in ("late_when", "stalls", "stolen_ms"))
-            console.print(late_line(path, *parts))
+            keys = ("late_when", "stalls", "longest_stalls", "stolen_ms")
+            console.print(late_line(path, *(result[of + key] for key in keys)))
         for line in term_lines(result["terms"]):
             console.print(line)
     else:
@@ -293,10 +296,18 @@ def show(result: dict[str, Any]) -> None:
         )
 
 
-def late_line(path: str, late_when: dict[str, int], stalls: int, stolen: float | None) -> str:
+def late_line(
+    path: str,
+    late_when: dict[str, int],
+    stalls: int,
+    longest: list[dict[str, Any]],
+    stolen: float | None,
+) -> str:
     """Where the late bins of a path were first late, and what the machine was without."""
     line = f"{path}: " + ", ".join(f"{n} late when {stage}" for stage, n in late_when.items())
     line += f", in {stalls} stall{'s' * (stalls != 1)}"
+    if longest:
+        line += f" (at most {longest[0]['ms']:.0f} ms, {longest[0]['s']:.1f} s into a turn)"
     return line if stolen is None else f"{line}; {stolen:.0f} ms of processor stolen by the host"
 
 

@@ -16,8 +16,8 @@ import numpy as np
 from rt_neds.bench_step import paced, percentiles, served_step, timed
 from rt_neds.errors import ConfigError
 from rt_neds.latency import stolen_ms
+from rt_neds.priority import quiet_machine
 from rt_neds.result import machine
-from rt_neds.serve import quiet_machine
 
 TICK_S = 0.001
 BIN_WIDTHS_MS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0)

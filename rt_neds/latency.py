@@ -19,6 +19,8 @@ LONGEST_NS = 3_600_000_000_000
 STAGES = ("sent", "received", "published")
 """Where a bin can first be late: at the sender, on its way or waking us, and in our hands."""
 
+LONGEST_STALLS = 5
+
 
 def stolen_ms(proc: Path = Path("/proc")) -> float | None:
     """Processor time that the host of a virtual machine gave to others, all cores, since the start.
@@ -79,11 +81,15 @@ class Tally:
     stalls : int
         Runs of bins that came late one after the other: whatever held the machine up held up all of
         them, so that these, and not late bins, are what chance deals out.
+    longest : list of dict
+        Of the longest stalls: ``s`` into its turn, ``ms`` by which its worst bin was late, ``bins``
+        late, and ``when`` the first of them was.
     """
 
     def __init__(self, bin_ms: float) -> None:
         self.bins = self.repeated = self.missed = self.late_spikes = self.lost = self.stalls = 0
         self.late_when = dict.fromkeys(STAGES, 0)
+        self.longest: list[dict[str, Any]] = []
         self.stolen_ms: float | None = 0.0
         self.receive_to_publish, self.decode = Latency(), Latency()
         self.bin_end_to_publish = Latency()
@@ -92,7 +98,8 @@ class Tally:
 
     def take(self, frames: list[DecodedFrame], summary: dict[str, Any]) -> None:
         """Add the frames of one turn; ``summary`` is the sender's."""
-        late: list[str] = []
+        stalls: list[dict[str, Any]] = []
+        stalled = False
         for frame in frames:
             key = (frame.epoch, frame.bin)
             if key in self._seen:
@@ -107,11 +114,20 @@ class Tally:
             self.receive_to_publish.record(stamps["published"] - stamps["received"])
             self.decode.record(stamps["decoded"] - stamps["binned"])
             self.bin_end_to_publish.record(stamps["published"] - intended)
-            before, late = late, [s for s in STAGES if stamps[s] - intended > self._bin_ns]
+            late = [stage for stage in STAGES if stamps[stage] - intended > self._bin_ns]
             if late:
                 self.missed += 1
-                self.stalls += not before
                 self.late_when[late[0]] += 1
+                if not stalled:
+                    into = (frame.end - summary["first"]) / summary["rate"]
+                    stalls.append({"s": round(into, 3), "ms": 0.0, "bins": 0, "when": late[0]})
+                by = round((stamps["published"] - intended) / 1e6, 3)
+                stalls[-1]["ms"] = max(stalls[-1]["ms"], by)
+                stalls[-1]["bins"] += 1
+            stalled = bool(late)
+        self.stalls += len(stalls)
+        longest = sorted(self.longest + stalls, key=lambda stall: -stall["ms"])
+        self.longest = longest[:LONGEST_STALLS]
 
     def steal(self, before: float | None, after: float | None) -> None:
         """Add what was stolen from the machine during a turn; see :func:`stolen_ms`."""
@@ -137,6 +153,7 @@ class Tally:
             "missed": self.missed + max(0, expected - self.bins),
             "late_when": self.late_when,
             "stalls": self.stalls,
+            "longest_stalls": self.longest,
             "late_spikes": self.late_spikes,
             "lost": self.lost,
             "stages_ms": {

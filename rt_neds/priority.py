@@ -7,6 +7,7 @@ messages late while the loop sits ready and waits.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,3 +67,21 @@ def urgent(wanted: bool = True, *, children: bool = True) -> Iterator[None]:
         yield
     finally:
         give_back(before)
+
+
+@contextlib.contextmanager
+def quiet_machine(realtime: bool) -> Iterator[None]:
+    """No garbage collection (one with torch loaded stalls 150 ms); real-time priority if we may.
+
+    For what must be on time: decoding, sending, measuring either.
+
+    What a supervisor loaded is frozen and must stay so: to look through it all again, in a worker,
+    copies all of it, and takes longer than a worker may be silent.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        with urgent(realtime):
+            yield
+    finally:
+        gc.enable()

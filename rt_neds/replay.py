@@ -17,6 +17,7 @@ from rt_neds.capture import Capture
 from rt_neds.clock import monotonic_ns
 from rt_neds.errors import ConfigError, SessionError, StreamError
 from rt_neds.frames import SpikeBatch
+from rt_neds.priority import quiet_machine
 from rt_neds.replay_rigs import (
     DEFAULT_BROADCASTER,
     DEFAULT_OPENEPHYS,
@@ -317,33 +318,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.raw is not None:
         raise ConfigError(f"{args.raw} holds no spikes; raw samples go out --as spikeglx")
     session = load_session(args.session)
-    common = {
-        "speed": args.speed,
-        "from_s": args.from_s,
-        "to_s": args.to_s,
-        "wait_s": args.wait,
-    }
-    if args.sender == "rtneds":
-        batch_ms = BATCH_MS if args.batch_ms is None else args.batch_ms
-        summary = replay(
-            session,
-            args.probe,
-            bind=args.bind or DEFAULT_SPIKES,
-            batch_ms=batch_ms,
-            live=named(args.live),
-            **common,
-        )
-    else:
-        broadcaster = args.sender == "openephys-events"
-        summary = replay_as_openephys(
-            session,
-            args.probe,
-            bind=args.bind or (DEFAULT_BROADCASTER if broadcaster else DEFAULT_OPENEPHYS),
-            broadcaster=broadcaster,
-            batch_ms=args.batch_ms,
-            channels=args.channels,
-            **common,
-        )
+    with quiet_machine(args.speed > 0):  # an acquisition is on time
+        summary = _send_session(session, args)
     if not args.quiet:
         print(
             f"sent {summary['spikes']} spikes in {summary['messages']} messages, "
@@ -351,6 +327,34 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             file=sys.stderr,
         )
     return summary
+
+
+def _send_session(session: Session, args: argparse.Namespace) -> dict[str, Any]:
+    common = {
+        "speed": args.speed,
+        "from_s": args.from_s,
+        "to_s": args.to_s,
+        "wait_s": args.wait,
+    }
+    if args.sender == "rtneds":
+        return replay(
+            session,
+            args.probe,
+            bind=args.bind or DEFAULT_SPIKES,
+            batch_ms=BATCH_MS if args.batch_ms is None else args.batch_ms,
+            live=named(args.live),
+            **common,
+        )
+    broadcaster = args.sender == "openephys-events"
+    return replay_as_openephys(
+        session,
+        args.probe,
+        bind=args.bind or (DEFAULT_BROADCASTER if broadcaster else DEFAULT_OPENEPHYS),
+        broadcaster=broadcaster,
+        batch_ms=args.batch_ms,
+        channels=args.channels,
+        **common,
+    )
 
 
 def _run_capture(args: argparse.Namespace) -> dict[str, Any]:
@@ -363,9 +367,10 @@ def _run_capture(args: argparse.Namespace) -> dict[str, Any]:
             "--probe, --as, --batch-ms, --channels, --from and --to shape a session; a capture "
             "goes out as it came: leave them out"
         )
-    summary = replay_capture(
-        capture, bind=args.bind or DEFAULT_SPIKES, speed=args.speed, wait_s=args.wait
-    )
+    with quiet_machine(args.speed > 0):
+        summary = replay_capture(
+            capture, bind=args.bind or DEFAULT_SPIKES, speed=args.speed, wait_s=args.wait
+        )
     if not args.quiet:
         print(
             f"sent {summary['messages']} messages{until(capture)}, {summary['seconds']} s, "

@@ -8,8 +8,6 @@ they publish goes through a gate (:mod:`rt_neds.stream.gate`).
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
 import signal
 import sys
 from collections.abc import Callable
@@ -23,7 +21,7 @@ from rt_neds.assemble import assemble, is_rig, open_source
 from rt_neds.clock import monotonic_ns
 from rt_neds.config import load_config
 from rt_neds.errors import ConfigError
-from rt_neds.priority import WATCHER, give_back, take_priority, urgent
+from rt_neds.priority import WATCHER, give_back, quiet_machine, take_priority
 from rt_neds.serve_config import ServeConfig, each_probe, source_endpoint
 from rt_neds.spikeglx_wire import is_spikeglx
 from rt_neds.wire import DEFAULT_DECODED
@@ -329,22 +327,6 @@ def _wait_for_announcement(receiver: Any, stop: Callable[[], bool]) -> None:
             break
         if receiver.peek_spikes(50):
             break
-
-
-@contextlib.contextmanager
-def quiet_machine(realtime: bool) -> Any:
-    """No garbage collection (one with torch loaded stalls 150 ms); real-time priority if we may.
-
-    What a supervisor loaded is frozen and must stay so: to look through it all again, in a worker,
-    copies all of it, and takes longer than a worker may be silent.
-    """
-    gc.collect()
-    gc.disable()
-    try:
-        with urgent(realtime):
-            yield
-    finally:
-        gc.enable()
 
 
 # -- command -------------------------------------------------------------------------------------

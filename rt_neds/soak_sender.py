@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from rt_neds.clock import monotonic_ns
 from rt_neds.frames import SPIKE_DTYPE, SpikeBatch
 from rt_neds.latency import Latency
-from rt_neds.serve import quiet_machine
+from rt_neds.priority import quiet_machine
 from rt_neds.soak_injected import BURST_BINS, FAULTS, MESSAGE, RATE
 from rt_neds.stream.raw import RawSender
 

@@ -52,17 +52,26 @@ def test_a_late_bin_counts_once_where_it_was_first_late():
             stamps={name: (20 * (bin + 1) + at) * ms for name, at in stamps.items()},
         )  # fmt: skip
         frames.append(frame)
-    tally.take(frames[:5], {"zero_ns": 0, "rate": 30_000.0})
+    said = {"first": 0, "zero_ns": 0, "rate": 30_000.0}
+    tally.take(frames[:5], said)
     assert tally.stalls == 1  # from the third on
-    tally.take(frames[5:], {"zero_ns": 0, "rate": 30_000.0})
+    tally.take(frames[5:], said)
     assert tally.stalls == 2  # another turn, another stall
     assert tally.late_when == {"sent": 2, "received": 1, "published": 1}
+    assert tally.longest == [  # 60 to 100 ms into the first turn, and alone in the second
+        {"s": 0.06, "ms": 32.0, "bins": 3, "when": "published"},
+        {"s": 0.12, "ms": 32.0, "bins": 1, "when": "sent"},
+    ]
     report = tally.report(tally, expected=7)
     assert report["missed"] == 4 + 1  # one never came
     assert report["late_when"] == tally.late_when
     line = "decoded: 2 late when sent, 1 late when received, 1 late when published, in 2 stalls"
-    assert late_line("decoded", tally.late_when, 2, None) == line
-    assert late_line("decoded", tally.late_when, 2, 20.0).startswith(line + "; 20 ms of")
+    assert late_line("decoded", tally.late_when, 2, [], None) == line
+    line += " (at most 32 ms, 0.1 s into a turn)"
+    assert late_line("decoded", tally.late_when, 2, tally.longest, None) == line
+    assert late_line("decoded", tally.late_when, 2, tally.longest, 20.0).startswith(
+        line + "; 20 ms of"
+    )
 
 
 def test_what_a_host_took_is_told_or_not_known(tmp_path):

@@ -1,5 +1,6 @@
 """Real-time priority: of every thread, and given back."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import threading
 
 import pytest
 
+from rt_neds.bench_input import poisson_session
+from rt_neds.cli import main
 from rt_neds.priority import WORKER, take_priority, urgent
 
 CODE = "from rt_neds.priority import take_priority; print(bool(take_priority()))"
@@ -55,3 +58,21 @@ def test_unwanted_or_not_allowed_it_changes_nothing(monkeypatch):
     if hasattr(os, "sched_setscheduler"):
         monkeypatch.setattr(os, "sched_setscheduler", refuse)
     assert take_priority() == {}
+
+
+@pytest.mark.parametrize(("speed", "urgent_then"), [("1", True), ("0", False)])
+def test_a_replay_in_its_own_time_is_sent_as_an_acquisition_would(
+    allowed, tmp_path, monkeypatch, speed, urgent_then
+):
+    seen = []
+
+    def look(session, probe, **_):
+        seen.append((os.sched_getscheduler(0) == os.SCHED_FIFO, gc.isenabled()))
+        return {"spikes": 0, "messages": 0, "seconds": 0.0, "behind_ms_max": 0.0}
+
+    monkeypatch.setattr("rt_neds.replay.replay", look)
+    path = str(poisson_session(tmp_path / "s.h5", "bench", ["bench/0"], 10.0, 1.0))
+    assert main(["replay", "--session", path, "--probe", "imec0", "--speed", speed]) == 0
+    assert seen == [(urgent_then, False)]
+    assert os.sched_getscheduler(0) != os.SCHED_FIFO
+    assert gc.isenabled()
