@@ -121,27 +121,6 @@ def realtime() -> Iterator[Finding]:
     yield Finding(what="memory lock", found=f"{_limit(resource.getrlimit(lock)[0], 1024)} kB")
 
 
-def throttling(proc: Path = Path("/proc")) -> Finding:
-    """Whether the system stops real-time threads that fill a core."""
-    kernel = proc / "sys/kernel"
-    names = ("sched_rt_runtime_us", "sched_rt_period_us")
-    runtime, period = (_read(kernel / name) for name in names)
-    if runtime is None or period is None:
-        return Finding(what="real-time throttling", found=NOT_TOLD)
-    if int(runtime) < 0 or int(runtime) >= int(period):
-        return Finding(what="real-time throttling", found="off")
-    stopped_ms, of_ms = (int(period) - int(runtime)) / 1e3, int(period) / 1e3
-    return Finding(
-        what="real-time throttling",
-        found=f"programs that fill a core are stopped for {stopped_ms:g} of each {of_ms:g} ms",
-        good=False,
-        do=(
-            "sudo sysctl kernel.sched_rt_runtime_us=-1, if you trust all real-time programs here: "
-            "one that never sleeps then keeps its core for ever"
-        ),
-    )
-
-
 def _may_be_realtime() -> bool:
     if not hasattr(os, "sched_setscheduler"):
         return False
@@ -266,7 +245,6 @@ def examine(
         clock_source(),
         governor(),
         *realtime(),
-        throttling(),
     ]
     say(f"measuring for {seconds * (2 if bundle else 1):g} s")
     late = lateness_us(seconds)

@@ -90,20 +90,3 @@ def test_by_command_with_a_bundle(tiny, capsys):
             assert f"{finding['what']}: {finding['do']}" in captured.err
     assert cli.main(["doctor", "--bundle", "nowhere"]) == 2
     assert cli.main(["doctor", "--seconds", "0"]) == 2
-
-
-@pytest.mark.parametrize(
-    ("runtime", "found"),
-    [
-        ("950000", "programs that fill a core are stopped for 50 of each 1000 ms"),
-        ("-1", "off"),
-        ("1000000", "off"),
-    ],
-)
-def test_real_time_threads_that_are_stopped_are_told_of(tmp_path, runtime, found):
-    assert doctor.throttling(tmp_path).found == doctor.NOT_TOLD
-    write(tmp_path, "sys/kernel/sched_rt_runtime_us", runtime)
-    write(tmp_path, "sys/kernel/sched_rt_period_us", "1000000")
-    finding = doctor.throttling(tmp_path)
-    assert finding.found.startswith(found)
-    assert finding.good == (found == "off")
