@@ -299,6 +299,11 @@ def named(pairs: Sequence[str]) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs)
 
 
+def on_time(speed: float) -> bool:
+    """Whether to send at real-time priority, as an acquisition; a faster one would fill a core."""
+    return 0 < speed <= 1
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.live and (args.session is None or args.sender != "rtneds"):
         raise ConfigError("--live sends behaviours of a --session beside our own stream only")
@@ -318,7 +323,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.raw is not None:
         raise ConfigError(f"{args.raw} holds no spikes; raw samples go out --as spikeglx")
     session = load_session(args.session)
-    with quiet_machine(args.speed > 0):  # an acquisition is on time
+    with quiet_machine(on_time(args.speed)):
         summary = _send_session(session, args)
     if not args.quiet:
         print(
@@ -367,7 +372,7 @@ def _run_capture(args: argparse.Namespace) -> dict[str, Any]:
             "--probe, --as, --batch-ms, --channels, --from and --to shape a session; a capture "
             "goes out as it came: leave them out"
         )
-    with quiet_machine(args.speed > 0):
+    with quiet_machine(on_time(args.speed)):
         summary = replay_capture(
             capture, bind=args.bind or DEFAULT_SPIKES, speed=args.speed, wait_s=args.wait
         )

@@ -60,7 +60,7 @@ def test_unwanted_or_not_allowed_it_changes_nothing(monkeypatch):
     assert take_priority() == {}
 
 
-@pytest.mark.parametrize(("speed", "urgent_then"), [("1", True), ("0", False)])
+@pytest.mark.parametrize(("speed", "urgent_then"), [("1", True), ("20", False), ("0", False)])
 def test_a_replay_in_its_own_time_is_sent_as_an_acquisition_would(
     allowed, tmp_path, monkeypatch, speed, urgent_then
 ):
