@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from temporaldata import ArrayDict, Data, Interval, IrregularTimeSeries
 
 from offline.config import TrainConfig
+from offline.linear import IMAGINED
 from offline.predict import decode_spans
 from offline.train import train
 from offline.windows import bin_session
@@ -94,7 +95,7 @@ _scores: dict[tuple[Any, ...], NDArray[np.float64]] = {}
 def scores_KT(
     task: Any, load: Any, *, after_past: bool, changes: tuple[str, ...] = ()
 ) -> NDArray[np.float64]:
-    """Score of every test trial at every bin: -1 surely left, +1 surely right.
+    """Score of every test trial at every bin: -1 surely left, +1 surely right, at equal odds.
 
     ``load`` gives a session's trials as the network is to see them: those of the task may be cut
     shorter. ``changes`` are made to the configuration.
@@ -115,8 +116,22 @@ def scores_KT(
     key = (task.test.path, tuple(train_K), tuple(test_K), bool(past), bins, changes)
     if key not in _scores:
         init = pretrained(past, load, task.seed) if past else None
-        _scores[key] = _trained(whole, train_K, val_K, test_K, init, changes)
+        score_KT = _trained(whole, train_K, val_K, test_K, init, changes)
+        _scores[key] = at_equal_odds(score_KT, whole.side_K[train_K])
     return _scores[key]
+
+
+def at_equal_odds(score_KT: NDArray[np.float64], side_K: NDArray) -> NDArray[np.float64]:
+    """Scores without the odds that the labels alone give; the regressions weigh classes alike, too.
+
+    Eight labels of which six are right are no reason to decide for right. The odds are those that a
+    network begins with (decision 0027).
+    """
+    right, left = (np.count_nonzero(side_K == side) for side in (1, -1))
+    if right == 0 or left == 0:
+        return score_KT
+    logit_KT = 2 * np.arctanh(np.clip(score_KT, -1 + 1e-12, 1 - 1e-12))
+    return np.tanh((logit_KT - np.log((right + IMAGINED) / (left + IMAGINED))) / 2)
 
 
 def _trained(

@@ -228,3 +228,18 @@ def test_only_what_draws_is_run_with_each_seed(steinmetz, trials, monkeypatch):
     assert asked == {"neds": [3, 5], "rrr": [3]}
     assert found["neds"].tolist() == [[3] * 18, [5] * 18]
     assert found["rrr"].shape == (1, 18)
+
+
+def test_decisions_do_not_lean_to_the_class_that_labels_had_more_of(steinmetz):
+    import steinmetz_network as network
+
+    probability = np.array([[0.3, 0.6]])
+    side_K = np.array([1] * 6 + [-1] * 2)
+    prior = 10 / 6  # four trials of each class are imagined beside these
+    odds = probability / (1 - probability) / prior
+    expected = 2 * odds / (1 + odds) - 1
+    came = network.at_equal_odds(2 * probability - 1, side_K)
+    np.testing.assert_allclose(came, expected, atol=1e-12)
+    alike = network.at_equal_odds(np.array([[-1.0, 0.4, 1.0]]), np.array([1, -1]))
+    np.testing.assert_allclose(alike, [[-1.0, 0.4, 1.0]], atol=1e-9)
+    assert network.at_equal_odds(np.zeros((1, 1)), np.ones(8)) == 0  # one class: nothing is known
