@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rt_neds import __version__
 from rt_neds.errors import RtNedsError
@@ -112,7 +113,8 @@ def _ended_gently() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _run(name: str, argv: Sequence[str]) -> int:
+def command(name: str) -> tuple[Any, argparse.ArgumentParser]:
+    """The module of a command, and what reads its arguments."""
     module_name, help_text = COMMANDS[name]
     module = importlib.import_module(module_name)
     parser = argparse.ArgumentParser(prog=f"rt-neds {name}", description=help_text)
@@ -124,6 +126,11 @@ def _run(name: str, argv: Sequence[str]) -> int:
         )
     parser.add_argument("--json", metavar="FILE", help="write the result there; - for the screen")
     parser.add_argument("--quiet", action="store_true", help="no progress, no chatter")
+    return module, parser
+
+
+def _run(name: str, argv: Sequence[str]) -> int:
+    module, parser = command(name)
     args = parser.parse_args(argv)
     refuse_unwritable(args.json)
     if args.json == "-":

@@ -1,0 +1,75 @@
+"""What the documentation says to type is what commands take, and its links lead somewhere."""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from rt_neds.cli import COMMANDS, command
+from rt_neds.config import parse_config
+from rt_neds.serve_config import ServeConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks/README.md"])
+
+
+def code_of(page):
+    """Blocks of code, fenced and indented."""
+    text, fences = page.read_text(), []
+    for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        fences.append((kind, block))
+    rest = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return fences + [("", block) for block in re.findall(r"(?:^    \S.*\n)+", rest, re.MULTILINE)]
+
+
+COMMAND = re.compile(rf"[#\s]*(?:torchrun .*|srun .*)?rt-neds ((?:{'|'.join(COMMANDS)}) .*)")
+
+
+def commands_of(text):
+    """Argument vectors of the rt-neds commands in some lines; ``...`` stands for more sessions."""
+    for line in text.replace("\\\n", " ").splitlines():
+        if found := COMMAND.match(line):
+            yield [word for word in shlex.split(found[1], comments=True) if word != "..."]
+
+
+def told():
+    for page in PAGES:
+        for kind, block in code_of(page):
+            if kind in ("", "bash", "sh"):
+                yield from ((page, argv) for argv in commands_of(block))
+    for config in sorted((ROOT / "configs").glob("*.toml")):
+        yield from ((config, argv) for argv in commands_of(config.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("page", "argv"),
+    [pytest.param(p, a, id=f"{p.relative_to(ROOT)}: {' '.join(a)[:60]}") for p, a in told()],
+)
+def test_what_it_says_to_type_is_understood(page, argv):
+    _, parser = command(argv[0])
+    args = parser.parse_args(argv[1:])  # exits where it does not
+    config = getattr(args, "config", None)
+    if config is not None and config.startswith("configs/"):
+        assert (ROOT / config).is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tomls_are_tomls_and_those_of_serve_are_its(page):
+    for kind, block in code_of(page):
+        if kind == "toml":
+            keys = tomllib.loads(block).keys()
+            if keys & {"trigger", "probes"}:
+                parse_config(tomllib.loads(block), ServeConfig, "the page")
+
+
+def test_there_is_something_to_check():
+    assert len(list(told())) > 30
