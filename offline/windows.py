@@ -216,7 +216,18 @@ def _continuous(
         value = _speed(np.stack(columns, axis=1), valid, width / session.rate, config.tau_s)
     else:
         value = columns[0]
+    if config.kind == "categorical":  # classes are counted in their order, whatever stands for them
+        value, known = _classes(value, config)
+        valid = valid & known
     return value.astype(np.float32), valid
+
+
+def _classes(
+    stored: NDArray[np.float64], config: BehaviourConfig
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Number of each value's class, and whether it stands for one."""
+    is_class = stored[..., None] == np.array(list(config.classes.values()))
+    return is_class.argmax(axis=-1), is_class.any(axis=-1)
 
 
 def _speed(
@@ -239,26 +250,25 @@ def _speed(
 def _trial_variable(
     session: Session, config: BehaviourConfig, bins: int, width: int
 ) -> tuple[NDArray, NDArray, NDArray, NDArray]:
-    stored = np.asarray(session.column(config.sources[0]), dtype=np.float64)
+    stored = session.numbers(config.sources[0])
     start, stop, known, end = (
-        session.samples(session.column(f"trials.{column}"))
+        session.samples(session.numbers(f"trials.{column}"))
         for column in (*config.scored, config.known_from, "end")
     )
     value_T = np.zeros(bins, np.float32)
     shown_T, scored_T = np.zeros(bins, bool), np.zeros(bins, bool)
     trial_T = np.full(bins, -1, np.int32)
-    codes = list(config.classes.values())
-    for trial, code in enumerate(stored):
-        if code not in codes or min(start[trial], stop[trial]) < 0:
+    for trial, (number, known_class) in enumerate(zip(*_classes(stored, config), strict=True)):
+        if not known_class or min(start[trial], stop[trial]) < 0:
             continue
         scored = slice(max(0, start[trial] // width), max(0, stop[trial] // width))
-        value_T[scored] = codes.index(code)
+        value_T[scored] = number
         scored_T[scored] = True
         trial_T[scored] = trial
         if known[trial] >= 0:
             # Known at a moment: shown from the first bin that ends after it.
             shown = slice(known[trial] // width, max(0, max(end[trial], known[trial]) // width))
-            value_T[shown] = codes.index(code)
+            value_T[shown] = number
             shown_T[shown] = True
     return value_T, shown_T, scored_T, trial_T
 

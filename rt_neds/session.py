@@ -89,7 +89,7 @@ class Session:
 
     def names(self, of: str = "") -> list[str]:
         """Names of the groups in the file, or of what is inside one of them."""
-        group = self._get(of) if of else self._whole()
+        group = self._get(of) if of else self.data
         return sorted(str(key) for key in group.keys())  # noqa: SIM118
 
     def has(self, name: str) -> bool:
@@ -105,9 +105,21 @@ class Session:
         values = np.asarray(self._get(name))
         return values.astype(str) if values.dtype.kind == "S" else values
 
+    def numbers(self, name: str) -> NDArray[np.float64]:
+        """Values of a dotted name, which must be numbers."""
+        values = self.column(name)
+        if values.dtype.kind not in "fiub":
+            first = next((str(value) for value in values.flat), "nothing")
+            found = repr(first) if values.dtype.kind == "U" else "no column"
+            raise SessionError(
+                f"{self.path}: {name} holds {found}; numbers were expected: write it as numbers, "
+                "such as 1 and 0"
+            )
+        return values.astype(np.float64)
+
     def series(self, name: str) -> Series:
         """A continuous behaviour by its dotted name, such as ``wheel.wheel_speed``."""
-        values = self._get(name)
+        self._get(name)  # says what is missing
         group_name, _, _ = name.rpartition(".")
         group = self._get(group_name) if group_name else None
         if group is None or not hasattr(group, "timestamps"):
@@ -115,15 +127,16 @@ class Session:
                 f"{self.path}: {name} is not a time series; expected <group>.<name> of one; "
                 f"there are: {', '.join(self.behaviours()) or 'none'}"
             )
+        values = self.numbers(name)
         domain = np.stack(
             [self.samples(group.domain.start), self.samples(group.domain.end)], axis=1
         )
-        return Series(self.samples(group.timestamps), np.asarray(values, dtype=np.float64), domain)
+        return Series(self.samples(group.timestamps), values, domain)
 
     def behaviours(self) -> list[str]:
         """Dotted names of every time series but the spikes."""
         names = []
-        data = self._whole()
+        data = self.data
         for group_name in sorted(data.keys()):
             group = getattr(data, group_name)
             if group_name != "spikes" and hasattr(group, "timestamps"):
@@ -132,7 +145,7 @@ class Session:
         return names
 
     def _get(self, name: str) -> Any:
-        found, known = self._whole(), []
+        found, known = self.data, []
         for part in name.split("."):
             known = [str(key) for key in found.keys()] if hasattr(found, "keys") else []  # noqa: SIM118
             if part not in known:
@@ -142,7 +155,9 @@ class Session:
             found = getattr(found, part)
         return found
 
-    def _whole(self) -> Any:
+    @property
+    def data(self) -> Any:
+        """All of the file, as temporaldata has it."""
         if self._data is None:
             self._data = _open(self.path)
         return self._data

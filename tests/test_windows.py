@@ -6,6 +6,7 @@ from temporaldata import Interval
 
 from offline.config import BehaviourConfig, DataConfig
 from offline.windows import bin_session, split_bins
+from rt_neds.cli import main
 from rt_neds.errors import SessionError
 from rt_neds.session import load_session
 from tests.making import TINY, tiny_config, write_session
@@ -80,6 +81,25 @@ def test_counts_beyond_the_session_are_empty(tmp_path):
     np.testing.assert_array_equal(around[7:-9], whole)
     assert around[:7].sum() == around[-9:].sum() == 0
     np.testing.assert_array_equal(b.counts_TN(100, 140), whole[100:140])
+
+
+def test_classes_over_time_are_counted_in_their_order_whatever_stands_for_them(tmp_path):
+    path, out = write_session(tmp_path / "s.h5"), tmp_path / "o.h5"
+    states = [7, 3, 3, 9, 7] + 5 * [float("nan")]
+    rows = [f"{1.01 + 0.02 * t},{state}" for t, state in enumerate(states)]
+    (tmp_path / "task.csv").write_text("\n".join(["time,state", *rows]).replace("nan", ""))
+    argv = ["prepare", "session", str(path), "--tables", str(tmp_path / "task.csv")]
+    assert main([*argv, "--out", str(out), "--quiet"]) == 0
+    config = {
+        "state": BehaviourConfig(
+            source="task.state", kind="categorical", classes={"sits": 3, "runs": 7}
+        )
+    }
+    b = bin_session(load_session(out), DataConfig(), config)
+    asked = np.flatnonzero(b.scored_TM[:, 1])
+    np.testing.assert_array_equal(asked, [50, 51, 52, 54])
+    np.testing.assert_array_equal(b.values_TM[asked, 1], [1, 0, 0, 1])
+    np.testing.assert_array_equal(b.shown_TM[:, 1], b.scored_TM[:, 1])
 
 
 def test_missing_behaviours_and_splits(tmp_path):

@@ -13,17 +13,25 @@ EXPECTED = {
     "spikeinterface": "--detector FOLDER --recording DIR, or --analyzer DIR",
     "ibl": "--alf DIR",
     "nwb": "a file: rt-neds prepare nwb FILE.nwb",
+    "session": "a session file and what to add: rt-neds prepare session S.h5 --tables wheel.csv",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=list(EXPECTED), help="format of the source")
-    parser.add_argument("file", nargs="?", help="nwb: the file")
+    parser.add_argument("file", nargs="?", help="nwb, session: the file")
     parser.add_argument("--alf", metavar="DIR", help="ibl: the alf folder of a session")
     parser.add_argument("--detector", metavar="FOLDER", help="spikeinterface: finds the spikes")
     parser.add_argument("--recording", metavar="DIR", help="spikeinterface: raw, as acquired")
     parser.add_argument("--stream", help="spikeinterface: the recording's, if it has several")
     parser.add_argument("--analyzer", metavar="DIR", help="spikeinterface: take a sorting as it is")
+    parser.add_argument(
+        "--tables",
+        nargs="+",
+        default=[],
+        metavar="F.csv",
+        help="behaviour and trials: columns time, ... or start, end, ..., in the probe's seconds",
+    )
     parser.add_argument("--session", metavar="ID", help="id of the session; else a name found")
     parser.add_argument("--out", required=True, metavar="S.h5", help="session file to write")
 
@@ -35,14 +43,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "spikeinterface": bool(args.analyzer) != bool(args.detector and args.recording),
         "ibl": bool(args.alf),
         "nwb": bool(args.file),
+        "session": bool(args.file and args.tables),
     }
     if not given[args.what]:
         raise ConfigError(f"prepare {args.what} expects {EXPECTED[args.what]}")
     from offline.prepare.progress import telling
+    from offline.prepare.tables import add_tables
     from offline.prepare.writing import write_session
 
     with telling(args.quiet) as tell:
         data = _data(args, tell)
+        add_tables(data, args.tables)
         summary = write_session(args.out, data)
     if not args.quiet:
         print(
@@ -62,6 +73,10 @@ def _data(args: argparse.Namespace, tell: Any) -> Any:
         from offline.prepare.nwb import from_nwb
 
         return from_nwb(args.file)
+    if args.what == "session":
+        from rt_neds.session import load_session
+
+        return load_session(args.file).data
     from offline.prepare.spikeinterface import from_analyzer, from_detector, load_analyzer
 
     session_id = args.session or Path(args.out).stem

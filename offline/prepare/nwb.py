@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from temporaldata import Data, Interval, IrregularTimeSeries
 
 from offline.prepare.ibl import recorded
-from offline.prepare.writing import session_data, trials_of
+from offline.prepare.writing import series_of, session_data, trials_of
 from rt_neds.errors import ConfigError, SessionError
 
 
@@ -134,14 +134,4 @@ def _series(one: Any) -> IrregularTimeSeries | None:
     names = (
         [name] if columns_LJ.shape[1] == 1 else [f"{name}_{j}" for j in range(columns_LJ.shape[1])]
     )
-    steps = np.diff(time_L)
-    usual = float(np.median(steps))
-    # Where values are missing for long there is no behaviour.
-    holes = np.flatnonzero(steps > max(1.0, 10 * usual))
-    start = time_L[np.concatenate([[0], holes + 1])]
-    end = time_L[np.concatenate([holes, [len(time_L) - 1]])] + 1e-6
-    return IrregularTimeSeries(
-        timestamps=time_L,
-        **{n: columns_LJ[:, j] for j, n in enumerate(names)},
-        domain=Interval(start=start, end=end),
-    )
+    return series_of(time_L, {n: columns_LJ[:, j] for j, n in enumerate(names)})

@@ -77,6 +77,15 @@ def trials_of(columns: dict[str, NDArray[Any]], times: list[str]) -> Interval:
     return Interval(**kept, timekeys=[name for name in times if name in kept])
 
 
+def series_of(time_L: NDArray[np.float64], columns: dict[str, NDArray]) -> IrregularTimeSeries:
+    """Values over time, in order; where they are missing for long there is no behaviour."""
+    steps = np.diff(time_L)
+    holes = np.flatnonzero(steps > max(1.0, 10 * float(np.median(steps))))
+    start = time_L[np.concatenate([[0], holes + 1])]
+    end = time_L[np.concatenate([holes, [len(time_L) - 1]])] + 1e-6
+    return IrregularTimeSeries(timestamps=time_L, **columns, domain=Interval(start=start, end=end))
+
+
 def write_session(path: str | Path, data: Data) -> dict[str, Any]:
     """Write a session and read it back; the file is left alone if anything fails.
 

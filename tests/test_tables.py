@@ -1,0 +1,137 @@
+"""Behaviour and trials from CSV files."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from offline.prepare.tables import read_csv
+from rt_neds.cli import main
+from rt_neds.errors import SessionError
+from rt_neds.session import load_session
+from tests.making import write_session
+
+WHEEL = "time,speed,position\n1.0,0.5,\n1.02,-2,3\n1.04,1e1,4\n"
+TRIALS = "start,end,choice,go_time,side\n3,4,1,3.5,left\n1,2,0,,right\n,2,1,1,left\n"
+
+
+@pytest.fixture
+def session(tmp_path):
+    return write_session(tmp_path / "s.h5", leave_out=("wheel", "trials"))
+
+
+def prepare(session, out, *tables):
+    argv = ["prepare", "session", str(session), "--out", str(out), "--quiet", "--tables"]
+    return main([*argv, *map(str, tables)])
+
+
+def test_tables_become_series_and_trials(session, tmp_path):
+    (tmp_path / "wheel.csv").write_text(WHEEL, encoding="utf-8-sig")  # as Excel writes it
+    (tmp_path / "trials.csv").write_text(TRIALS)
+    out = tmp_path / "out.h5"
+    assert prepare(session, out, tmp_path / "wheel.csv", tmp_path / "trials.csv") == 0
+    came, before = load_session(out), load_session(session)
+    np.testing.assert_array_equal(came.records_S, before.records_S)
+    assert (came.id, came.unit_ids, came.rate) == (before.id, before.unit_ids, before.rate)
+    assert came.behaviours() == ["wheel.position", "wheel.speed"]
+    speed = came.series("wheel.speed")
+    np.testing.assert_array_equal(speed.samples_L, [30_000, 30_600, 31_200])
+    np.testing.assert_array_equal(speed.values_L, [0.5, -2, 10])
+    np.testing.assert_array_equal(came.series("wheel.position").values_L, [np.nan, 3, 4])
+    # In order of start; a trial without one is left out, a time not known is NaN.
+    np.testing.assert_array_equal(came.intervals("trials"), [[30_000, 60_000], [90_000, 120_000]])
+    np.testing.assert_array_equal(came.column("trials.choice"), [0, 1])
+    np.testing.assert_array_equal(came.column("trials.go_time"), [np.nan, 3.5])
+    assert came.column("trials.side").tolist() == ["right", "left"]
+
+
+def test_what_was_a_session_is_the_same_by_way_of_csv(tmp_path):
+    whole = load_session(write_session(tmp_path / "whole.h5"))
+    series, trials = whole.data.wheel, whole.data.trials
+    columns = {"time": series.timestamps, "wheel_speed": series.wheel_speed.astype(float)}
+    write_csv(tmp_path / "wheel.csv", columns)
+    names = [name for name in trials.keys() if name != "timekeys"]  # noqa: SIM118
+    write_csv(tmp_path / "trials.csv", {name: getattr(trials, name) for name in names})
+    bare = write_session(tmp_path / "bare.h5", leave_out=("wheel", "trials"))
+    out = tmp_path / "out.h5"
+    assert prepare(bare, out, tmp_path / "wheel.csv", tmp_path / "trials.csv") == 0
+    came = load_session(out)
+    for name in ("samples_L", "values_L"):
+        expected = getattr(whole.series("wheel.wheel_speed"), name)
+        np.testing.assert_array_equal(getattr(came.series("wheel.wheel_speed"), name), expected)
+    for name in names:
+        expected = whole.column(f"trials.{name}")
+        np.testing.assert_array_equal(came.column(f"trials.{name}"), expected)
+
+
+def write_csv(path, columns):
+    with path.open("w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(columns)
+        out.writerows(zip(*columns.values(), strict=True))
+
+
+def test_a_long_pause_is_time_in_which_nobody_looked(session, tmp_path):
+    rows = [f"{t},{t}" for t in (*np.arange(1, 2, 0.1), *np.arange(5, 6, 0.1))]
+    (tmp_path / "wheel.csv").write_text("\n".join(["time,speed", *rows]))
+    assert prepare(session, tmp_path / "out.h5", tmp_path / "wheel.csv") == 0
+    domain_K2 = load_session(tmp_path / "out.h5").series("wheel.speed").domain_K2
+    np.testing.assert_array_equal(domain_K2, [[30_000, 57_000], [150_000, 177_000]])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("wheel.csv", None, "no such table"),
+        ("my wheel.csv", WHEEL, "names its group"),
+        ("units.csv", WHEEL, "has units already"),
+        ("wheel.csv", "", "0 columns, 0 rows"),
+        ("wheel.csv", "time,speed\n", "2 columns, 1 rows"),
+        ("wheel.csv", "time;speed\n1;2\n", "a column 'time;speed'"),
+        ("wheel.csv", "time,speed,speed\n1,2,3\n", "a column 'speed'"),
+        ("wheel.csv", "time,speed\n1,2\n3\n", "row 3: 1 cells; expected 2"),
+        ("wheel.csv", "time,speed\n1,2\n3,fast\n", "'fast' in the column speed"),
+        ("wheel.csv", "time,speed\n1,2\n2,2\n2,3\n", "row 4"),
+        ("wheel.csv", "time,speed\n1,2\n,2\n", "row 3"),
+        ("wheel.csv", "time,speed\n1,2\n", "two rows or more"),
+        ("wheel.csv", "t,speed\n1,2\n", "has the columns t, speed; expected time, or start"),
+        ("wheel.csv", "time,speed\n1e9,2\n1000000001,3\n", "of 1e+09 to 1e+09 s and the recording"),
+        ("trials.csv", "start,end,choice\n1,soon,1\n", "'soon' in the column end"),
+        ("trials.csv", "start,end,choice\n2,1,1\n", "ends before it begins"),
+        ("trials.csv", "start,end,choice\n,1,1\n", "or there is none"),
+        ("wheel.csv", b"time,speed\n1,\xff\xfe\n", "not a CSV file"),
+        ("wheel.csv", 'time,speed\n1,"2\n', "not a CSV file"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(session, tmp_path, capsys, name, text, words):
+    path = tmp_path / name
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    out = tmp_path / "out.h5"
+    assert prepare(session, out, path) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert words in told
+    assert not out.exists()
+
+
+def test_a_session_needs_something_to_add(session, tmp_path, capsys):
+    assert main(["prepare", "session", str(session), "--out", str(tmp_path / "o.h5")]) == 2
+    assert "--tables" in capsys.readouterr().err
+
+
+def test_numbers_come_back_as_they_were_written(tmp_path):
+    values = np.random.default_rng(0).standard_normal(1000) * 10.0 ** np.arange(-250, 250, 0.5)
+    write_csv(tmp_path / "t.csv", {"time": np.arange(1000), "value": values})
+    np.testing.assert_array_equal(read_csv(tmp_path / "t.csv")["value"], values)
+
+
+def test_words_are_no_behaviour_and_no_times(session, tmp_path):
+    (tmp_path / "trials.csv").write_text(TRIALS)
+    assert prepare(session, tmp_path / "out.h5", tmp_path / "trials.csv") == 0
+    came = load_session(tmp_path / "out.h5")
+    with pytest.raises(SessionError, match="trials.side holds 'right'; numbers were expected"):
+        came.numbers("trials.side")
+    with pytest.raises(SessionError, match="trials holds no column"):
+        came.numbers("trials")
+    assert came.numbers("trials.choice").tolist() == [0, 1]
