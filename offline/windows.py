@@ -217,8 +217,8 @@ def _continuous(
     else:
         value = columns[0]
     if config.kind == "categorical":  # classes are counted in their order, whatever stands for them
-        value, known = _classes(value, config)
-        valid = valid & known
+        number_T, known_T = _classes(value, config)
+        return number_T.astype(np.float32), valid & known_T
     return value.astype(np.float32), valid
 
 
