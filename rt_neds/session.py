@@ -115,6 +115,11 @@ class Session:
                 f"{self.path}: {name} holds {found}; numbers were expected: write it as numbers, "
                 "such as 1 and 0"
             )
+        if values.ndim != 1:
+            raise SessionError(
+                f"{self.path}: {name} has the shape {values.shape}; one number for each time or "
+                "row was expected: keep its columns under names of their own"
+            )
         return values.astype(np.float64)
 
     def series(self, name: str) -> Series:

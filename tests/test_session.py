@@ -72,3 +72,19 @@ def test_real_sessions_are_read(data_dir):
     assert (len(probe.unit_ids), len(probe.domain_K2)) == (262, 3)
     mouse = load_session(data_dir / "steinmetz" / "session01.h5")
     assert (len(mouse.unit_ids), len(mouse.domain_K2)) == (734, 214)
+
+
+def test_several_numbers_for_each_time_are_refused(tmp_path):
+    from temporaldata import IrregularTimeSeries
+
+    from offline.prepare import writing
+
+    path = write_session(tmp_path / "s.h5")
+    data = load_session(path).data
+    time_L = np.arange(1.0, 3.0, 0.02)
+    data.pose = IrregularTimeSeries(
+        timestamps=time_L, xy=np.zeros((len(time_L), 2)), domain=data.domain
+    )
+    writing.write_session(path, data)
+    with pytest.raises(SessionError, match=r"pose.xy has the shape \(100, 2\)"):
+        load_session(path).series("pose.xy")
