@@ -112,8 +112,8 @@ def prepare(path: str | Path, config: TrainConfig) -> Subject:
     anchors = np.flatnonzero(in_train & binned.scored_TM[:, asked_of].any(axis=1))
     if len(anchors) == 0:
         raise ConfigError(
-            f"{path}: nothing is scored in the training split "
-            f"(data.split = {config.data.split!r}); choose another split"
+            f"{path}: nothing is scored in the training split (data.split = {config.data.split!r})"
+            "; choose another split, or look whether values are known there, and among the classes"
         )
     return Subject(
         id=session.id,
