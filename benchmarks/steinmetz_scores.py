@@ -116,6 +116,10 @@ def beside_others(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
     return {**old, **scores, **kept, "machine": machine()}
 
 
+IN_ALL = {"neds": "neds_causal", "neds_pretrained": "neds_causal_pretrained"}
+"""What methods are called where those of all recordings stand."""
+
+
 def among_all(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
     """The file of all recordings' scores with ours in it: dataset, protocol, method, target."""
     results = json.loads(path.read_text()) if path.is_file() else {}
@@ -124,6 +128,6 @@ def among_all(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
         protocol, metric = place.rsplit("/", 1)
         for method, (mean, _) in scores[place].items():
             each = scores["by_seed"].get(place, {}).get(method, [mean])
-            entry = ours.setdefault(protocol, {}).setdefault(method, {})
+            entry = ours.setdefault(protocol, {}).setdefault(IN_ALL.get(method, method), {})
             entry |= {metric: [mean, round(float(np.std(each)), 4)], "seeds": len(each)}
     return results
