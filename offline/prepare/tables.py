@@ -10,8 +10,10 @@ Shape suffixes: R rows, K intervals.
 from __future__ import annotations
 
 import csv
+import math
 import re
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,39 +66,67 @@ def add_tables(data: Data, paths: Iterable[str | Path]) -> None:
 
 
 def read_csv(path: Path) -> dict[str, NDArray[Any]]:
-    """Columns by name: numbers where all of them are, NaN where a cell is empty, else words."""
+    """Columns by name: numbers, NaN where a cell is empty, or words if the first of them is one."""
     if not path.is_file():
         raise SessionError(f"no such table: {path}; check the path")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [row for row in csv.reader(file, strict=True) if any(map(str.strip, row))]
+            rows = (row for row in csv.reader(file, strict=True) if any(map(str.strip, row)))
+            return _columns(path, rows)
     except (UnicodeDecodeError, csv.Error) as error:
         raise SessionError(f"{path} is not a CSV file ({error}); expected text in UTF-8") from None
-    names = [cell.strip() for cell in rows[0]] if rows else []
+
+
+def _columns(path: Path, rows: Iterator[list[str]]) -> dict[str, NDArray[Any]]:
+    names = [cell.strip() for cell in next(rows, [])]
     wrong = [name for name in names if not NAME.fullmatch(name) or names.count(name) > 1]
-    if len(names) < 2 or wrong or len(rows) < 2:
-        found = f"a column {wrong[0]!r}" if wrong else f"{len(names)} columns, {len(rows)} rows"
+    if len(names) < 2 or wrong:
+        found = f"a column {wrong[0]!r}" if wrong else f"{len(names)} columns"
         raise SessionError(
-            f"{path}: {found}; expected a line of names, each once and of letters, digits and _, "
-            "then rows, separated by commas"
+            f"{path}: {found}; expected a line of two names or more, each once and of letters, "
+            "digits and _, separated by commas"
         )
-    for number, row in enumerate(rows, start=1):
+    columns = [_Column() for _ in names]
+    number = 1
+    for number, row in enumerate(rows, start=2):
         if len(row) != len(names):
             raise SessionError(
                 f"{path}, row {number}: {len(row)} cells; expected {len(names)}, as the names have"
             )
-    return {
-        name: _numbers(cells)
-        for name, cells in zip(names, zip(*rows[1:], strict=True), strict=True)
-    }
+        for name, column, cell in zip(names, columns, row, strict=True):
+            if not column.add(cell.strip()):
+                raise SessionError(
+                    f"{path}, row {number}: {cell.strip()!r} in the column {name}; a number was "
+                    "expected, as above"
+                )
+    if number == 1:
+        raise SessionError(f"{path} has names and no rows; expected one or more")
+    return {name: column.values() for name, column in zip(names, columns, strict=True)}
 
 
-def _numbers(cells: Iterable[str]) -> NDArray[Any]:
-    stripped = [cell.strip() for cell in cells]
-    try:
-        return np.array([float(cell) if cell else np.nan for cell in stripped])
-    except ValueError:
-        return np.array(stripped)
+class _Column:
+    """Cells as they come, eight bytes for each number: an hour of a wheel has millions."""
+
+    def __init__(self) -> None:
+        self._numbers, self._any = array("d"), False
+        self._words: list[str] | None = None
+
+    def add(self, cell: str) -> bool:
+        """Whether the cell is of the kind of those before."""
+        if self._words is not None:
+            self._words.append(cell)
+            return True
+        try:
+            self._numbers.append(float(cell) if cell else math.nan)
+            self._any |= bool(cell)
+        except ValueError:
+            if self._any:
+                return False
+            self._words = [""] * len(self._numbers) + [cell]
+        return True
+
+    def values(self) -> NDArray[Any]:
+        return np.array(self._numbers if self._words is None else self._words)
 
 
 def _intervals(path: Path, columns: dict[str, NDArray[Any]]) -> tuple[Any, NDArray[np.float64]]:
@@ -123,12 +153,8 @@ def _series(path: Path, columns: dict[str, NDArray[Any]]) -> tuple[Any, NDArray[
 def _check_numbers(path: Path, columns: dict[str, NDArray[Any]], names: list[str]) -> None:
     for name in names:
         if columns[name].dtype.kind != "f":
-            word = next(str(cell) for cell in columns[name] if not _is_number(cell))
+            word = next(str(cell) for cell in columns[name] if cell)
             raise SessionError(f"{path}: {word!r} in the column {name}; numbers were expected")
-
-
-def _is_number(cell: str) -> bool:
-    return _numbers([cell]).dtype.kind == "f"
 
 
 def _check_times(path: Path, within_K2: NDArray[np.float64], domain: Any) -> None:
