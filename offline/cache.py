@@ -45,6 +45,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     domain: list[tuple[int, int]]
     width: int
     present: tuple[str, ...]
+    by_trial: tuple[str, ...]
     scales: list[Scale]
     region: list[int]
     mean_rate: list[float]
@@ -171,6 +172,7 @@ def _write(folder: Path, subject: Subject) -> None:
         domain=[(int(start), int(end)) for start, end in binned.session.domain_K2],
         width=binned.width,
         present=subject.present,
+        by_trial=binned.by_trial,
         scales=subject.scales,
         region=subject.region_N.tolist(),
         mean_rate=subject.rate_N.tolist(),
@@ -218,5 +220,6 @@ def _open(folder: Path) -> tuple[BinnedSession, NDArray[np.int64]]:
         arrays["split"],
         arrays["trial"],
         entry.present,
+        entry.by_trial,
     )
     return binned, arrays["anchors"]

@@ -60,9 +60,9 @@ def calibrate(
             )
             raw_SC = raws[behaviour.name][scored_S]
             asked_S = bins_S[scored_S]
-            temperature = temperature_of(
-                raw_SC, binned.values_TM[asked_S, m].astype(np.int64), binned.trial_T[asked_S]
-            )
+            class_S = binned.values_TM[asked_S, m].astype(np.int64)
+            trial_S = binned.trial_of(behaviour.name, asked_S)
+            temperature = temperature_of(raw_SC, class_S, trial_S)
             parts = model.parts(subject.id)
             outs: list[nn.Module] = [parts.behaviour_out[behaviour.name]]
             outs += [] if parts.linear is None else [parts.linear.out[behaviour.name]]

@@ -290,7 +290,7 @@ def score(
     """Scores of one output at the bins ``at_S``."""
     true_S = binned.values_TM[at_S, m].astype(np.float64)
     if behaviour.kind == "categorical":
-        trial_S = binned.trial_T[at_S].astype(np.int64)
+        trial_S = binned.trial_of(behaviour.name, at_S)
         return categorical_scores(true_S.astype(np.int64), values_SV, trial_S)
     if behaviour.kind == "poisson":
         return {"d2": poisson_d2(true_S, values_SV[:, 0])}

@@ -130,7 +130,7 @@ def reliability(of: Evaluation) -> Figure:
     """Stated against true: intervals of the continuous outputs, chances of the categorical ones."""
     scores = of.result["decoding"]
     continuous = [b for b in of.behaviours if b.kind == "continuous"]
-    categorical = [b for b in of.behaviours if b.kind == "categorical"]
+    categorical = [b for b in of.behaviours if scores[b.name].get("by_time")]
     panels = [kind for kind in (continuous, categorical) if kind]
     figure, axes = _grid(1, len(panels), height=3.7, width=4.6 * len(panels))
     levels = np.linspace(0.02, 0.98, 49)
@@ -168,7 +168,7 @@ def over_time(of: Evaluation) -> Figure | None:
     """Scores against time in the trial, beside trivial and linear ones; None without trials."""
     scores = of.result["decoding"]
     continuous = [b for b in of.behaviours if scores[b.name].get("error_by_time")]
-    categorical = [b for b in of.behaviours if b.kind == "categorical"]
+    categorical = [b for b in of.behaviours if scores[b.name].get("by_time")]
     panels = [panel for panel in (continuous, categorical) if panel]
     if not panels:
         return None

@@ -111,13 +111,14 @@ def fit(
             continue
         root_SF = features(binned, bins_S, spikes_in) * root_F
         class_S = value_S.astype(int) if behaviour.kind == "categorical" else 0 * bins_S
-        late_S = _late(binned.trial_T[bins_S], behaviour)
+        trial_S = binned.trial_of(behaviour.name, bins_S)
+        late_S = _late(trial_S)
         weight_XRF, bias_XR = ridge(root_SF, target_SR, fit_T[bins_S], class_S, late_S)
         rows = decoder.where[behaviour.name]
         weight_XUF[:, rows], bias_XU[:, rows] = weight_XRF * root_F, bias_XR
         said_XSR = np.einsum("sf,xrf->xsr", root_SF, weight_XRF, optimize=True) + bias_XR[:, None]
         unseen_SR = said_XSR[fit_T[bins_S], np.arange(len(bins_S))]
-        trials = len(np.unique(binned.trial_T[bins_S])) if behaviour.kind == "categorical" else 0
+        trials = len(np.unique(trial_S[trial_S >= 0]))
         out = cast(nn.Linear, decoder.out[behaviour.name])
         begin_out(out, unseen_SR, value_S, behaviour, scale, trials)
     return Fits(
@@ -236,10 +237,10 @@ def _targets(value_S: NDArray, behaviour: Behaviour, scale: Scale) -> NDArray[np
     return ((value_S.astype(np.float64) - scale.mean) / scale.sd)[:, None]
 
 
-def _late(trial_S: NDArray[np.int64], behaviour: Behaviour) -> NDArray[np.float64]:
+def _late(trial_S: NDArray[np.int64]) -> NDArray[np.float64]:
     """What a bin counts: late in a trial there is more to know than early."""
     late_S = np.ones(len(trial_S))
-    for trial in np.unique(trial_S[trial_S >= 0]) if behaviour.kind == "categorical" else ():
+    for trial in np.unique(trial_S[trial_S >= 0]):
         mine = np.flatnonzero(trial_S == trial)
         late_S[mine] = (np.arange(1, len(mine) + 1) / len(mine)) ** 2
     return late_S

@@ -148,13 +148,15 @@ def categorical_scores(
 ) -> dict[str, Any]:
     """Decisions by trial, taken at its last scored bin, and how they grow with time in the trial.
 
+    Outside trials each bin is decided by itself.
+
     Parameters
     ----------
     true_S : ndarray of int
         Class number at each scored bin.
     probability_SC : ndarray
     trial_S : ndarray of int
-        Trial of each bin.
+        Trial of each bin; -1 for none.
 
     Returns
     -------
@@ -162,9 +164,11 @@ def categorical_scores(
         ``balanced_accuracy``, ``chance`` (its floor: one over the classes that occur),
         ``accuracy``, ``majority`` (its floor: always the commonest class), ``auc`` (two classes),
         ``trials``, ``balanced_accuracy_bins`` (all scored bins pooled), ``by_time``: balanced
-        accuracy at tenths of the scored stretch, ``brier``, ``ece`` and ``reliability`` (all
-        scored bins: :func:`reliability`).
+        accuracy at tenths of the scored stretch (None without trials), ``brier``, ``ece`` and
+        ``reliability`` (all scored bins: :func:`reliability`).
     """
+    alone_S = trial_S < 0
+    trial_S = np.where(alone_S, trial_S.max() + 1 + np.arange(len(trial_S)), trial_S)
     order = np.argsort(trial_S, kind="stable")
     trials, first, length = np.unique(trial_S[order], return_index=True, return_counts=True)
     last = order[first + length - 1]
@@ -176,7 +180,7 @@ def categorical_scores(
         "majority": float(commonest),
         "chance": 1.0 / len(np.unique(truth)),
         "auc": _auc(truth, probability_SC[last]),
-        "trials": len(trials),
+        "trials": len(trials) - int(alone_S.sum()),
         "balanced_accuracy_bins": _balanced(true_S, guess_S),
         "brier": float(
             np.mean(np.sum((np.eye(probability_SC.shape[1])[true_S] - probability_SC) ** 2, axis=1))
@@ -186,7 +190,7 @@ def categorical_scores(
     for tenth in range(1, TIME_STEPS + 1):
         at = order[first + np.maximum(0, (length * tenth) // TIME_STEPS - 1)]
         steps.append(_balanced(true_S[at], guess_S[at]))
-    scores["by_time"] = steps
+    scores["by_time"] = steps if scores["trials"] else None
     scores["ece"], scores["reliability"] = reliability(true_S, probability_SC)
     return scores
 

@@ -98,8 +98,9 @@ def _behaviours(
         elif behaviour.kind == "poisson":
             scores[behaviour.name] = poisson_d2(true_S, value_SV[:, 0])
         else:
+            trial_S = binned.trial_of(behaviour.name, kept[scored])
             scores[behaviour.name] = categorical_d2(
-                raws[behaviour.name][scored], true_S.astype(np.int64), binned.trial_T[kept][scored]
+                raws[behaviour.name][scored], true_S.astype(np.int64), trial_S
             )
     return scores
 

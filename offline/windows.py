@@ -47,6 +47,8 @@ class BinnedSession:
         Number of the trial whose scored stretch holds the bin; -1 for none.
     present : tuple of str
         Behaviours this session has.
+    by_trial : tuple of str
+        Those of them that have one value in each trial.
     """
 
     session: Session
@@ -57,6 +59,7 @@ class BinnedSession:
     split_T: NDArray[np.int8]
     trial_T: NDArray[np.int32]
     present: tuple[str, ...]
+    by_trial: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._samples_S = self.session.records_S["sample"]
@@ -105,6 +108,12 @@ class BinnedSession:
         if high > low:
             out[low - first : high - first] = array_T[low:high]
         return out
+
+    def trial_of(self, name: str, bins_S: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Trial in which a behaviour is decided in each bin; -1 if each is a case of its own."""
+        if name not in self.by_trial:
+            return np.full(len(bins_S), -1, np.int64)
+        return self.trial_T[bins_S].astype(np.int64)
 
     def of_split(self, split: Split) -> NDArray[np.bool_]:
         """Bins of a split, shape (bins,)."""
@@ -172,8 +181,9 @@ def bin_session(
             f"it has: {', '.join(session.behaviours()) or 'no behaviour'}"
         )
     split_T = split_bins(session, data, bins, width)
+    by_trial = tuple(name for name in present if behaviour_configs[name].is_trial_variable)
     return BinnedSession(
-        session, width, values_TM, shown_TM, scored_TM, split_T, trial_T, tuple(present)
+        session, width, values_TM, shown_TM, scored_TM, split_T, trial_T, tuple(present), by_trial
     )
 
 

@@ -132,6 +132,17 @@ def test_trials_are_decided_at_their_last_bin():
     assert scores["balanced_accuracy_bins"] == balanced_accuracy_score(truth, guess)
 
 
+def test_outside_trials_each_bin_is_decided_by_itself():
+    rng = np.random.default_rng(0)
+    truth, probability = rng.integers(0, 3, 200), rng.dirichlet(np.ones(3), 200)
+    scores = categorical_scores(truth, probability, np.full(200, -1))
+    guess = probability.argmax(axis=1)
+    assert scores["balanced_accuracy"] == balanced_accuracy_score(truth, guess)
+    assert scores["accuracy"] == np.mean(truth == guess)
+    assert scores["majority"] == np.bincount(truth).max() / 200
+    assert (scores["trials"], scores["by_time"]) == (0, None)
+
+
 def test_a_class_that_never_occurs_is_simply_wrong():
     scores = categorical_scores(
         np.array([0, 0]), np.array([[0.1, 0.9], [0.8, 0.2]]), np.array([0, 1])

@@ -100,6 +100,8 @@ def test_classes_over_time_are_counted_in_their_order_whatever_stands_for_them(t
     np.testing.assert_array_equal(asked, [50, 51, 52, 54])
     np.testing.assert_array_equal(b.values_TM[asked, 1], [1, 0, 0, 1])
     np.testing.assert_array_equal(b.shown_TM[:, 1], b.scored_TM[:, 1])
+    assert b.by_trial == ()
+    assert (b.trial_of("state", asked) == -1).all()
 
 
 def test_missing_behaviours_and_splits(tmp_path):
