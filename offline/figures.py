@@ -130,7 +130,7 @@ def reliability(of: Evaluation) -> Figure:
     """Stated against true: intervals of the continuous outputs, chances of the categorical ones."""
     scores = of.result["decoding"]
     continuous = [b for b in of.behaviours if b.kind == "continuous"]
-    categorical = [b for b in of.behaviours if scores[b.name].get("by_time")]
+    categorical = [b for b in of.behaviours if b.kind == "categorical"]
     panels = [kind for kind in (continuous, categorical) if kind]
     figure, axes = _grid(1, len(panels), height=3.7, width=4.6 * len(panels))
     levels = np.linspace(0.02, 0.98, 49)

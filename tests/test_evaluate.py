@@ -7,15 +7,17 @@ import re
 import numpy as np
 import pytest
 
+from offline.config import TrainConfig
 from offline.encoding import SCHEME_OF
 from offline.evaluate import evaluate, tenth_of_trial
 from offline.train import train
 from offline.windows import bin_session
 from rt_neds import cli
+from rt_neds.config import parse_config
 from rt_neds.errors import ConfigError, SessionError
 from rt_neds.result import clean
 from rt_neds.session import load_session
-from tests.making import tiny_config, write_session
+from tests.making import TINY, tiny_config, write_session
 
 ODD = "<b>mouse & co</b>"
 SCHEMES = {name: 1.0 for name in ("decoding", *SCHEME_OF.values()) if name != "ahead"}
@@ -67,6 +69,23 @@ def test_every_metric_that_was_trained_has_a_number(both):
         assert {"ece", "reliability", "chance"} <= set(one["decoding"]["choice"])
         assert len(one["decoding"]["speed"]["error_by_time"]) == 10
     json.dumps(clean(result), allow_nan=False)
+
+
+def test_a_state_over_time_is_decided_bin_by_bin(tmp_path):
+    whole, out = write_session(tmp_path / "s.h5", seconds=40), tmp_path / "with-state.h5"
+    rows = [f"{t / 10},{5 if t // 7 % 2 else 3}" for t in range(1, 400)]
+    (tmp_path / "task.csv").write_text("\n".join(["time,state", *rows]))
+    argv = ["prepare", "session", str(whole), "--tables", str(tmp_path / "task.csv"), "--quiet"]
+    assert cli.main([*argv, "--out", str(out)]) == 0
+    state = {"source": "task.state", "kind": "categorical", "classes": {"up": 5, "down": 3}}
+    table = {**TINY, "behaviour": {"state": state}, "masking": {"schemes": {"decoding": 1.0}}}
+    table |= {"model": {**TINY["model"], "linear": True}}
+    config = parse_config(table, TrainConfig, "a test")
+    train(config, [str(out)], tmp_path / "run")
+    scores = evaluate(tmp_path / "run" / "bundle", out, report=tmp_path)["decoding"]["state"]
+    assert scores["balanced_accuracy"] == scores["balanced_accuracy_bins"]
+    assert (scores["trials"], scores["by_time"], scores["chance"]) == (0, None, 0.5)
+    assert "state" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_session_given_twice_is_refused(two):
