@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from offline.config import TrainConfig
 from rt_neds.cli import COMMANDS, command
 from rt_neds.config import parse_config
 from rt_neds.serve_config import ServeConfig
@@ -63,12 +64,14 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_tomls_are_tomls_and_those_of_serve_are_its(page):
+def test_tomls_are_what_serve_and_train_take(page):
     for kind, block in code_of(page):
         if kind == "toml":
             keys = tomllib.loads(block).keys()
             if keys & {"trigger", "probes"}:
                 parse_config(tomllib.loads(block), ServeConfig, "the page")
+            if "training" in keys:
+                parse_config(tomllib.loads(block), TrainConfig, "the page")
 
 
 def test_there_is_something_to_check():

@@ -96,7 +96,8 @@ def test_a_long_pause_is_time_in_which_nobody_looked(session, tmp_path):
         ("wheel.csv", "time,speed\n1,2\n,2\n", "row 3"),
         ("wheel.csv", "time,speed\n1,2\n", "two rows or more"),
         ("wheel.csv", "t,speed\n1,2\n", "has the columns t, speed; expected time, or start"),
-        ("wheel.csv", "time,speed\n1e9,2\n1000000001,3\n", "of 1e+09 to 1e+09 s and the recording"),
+        ("wheel.csv", "time,speed\n1e9,2\n1000000001,3\n", "from 1000000000 to 1000000001"),
+        ("wheel.csv", "time,speed\n0,1\n30000,2\n60000,3\n", "1 of 3 rows"),  # milliseconds
         ("trials.csv", "start,end,choice\n1,soon,1\n", "'soon' in the column end"),
         ("trials.csv", "start,end,choice\n2,1,1\n", "ends before it begins"),
         ("trials.csv", "start,end,choice\n,1,1\n", "or there is none"),

@@ -4,7 +4,7 @@ A file is called after what it holds: ``wheel.csv`` becomes the group ``wheel``.
 and ``end`` make its rows intervals, such as ``trials``; a column ``time`` makes them values of the
 other columns over time. Times are seconds of the probe's clock, as those of the spikes are.
 
-Shape suffixes: R rows, K intervals.
+Shape suffixes: R rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from temporaldata import Data
+from temporaldata import Data, Interval, IrregularTimeSeries
 
 from offline.prepare.writing import series_of, trials_of
 from rt_neds.errors import SessionError
@@ -42,8 +42,8 @@ def add_tables(data: Data, paths: Iterable[str | Path]) -> None:
     Raises
     ------
     SessionError
-        A file cannot be read as such a table, its name is taken, or none of it lies within what was
-        recorded.
+        A file cannot be read as such a table, its name is taken, or most of it lies outside what
+        was recorded.
     """
     for path in map(Path, paths):
         name = path.stem
@@ -53,15 +53,17 @@ def add_tables(data: Data, paths: Iterable[str | Path]) -> None:
             raise SessionError(f"{path}: the session has {name} already; call the file otherwise")
         columns = read_csv(path)
         if {"start", "end"} <= columns.keys():
-            group, within_K2 = _intervals(path, columns)
+            group = _intervals(path, columns)
+            begins_R = group.start
         elif "time" in columns:
-            group, within_K2 = _series(path, columns)
+            group = _series(path, columns)
+            begins_R = group.timestamps
         else:
             raise SessionError(
                 f"{path} has the columns {', '.join(columns)}; expected time, or start and end, in "
                 "seconds of the probe's clock"
             )
-        _check_times(path, within_K2, data.domain)
+        _check_times(path, begins_R, data.domain)
         setattr(data, name, group)
 
 
@@ -129,16 +131,15 @@ class _Column:
         return np.array(self._numbers if self._words is None else self._words)
 
 
-def _intervals(path: Path, columns: dict[str, NDArray[Any]]) -> tuple[Any, NDArray[np.float64]]:
+def _intervals(path: Path, columns: dict[str, NDArray[Any]]) -> Interval:
     _check_numbers(path, columns, ["start", "end"])
     found = trials_of(columns, ["start", "end", *(n for n in columns if n.endswith("_time"))])
-    within_K2 = np.stack([found.start, found.end], axis=1)
-    if not len(within_K2) or (within_K2[:, 1] <= within_K2[:, 0]).any():
+    if not len(found) or (found.end <= found.start).any():
         raise SessionError(f"{path}: an interval ends before it begins, or there is none; mend it")
-    return found, within_K2
+    return found
 
 
-def _series(path: Path, columns: dict[str, NDArray[Any]]) -> tuple[Any, NDArray[np.float64]]:
+def _series(path: Path, columns: dict[str, NDArray[Any]]) -> IrregularTimeSeries:
     _check_numbers(path, columns, list(columns))
     time_R = columns.pop("time")
     back = np.flatnonzero(~((np.diff(time_R) > 0) & np.isfinite(time_R[1:])))
@@ -147,7 +148,7 @@ def _series(path: Path, columns: dict[str, NDArray[Any]]) -> tuple[Any, NDArray[
         raise SessionError(
             f"{path}, row {row}: expected two rows or more, the time of each later than the last"
         )
-    return series_of(time_R, columns), np.array([[time_R[0], time_R[-1]]])
+    return series_of(time_R, columns)
 
 
 def _check_numbers(path: Path, columns: dict[str, NDArray[Any]], names: list[str]) -> None:
@@ -157,12 +158,13 @@ def _check_numbers(path: Path, columns: dict[str, NDArray[Any]], names: list[str
             raise SessionError(f"{path}: {word!r} in the column {name}; numbers were expected")
 
 
-def _check_times(path: Path, within_K2: NDArray[np.float64], domain: Any) -> None:
-    """At least some of it was recorded: times of another clock are told by that."""
-    first, last = float(within_K2.min()), float(within_K2.max())
+def _check_times(path: Path, time_R: NDArray[np.float64], domain: Any) -> None:
+    """Most of it was recorded: milliseconds, samples and other clocks are told by that."""
     start, end = float(np.min(domain.start)), float(np.max(domain.end))
-    if last <= start or first >= end:
+    inside = int(np.count_nonzero((time_R >= start) & (time_R <= end)))
+    if 2 * inside < len(time_R):
         raise SessionError(
-            f"{path} is of {first:g} to {last:g} s and the recording of {start:g} to {end:g} s; "
-            "expected seconds of the probe's clock"
+            f"{path}: {inside} of {len(time_R)} rows, from {time_R[0]:.10g} to {time_R[-1]:.10g}, "
+            f"lie within the recording of {start:g} to {end:g} s; expected seconds of the probe's "
+            "clock (not samples or milliseconds), and no more than was recorded"
         )
