@@ -2,10 +2,10 @@
 
 Windows of 100 bins, 5 layers of width 256, batch 16, float32, dropout 0.4. Ours is the whole step
 of the trainer: drawing and binning windows, masks, forward, losses, backward, AdamW, running
-average. The original's is its encoder stack alone (forward, backward, AdamW), on as many tokens as
-its tokenizers would give; it is left out unless a checkout of it is named, and needs its packages.
-*Products* are the matrix products of our layers alone, forwards and backwards: what no float32
-training of this network on this core can do without.
+average. The original's is its trainer's, too (masks, tokenizers, encoder, heads, losses, backward,
+AdamW), but for loading and padding a batch; it is left out unless a checkout of it is named, and
+needs its packages (einops, transformers). *Products* are the matrix products of our layers alone,
+forwards and backwards: what no float32 training of this network on this core can do without.
 
     python benchmarks/throughput.py --original ../NEDS --rounds 8
 """
@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -35,17 +34,14 @@ from rt_neds.result import machine
 from rt_neds.simulate import simulate_file
 
 RESULTS = Path(__file__).resolve().parent / "results"
-BATCH, BINS, WIDTH, LAYERS = 16, 100, 256, 5
+BATCH, BINS, UNITS, WIDTH, LAYERS = 16, 100, 300, 256, 5
+BEHAVIOURS = {"wheel": "wheel.wheel_speed", "whisker": "whisker.whisker_motion_energy"}
 CASES = {"decoding_100_tokens": 1, "multimodal_300_tokens": 3}
 """Tokens per bin of the original."""
 
 
 def ours(session: Path, modalities: int) -> Callable[[], None]:
     """One step of the trainer, all of it."""
-    behaviours = {
-        "wheel": {"source": "wheel.wheel_speed"},
-        "whisker": {"source": "whisker.whisker_motion_energy"},
-    }
     schemes = {"decoding": 1.0}
     if modalities > 1:
         schemes |= {
@@ -54,7 +50,7 @@ def ours(session: Path, modalities: int) -> Callable[[], None]:
     config = parse_config(
         {
             "data": {"window_bins": BINS},
-            "behaviour": behaviours,
+            "behaviour": {name: {"source": source} for name, source in BEHAVIOURS.items()},
             "model": {
                 "dim": WIDTH, "layers": LAYERS, "heads": 8, "context": BINS, "history": [1],
                 "dropout": 0.4,
@@ -80,24 +76,47 @@ def ours(session: Path, modalities: int) -> Callable[[], None]:
 
 
 def original(checkout: Path, tokens_per_bin: int) -> Callable[[], None]:
-    """One step of the original's encoder stack, with its own configuration."""
+    """One step of the original as its trainer takes it, on one batch that is never loaded again."""
     sys.path.insert(0, str(checkout / "src"))
     import yaml
-    from multi_modal.encoder_embeddings import EncoderLayer
+    from multi_modal.encoder_embeddings import EncoderEmbedding
+    from multi_modal.mm import MultiModal
+    from utils.config_utils import DictConfig
 
-    settings = yaml.safe_load((checkout / "src/configs/multi_modal/mm.yaml").read_text())
-    transformer = SimpleNamespace(**settings["encoder"]["transformer"])
-    layers = torch.nn.ModuleList(EncoderLayer(n, transformer) for n in range(LAYERS))
-    optimiser = torch.optim.AdamW(layers.parameters(), lr=1e-4)
-    tokens = torch.randn(BATCH, tokens_per_bin * BINS, WIDTH)
-    bins = torch.arange(BINS).repeat(tokens_per_bin).expand(BATCH, -1)
+    config = DictConfig(yaml.safe_load((checkout / "src/configs/multi_modal/mm.yaml").read_text()))
+    session = (checkout / "data/train_eids.txt").read_text().split()[0]
+    everything, mode = ["spike", *BEHAVIOURS], "decoding" if tokens_per_bin == 1 else "mm"
+    embeddings = {
+        name: EncoderEmbedding(
+            n_channel=WIDTH, output_channel=WIDTH, stitching=True, eid_list={session: UNITS},
+            mod=name, config=config.encoder, max_F=BINS,
+        )
+        for name in everything[:tokens_per_bin]
+    }  # fmt: skip
+    model = MultiModal(
+        embeddings, everything, list(BEHAVIOURS), mode, config, eid_list={session: UNITS}
+    )
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    values = {name: torch.randn(BATCH, BINS, 1) for name in BEHAVIOURS}
+    values["spike"] = torch.poisson(torch.full((BATCH, BINS, UNITS), 0.2))
+    hidden = torch.ones(BATCH, BINS, UNITS, dtype=torch.int64)
+
+    def inputs(name: str) -> dict:
+        alone = hidden if name in BEHAVIOURS else hidden * 0.0
+        return {
+            "inputs": values[name].clone(),
+            "targets": values[name].clone(),
+            "inputs_modality": torch.tensor(everything.index(name)),
+            "inputs_attn_mask": hidden[..., 0],
+            "inputs_timestamp": torch.arange(BINS).expand(BATCH, -1),
+            "eid": [session] * BATCH,
+            "training_mode": "mixed" if mode == "mm" else mode,
+            "eval_mask": None if mode == "mm" else alone,
+        }
 
     def step() -> None:
-        x = tokens
-        for layer in layers:
-            x = layer(x, None, bins)
         optimiser.zero_grad()
-        (x**2).mean().backward()
+        model({name: inputs(name) for name in everything}).loss.backward()
         optimiser.step()
 
     return step
@@ -135,7 +154,7 @@ def main() -> None:
     results: dict = {"machine": machine(), "cases": {}}
     with tempfile.TemporaryDirectory() as folder:
         session = Path(folder) / "s.h5"
-        simulate_file(session, units=300, minutes=5.0, seed=0)
+        simulate_file(session, units=UNITS, minutes=5.0, seed=0)
         for case, tokens in CASES.items():
             steps = {"ours": ours(session, tokens), "products": products()}
             if args.original:
@@ -148,8 +167,8 @@ def main() -> None:
                     seconds[name].append(time.perf_counter() - begun)
             rates = {n: BATCH / float(np.median(s[1:])) for n, s in seconds.items()}
             results["cases"][case] = {f"{n}_windows_per_s": r for n, r in rates.items()}
-            if "original" in rates:
-                results["cases"][case]["ours_over_original"] = rates["ours"] / rates["original"]
+            for other in sorted(set(rates) - {"ours"}):
+                results["cases"][case][f"ours_over_{other}"] = rates["ours"] / rates[other]
             print(case, results["cases"][case], flush=True)
     path = RESULTS / "throughput.json"
     path.write_text(json.dumps(results, indent=1) + "\n")

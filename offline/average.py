@@ -71,5 +71,4 @@ def _draw_near(
 ) -> None:
     if decay == 1.0:
         return
-    for mean, target in zip(means, targets, strict=True):
-        mean.lerp_(target, 1.0 - decay)
+    torch._foreach_lerp_(list(means), list(targets), 1.0 - decay)

@@ -349,6 +349,7 @@ def make_optimiser(model: NEDS, settings: TrainingConfig) -> torch.optim.Optimiz
         lr=settings.learning_rate,
         weight_decay=settings.weight_decay,
         betas=(0.9, 0.98),
+        fused=True,
     )
 
 

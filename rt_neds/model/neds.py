@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from rt_neds.model.attention import Attention, Ring, rotary_table, visible
 from rt_neds.model.config import ModelConfig
+from rt_neds.model.dropout import Dropout
 from rt_neds.model.linear import LinearDecoder, numbers_said
 from rt_neds.model.memory import Memory, in_sight
 from rt_neds.model.readin import CategoricalReadIn, ContinuousReadIn, SpikeReadIn
@@ -62,7 +63,7 @@ class Layer(nn.Module):
         self.norm2 = nn.LayerNorm(config.dim)
         self.widen = nn.Linear(config.dim, config.widen * config.dim)
         self.narrow = nn.Linear(config.widen * config.dim, config.dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def add(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.dropout(attended)
@@ -146,7 +147,7 @@ class NEDS(nn.Module):
         self.modality_MD = nn.Parameter(0.02 * torch.randn(len(self.modalities), dim))
         self.session_XD = nn.Parameter(0.02 * torch.randn(len(sessions), dim))
         self.scheme_XD = nn.Parameter(0.02 * torch.randn(len(SCHEMES), dim))
-        self.token_dropout = nn.Dropout(config.dropout)
+        self.token_dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.memory = Memory(dim, config.memory) if config.memory else None
         self.norm = nn.LayerNorm(dim)
