@@ -20,7 +20,7 @@ from scipy.optimize import minimize_scalar
 from torch import nn
 
 from offline.batches import Subject
-from offline.predict import decode_spans
+from offline.decoded import decoded
 from rt_neds.model.neds import NEDS
 
 MOST = 20.0
@@ -49,20 +49,11 @@ def calibrate(
     """
     found: dict[str, dict[str, float]] = {}
     for subject in subjects:
-        binned, spans = subject.binned, subject.binned.spans("val")
-        bins_S = np.concatenate([np.arange(*span) for span in spans] or [np.zeros(0, int)])
-        for m, behaviour in enumerate(model.behaviours, start=1):
-            scored_S = binned.scored_TM[bins_S, m]
-            if behaviour.kind != "categorical" or not scored_S.any():
+        for of in decoded(model, subject, window, "val", device):
+            behaviour = of.behaviour
+            if behaviour.kind != "categorical":
                 continue
-            raws = decode_spans(
-                model, binned, spans, wanted=[behaviour.name], window=window, device=device
-            )
-            raw_SC = raws[behaviour.name][scored_S]
-            asked_S = bins_S[scored_S]
-            class_S = binned.values_TM[asked_S, m].astype(np.int64)
-            trial_S = binned.trial_of(behaviour.name, asked_S)
-            temperature = temperature_of(raw_SC, class_S, trial_S)
+            temperature = temperature_of(of.raw_SC, of.true_S.astype(np.int64), of.trial_S)
             parts = model.parts(subject.id)
             outs: list[nn.Module] = [parts.behaviour_out[behaviour.name]]
             outs += [] if parts.linear is None else [parts.linear.out[behaviour.name]]

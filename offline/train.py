@@ -33,7 +33,7 @@ from offline.losses import loss_of, spikes_loss
 from offline.processes import Processes, join, leave
 from offline.progress import progress
 from offline.silence import longest_silences
-from offline.validation import better, mean_score, validate
+from offline.validation import mean_score, validate
 from rt_neds.bundle import BundleSession, save_bundle
 from rt_neds.config import load_config
 from rt_neds.errors import ConfigError
@@ -210,17 +210,18 @@ def finish(
     out: Path,
     processes: Processes,
 ) -> dict[str, Any]:
-    """Make the best weights a bundle: what regression decodes better left to it, calibrated."""
+    """Make the best weights a bundle: what was not shown to be learned left to regression."""
     model.load_state_dict(best.weights)
-    by_regression = leave_to_regression(model, subjects, best.val, alone)
-    temperature = calibrate(model, subjects, config.data.window_bins, processes.device)
+    window = config.data.window_bins
+    left = leave_to_regression(model, subjects, best.val, alone, window, processes.device)
+    temperature = calibrate(model, subjects, window, processes.device)
     summary = {
         "bundle": str(out / "bundle"),
         "steps": config.training.steps,
         "best_step": best.step,
         "best_score": best.score,
-        "val": better(best.val, alone),
-        "by_regression": by_regression,
+        "val": {session: of | left.get(session, {}) for session, of in best.val.items()},
+        "by_regression": {session: list(of) for session, of in left.items()},
         "temperature": temperature,
     }
     if processes.first:

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from offline.batches import Subject
 from offline.calibration import categorical_d2
 from offline.config import TrainConfig
+from offline.decoded import decoded
 from offline.masking import UNIT_SCHEMES, draw_masks
 from offline.metrics import poisson_d2, r2
-from offline.predict import decode_spans, normalise
+from offline.predict import normalise
 from offline.windows import Split
 from rt_neds.model.neds import AHEAD, NEDS, SCHEMES, SPIKES
-from rt_neds.model.readout import LOG_RATE_RANGE, to_values_TV
+from rt_neds.model.readout import LOG_RATE_RANGE
 
 SPIKE_SCHEMES = ("encoding", "within_spikes", *UNIT_SCHEMES, "forward", AHEAD)
 """What is asked of spikes alone."""
@@ -76,32 +77,17 @@ def _behaviours(
     model: NEDS, subject: Subject, config: TrainConfig, split: Split, device: torch.device
 ) -> dict[str, float]:
     """Each behaviour decoded from the spikes."""
-    binned, scores = subject.binned, {}
-    spans = binned.spans(split)
-    if not spans or not binned.present or not config.masking.schemes.get("decoding"):
+    if not config.masking.schemes.get("decoding"):
         return {}
-    kept = np.concatenate([np.arange(a, b) for a, b in spans])
-    raws = decode_spans(
-        model, binned, spans, wanted=binned.present, window=config.data.window_bins, device=device
-    )
-    for m, behaviour in enumerate(model.behaviours, start=1):
-        if behaviour.name not in binned.present:
-            continue
-        scored = binned.scored_TM[kept, m]
-        true_S = binned.values_TM[kept, m][scored]
-        if len(true_S) < 2:
-            continue
-        raw_SC = torch.from_numpy(raws[behaviour.name][scored])
-        value_SV = to_values_TV(raw_SC, behaviour, subject.scales[m - 1]).numpy()
-        if behaviour.kind == "continuous":
-            scores[behaviour.name] = r2(true_S, value_SV[:, 0])
-        elif behaviour.kind == "poisson":
-            scores[behaviour.name] = poisson_d2(true_S, value_SV[:, 0])
+    scores = {}
+    for of in decoded(model, subject, config.data.window_bins, split, device):
+        if of.behaviour.kind == "continuous":
+            score = r2(of.true_S, of.value_SV[:, 0])
+        elif of.behaviour.kind == "poisson":
+            score = poisson_d2(of.true_S, of.value_SV[:, 0])
         else:
-            trial_S = binned.trial_of(behaviour.name, kept[scored])
-            scores[behaviour.name] = categorical_d2(
-                raws[behaviour.name][scored], true_S.astype(np.int64), trial_S
-            )
+            score = categorical_d2(of.raw_SC, of.true_S.astype(np.int64), of.trial_S)
+        scores[of.behaviour.name] = score
     return scores
 
 
