@@ -1,6 +1,7 @@
 """The linear decoder a network begins at: fitted as written, heard unseen, believed as is due."""
 
 import copy
+import dataclasses
 
 import msgspec
 import numpy as np
@@ -9,8 +10,8 @@ import torch
 from sklearn.linear_model import Ridge
 
 import offline.linear as linear
-from offline import beginning, cache
-from offline.alone import regressions_alone
+from offline import alone, beginning, cache
+from offline.alone import regressions_alone, shown_better
 from offline.batches import bin_windows, draw_windows, prepare
 from offline.beginning import build, fit_linear
 from offline.cache import kept
@@ -19,6 +20,7 @@ from offline.finetune import begin_at_bundle
 from offline.metrics import r2
 from offline.predict import decode_spans
 from offline.train import train
+from offline.validation import validate
 from rt_neds.bundle import build_model, load_spec
 from rt_neds.config import config_path, load_config
 from rt_neds.model.linear import LinearDecoder, where_said
@@ -232,15 +234,18 @@ def begun_at(bundle, tmp_path, config, name):
     return subject, model
 
 
-def test_a_new_session_begins_at_its_own_regression_and_what_others_make_of_it(session, tmp_path):
+def test_a_new_session_begins_at_its_own_regression_and_what_others_make_of_it(
+    session, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("offline.alone.shown_better", lambda *rest: {"speed", "choice"})
     config = config_of()
     folder = train(config, [str(session)], tmp_path / "run")["bundle"]
     subject, model = begun_at(folder, tmp_path, config, "n")
     parts, (span,) = model.parts("n"), subject.binned.spans("val")
     z_SF = linear.features(subject.binned, np.arange(*span), parts.spikes_in)
     with torch.no_grad():
-        alone = parts.linear.read_out("speed", parts.linear(torch.from_numpy(z_SF)[None]))[0]
-    assert alone.std(dim=0).max() > 0.1
+        said = parts.linear.read_out("speed", parts.linear(torch.from_numpy(z_SF)[None]))[0]
+    assert said.std(dim=0).max() > 0.1
     raws = decode_spans(model, subject.binned, [span], wanted=["speed"], window=300)["speed"]
     others = build_model(folder, load_spec(folder)).parts("tiny").behaviour_out["speed"]
     for mine, other in zip(
@@ -251,7 +256,7 @@ def test_a_new_session_begins_at_its_own_regression_and_what_others_make_of_it(s
         for parameter in parts.behaviour_out.parameters():
             parameter.zero_()
     bare = decode_spans(model, subject.binned, [span], wanted=["speed"], window=300)["speed"]
-    torch.testing.assert_close(torch.from_numpy(bare), alone, atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.from_numpy(bare), said, atol=1e-4, rtol=0)
     assert np.abs(raws - bare).max() > 1e-3  # what the other session learned is heard
 
 
@@ -351,7 +356,57 @@ def test_what_was_fitted_is_kept_and_fitted_anew_when_it_must_be(session, tmp_pa
     assert len(fitted) == 3
 
 
-def test_what_regression_decodes_better_is_left_to_it(session, tmp_path, monkeypatch):
+def test_a_network_must_be_shown_to_decode_better_than_regression(begun):
+    config, model, subject = begun
+    window = config.data.window_bins
+    assert shown_better(model, subject, window, "cpu") == set()  # it is regression
+    fits = subject.hear()
+    spoilt = dict(fits.outs)
+    for name in ("speed", "choice"):
+        for key, tensor in fits.outs.items():
+            if key.startswith(name):
+                spoilt[key] = -tensor  # what was likely is unlikely
+    worse = dataclasses.replace(subject, hear=lambda: dataclasses.replace(fits, outs=spoilt))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert shown_better(model, worse, window, "cpu") == {"speed", "choice"}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_trials_and_windows_lose_adds_up_to_the_scores(begun):
+    config, model, subject = begun
+    (val,) = validate(model, [subject], config, "val", "cpu").values()
+    losses = alone._losses(model, subject, config.data.window_bins, "cpu")
+    scored = subject.binned.scored_TM & subject.binned.of_split("val")[:, None]
+    assert losses["speed"].sum() / scored[:, 1].sum() == pytest.approx(1 - val["speed"], rel=1e-5)
+    trials = np.unique(subject.binned.trial_T[scored[:, 2]])
+    assert len(losses["choice"]) == len(trials)
+    assert losses["choice"].mean() / np.log(2) == pytest.approx(1 - val["choice"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("gain_X", "shown"),
+    [
+        ([], False),
+        ([0.3], False),  # one trial shows nothing
+        ([0.0, 0.0], False),
+        ([0.1, 0.1, 0.11], True),
+        ([0.3, 0.1, 0.2, 0.2], True),
+        ([0.3, -0.1, 0.2, -0.1], False),  # better in the mean, as chance has it
+        ([-0.3, -0.1, -0.2, -0.2], False),
+    ],
+)
+def test_gains_are_told_from_chance(gain_X, shown):
+    assert alone._shown(np.array(gain_X)) is shown
+
+
+@pytest.mark.parametrize(
+    ("shown", "val"),
+    [
+        ({"speed", "choice"}, {"speed": 0.5, "choice": 0.2}),
+        ({"choice"}, {"speed": 0.1, "choice": 0.2}),  # .5 may be chance
+    ],
+)
+def test_what_regression_decodes_better_is_left_to_it(session, tmp_path, monkeypatch, shown, val):
     scripts = {"speed": [0.1, 0.1, 0.5, 0.3], "choice": [0.2, 0.2, 0.1, 0.15]}
     calls = iter(range(9))  # by regression alone, at the beginning, after 6 and after 12 steps
 
@@ -361,14 +416,17 @@ def test_what_regression_decodes_better_is_left_to_it(session, tmp_path, monkeyp
 
     monkeypatch.setattr("offline.train.validate_all", scripted)
     monkeypatch.setattr("offline.train.calibrate", lambda *rest: {})
+    monkeypatch.setattr("offline.alone.shown_better", lambda *rest: shown)
     summary = train(config_of(), [str(session)], tmp_path / "run")
     assert summary["best_step"] == 6  # of speed .5 and choice, by regression, .2
     assert summary["best_score"] == pytest.approx(0.35)
-    assert summary["by_regression"] == {"tiny": ["choice"]}
-    assert summary["val"] == {"tiny": {"speed": 0.5, "choice": 0.2}}
+    left = [name for name in ("speed", "choice") if name not in shown or name == "choice"]
+    assert summary["by_regression"] == {"tiny": left}
+    assert summary["val"] == {"tiny": val}
     parts = build_model(summary["bundle"], load_spec(summary["bundle"])).parts("tiny")
     assert not any(parameter.any() for parameter in parts.behaviour_out["choice"].parameters())
-    assert any(parameter.any() for parameter in parts.behaviour_out["speed"].parameters())
+    kept = any(parameter.any() for parameter in parts.behaviour_out["speed"].parameters())
+    assert kept is ("speed" in shown)
     subject = prepare(session, config_of())
     fresh = build(config_of(), [subject])
     fit_linear(fresh, [subject])
