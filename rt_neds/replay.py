@@ -15,9 +15,10 @@ import numpy as np
 
 from rt_neds.capture import Capture
 from rt_neds.clock import monotonic_ns
-from rt_neds.errors import ConfigError, SessionError, StreamError
+from rt_neds.errors import ConfigError, StreamError
 from rt_neds.frames import SpikeBatch
 from rt_neds.priority import quiet_machine
+from rt_neds.replay_live import States, Track, named, tracks_of
 from rt_neds.replay_rigs import (
     DEFAULT_BROADCASTER,
     DEFAULT_OPENEPHYS,
@@ -25,7 +26,7 @@ from rt_neds.replay_rigs import (
     replay_as_openephys,
 )
 from rt_neds.session import Session, load_session
-from rt_neds.wire import DEFAULT_SPIKES, BehaviourBatch
+from rt_neds.wire import DEFAULT_SPIKES
 
 ANNOUNCE_NS = 1_000_000_000
 BATCH_MS = 1.0
@@ -84,7 +85,8 @@ def replay(
     to_s: float | None = None,
     wait_s: float = 30.0,
     epoch: int | None = None,
-    live: Mapping[str, str] | None = None,
+    live: Mapping[str, str | None] | None = None,
+    bundle: str | None = None,
 ) -> dict[str, Any]:
     """Send a session over ZeroMQ, in its own time.
 
@@ -103,9 +105,11 @@ def replay(
         How long to wait for a subscriber.
     epoch : int, optional
         Number of this acquisition run; the time of day by default.
-    live : mapping of str to str, optional
+    live : mapping of str to str or None, optional
         Behaviours to send beside the spikes: by name, a series of the session, such as
-        ``wheel.wheel_speed``.
+        ``wheel.wheel_speed``; None for what the bundle says it is.
+    bundle : path, optional
+        Which says what they are; needed for states of the task.
 
     Returns
     -------
@@ -126,7 +130,7 @@ def replay(
     epoch = time.time_ns() // 1_000_000 if epoch is None else epoch
     end = None if to_s is None else round(to_s * session.rate)
     plan = batches(session, batch_ms, epoch=epoch, first=round(from_s * session.rate), end=end)
-    tracks = [Track(session, name, source, epoch) for name, source in (live or {}).items()]
+    tracks = tracks_of(session, live or {}, bundle, epoch)
     announce: dict[str, Any] = {
         "epoch": epoch,
         "rate": session.rate,
@@ -146,55 +150,13 @@ def replay(
         sender.close()
 
 
-class Track:
-    """One behaviour of a session on its way out: each value as soon as it is due.
-
-    Parameters
-    ----------
-    session : Session
-    name : str
-        What the bundle calls it.
-    source : str
-        Series of the session.
-    epoch : int
-    """
-
-    def __init__(self, session: Session, name: str, source: str, epoch: int) -> None:
-        series = session.series(source)
-        inside = np.isfinite(series.values_L)
-        known = np.zeros(len(inside), bool)
-        for start, end in series.domain_K2:
-            known |= (series.samples_L >= start) & (series.samples_L <= end)
-        self._samples_L = series.samples_L[inside & known]
-        self._values_L = series.values_L[inside & known].astype("<f4")
-        steps = np.diff(self._samples_L)
-        if not len(steps) or np.median(steps) <= 0:
-            raise SessionError(f"{session.path}: {source} has fewer than two values to send")
-        self._rate = session.rate / float(np.median(steps))
-        self._name, self._epoch, self._next, self._seq = name, epoch, 0, 0
-
-    def due(self, first: int, end: int) -> Iterator[BehaviourBatch]:
-        """Values up to a sample, the last of which may lie on the edge of a bin; none from before
-        ``first``, where nobody was told that anything began.
-        """
-        low = max(self._next, int(np.searchsorted(self._samples_L, first)))
-        self._next = max(low, int(np.searchsorted(self._samples_L, end, side="right")))
-        for at in range(low, self._next):
-            value = self._values_L[at : at + 1]
-            sample = int(self._samples_L[at])
-            yield BehaviourBatch(
-                self._name, self._epoch, self._seq, sample, self._rate, value, monotonic_ns()
-            )
-            self._seq += 1
-
-
 def _send_all(
     sender: Any,
     plan: Iterator[SpikeBatch],
     session: Session,
     speed: float,
     announce: dict,
-    tracks: Sequence[Track] = (),
+    tracks: Sequence[Track | States] = (),
 ) -> dict[str, Any]:
     started = monotonic_ns() + 20_000_000
     announced = started
@@ -217,8 +179,8 @@ def _send_all(
             announced = batch.sent_ns
         if sent:  # the first spikes say which run this is
             for track in tracks:
-                for values in track.due(first, batch.end):
-                    sender.observe(values)
+                for what in track.due(first, batch.end):
+                    sender.observe(what)
         sender.send(batch)
         sent, spikes, end = sent + 1, spikes + len(batch.records_S), batch.end
     if first is None:
@@ -279,24 +241,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--live",
         nargs="+",
         default=[],
-        metavar="NAME=SERIES",
-        help="behaviours to send beside the spikes, such as wheel_speed=wheel.wheel_speed",
+        metavar="NAME[=SERIES]",
+        help="behaviours to send beside the spikes, such as wheel_speed=wheel.wheel_speed; by name "
+        "alone, what --bundle says they are",
     )
+    parser.add_argument("--bundle", metavar="B", help="what says what --live means by a name alone")
     parser.add_argument("--from", dest="from_s", type=float, default=0.0, metavar="S")
     parser.add_argument("--to", dest="to_s", type=float, default=None, metavar="S")
     parser.add_argument(
         "--wait", type=float, default=30.0, metavar="S", help="for a subscriber, at most (30)"
     )
-
-
-def named(pairs: Sequence[str]) -> dict[str, str]:
-    """``NAME=SERIES`` of the command line."""
-    for pair in pairs:
-        if not all(pair.partition("=")):
-            raise ConfigError(
-                f"--live {pair}; expected NAME=SERIES, such as wheel_speed=wheel.wheel_speed"
-            )
-    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def on_time(speed: float) -> bool:
@@ -348,6 +302,7 @@ def _send_session(session: Session, args: argparse.Namespace) -> dict[str, Any]:
             bind=args.bind or DEFAULT_SPIKES,
             batch_ms=BATCH_MS if args.batch_ms is None else args.batch_ms,
             live=named(args.live),
+            bundle=args.bundle,
             **common,
         )
     broadcaster = args.sender == "openephys-events"

@@ -72,13 +72,12 @@ class Sender:
         """Send one batch."""
         self._socket.send_multipart(pack_spikes(self._probe, batch), copy=False)
 
-    def observe(self, batch: BehaviourBatch) -> None:
-        """Send values of a behaviour; before the spikes whose bins they are for."""
-        self._socket.send_multipart(pack_behaviour(batch))
-
-    def happened(self, event: TaskEvent) -> None:
-        """Send a task event; before the spikes whose bins it is for."""
-        self._socket.send_multipart(pack_event(self._probe, event))
+    def observe(self, what: BehaviourBatch | TaskEvent) -> None:
+        """Send values of a behaviour, or a task event; before the spikes whose bins it is for."""
+        if isinstance(what, TaskEvent):
+            self._socket.send_multipart(pack_event(self._probe, what))
+        else:
+            self._socket.send_multipart(pack_behaviour(what))
 
     def close(self) -> None:
         """Close the socket, and return once what was sent has gone out.

@@ -35,44 +35,56 @@ def shown(tmp_path_factory):
     return path, folder / "bundle", config
 
 
-def test_a_replayed_behaviour_is_shown_and_the_rest_equals_offline(shown, tmp_path):
+@pytest.mark.parametrize(
+    ("live", "series", "asked"),
+    [("speed", "speed=wheel.wheel_speed", "choice"), ("choice", "choice", "speed")],
+)
+def test_a_replayed_behaviour_is_shown_and_the_rest_equals_offline(
+    shown, tmp_path, live, series, asked
+):
     path, bundle, config = shown
-    rig = Rig(bundle, "--live", "speed")
+    rig = Rig(bundle, "--live", live)
     with serving(*rig.options) as child:
         schema = wait_for_schema(rig.listener, child)
         frames, notes, _ = rig.replay(
-            path, tmp_path, "--speed", "0", "--batch-ms", "7", "--live", "speed=wheel.wheel_speed"
-        )
-    assert [o["name"] for o in schema.fields["outputs"]] == ["choice"]
-    assert schema.fields["live"] == ["speed"]
+            path, tmp_path, "--speed", "0", "--batch-ms", "7", "--live", series,
+            "--bundle", str(bundle),
+        )  # fmt: skip
+    assert [o["name"] for o in schema.fields["outputs"]] == [asked]
+    assert schema.fields["live"] == [live]
     spec = load_spec(bundle)
     binned = bin_session(load_session(path), config.data, config.behaviour)
     assert [frame.bin for frame in frames] == list(range(binned.bins))
     streamed = np.stack([frame.values_V for frame in frames])
-    speed, choice = spec.behaviours
+    scales = spec.session().scales
+    (behaviour,) = (b for b in spec.behaviours if b.name == asked)
     by_shown = {}
-    for live in ({speed.name: spec.session().scales["speed"]}, {}):
+    for observed in ({live: scales[live]}, {}):
         raw = decode_spans(
             build_model(bundle, spec),
             binned,
             [(0, binned.bins)],
-            wanted=["choice"],
+            wanted=[asked],
             window=300,
-            live=live,
-        )["choice"]
-        by_shown[len(live)] = to_values_TV(torch.from_numpy(raw), choice, None).numpy()
+            live=observed,
+        )[asked]
+        values = to_values_TV(torch.from_numpy(raw), behaviour, scales.get(asked))
+        by_shown[len(observed)] = values.numpy()
     np.testing.assert_allclose(streamed, by_shown[1], atol=1e-4)
     assert np.abs(by_shown[0] - by_shown[1]).max() > 0.001
-    assert notes["status"].fields["live"]["speed"] == {
-        "shown": binned.bins, "hidden": 0, "beyond": 0, "late": 0, "skipped": 0, "lost": 0,
+    known = int(binned.shown_TM[:, 1 + list(config.behaviour).index(live)].sum())
+    assert 0 < known < binned.bins if live == "choice" else known == binned.bins
+    assert notes["status"].fields["live"][live] == {
+        "shown": known, "hidden": binned.bins - known, "beyond": 0, "late": 0, "skipped": 0,
+        "lost": 0,
     }  # fmt: skip
     result = cli(
-        "evaluate", "--bundle", str(bundle), "--session", str(path), "--live", "speed",
+        "evaluate", "--bundle", str(bundle), "--session", str(path), "--live", live,
         "--baselines", "none", "--json", "-", "--quiet",
     )  # fmt: skip
     scores = json.loads(result.stdout)
-    assert scores["live"] == ["speed"]
-    assert list(scores["decoding"]) == ["choice"]
+    assert scores["live"] == [live]
+    assert list(scores["decoding"]) == [asked]
     assert scores["stream_vs_offline_max_abs"] < 1e-4
 
 
@@ -130,6 +142,10 @@ def test_what_cannot_be_shown_is_told_in_one_line(shown, tiny):
             "serve without them",
         ),
         (("replay", "--session", str(path), "--live", "speed"), "expected NAME=SERIES"),
+        (
+            ("replay", "--session", str(path), "--live", "sped", "--bundle", str(bundle)),
+            "the bundle has speed, choice",
+        ),
         (
             ("replay", "--session", str(path), "--live", "s=wheel.speed", "--wait", "1"),
             "did you mean wheel_speed?",

@@ -1,0 +1,86 @@
+"""What a replay sends of a task's states is what training was shown."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import msgspec
+import numpy as np
+import pytest
+
+from offline.config import BehaviourConfig, DataConfig
+from offline.windows import bin_session
+from rt_neds.cli import main
+from rt_neds.errors import ConfigError
+from rt_neds.replay_live import named, tracks_of
+from rt_neds.session import load_session
+from rt_neds.stream.live import LiveBehaviours
+from tests.making import write_session
+
+WIDTH = 600
+
+
+def shown_live(session, config, monkeypatch, messages: int):
+    """Class of each bin, NaN where none is shown, when messages of so many samples come."""
+    training = {"config": {"behaviour": {"state": msgspec.to_builtins(config)}}}
+    monkeypatch.setattr("rt_neds.bundle.load_spec", lambda _: SimpleNamespace(training=training))
+    (track,) = tracks_of(session, {"state": None}, "B", 1)
+    live = LiveBehaviours({"state": tuple(config.classes)})
+    live.begin_run(1)
+    bins, closed, shown = -(-session.end // WIDTH), 0, []
+    for end in range(messages, session.end + messages, messages):
+        for event in track.due(0, end):
+            live.take_event(event, session.rate, end - messages)
+        while (closed + 1) * WIDTH <= end and closed < bins:
+            closed += 1
+            shown.append(float(live.at(1, closed * WIDTH, WIDTH)[0]))
+    assert live.counters["state"]["late"] == live.counters["state"]["skipped"] == 0
+    return np.array(shown)
+
+
+def as_trained(session, config):
+    b = bin_session(session, DataConfig(), {"state": config})
+    return np.where(b.shown_TM[:, 1], b.values_TM[:, 1], np.nan)
+
+
+@pytest.mark.parametrize("messages", [30, 333, 600, 2500])
+@pytest.mark.parametrize("known_from", ["start", "end", "stim_on_time"])
+def test_states_of_trials(tmp_path, monkeypatch, messages, known_from):
+    session = load_session(write_session(tmp_path / "s.h5", seconds=20))
+    classes = {"left": 1, "right": 0}
+    config = BehaviourConfig(
+        source="trials.choice", kind="categorical", classes=classes, known_from=known_from
+    )
+    expected = as_trained(session, config)
+    assert np.isnan(expected).any()
+    shown = shown_live(session, config, monkeypatch, messages)
+    np.testing.assert_array_equal(shown, expected[: len(shown)])
+    assert len(shown) >= len(expected) - 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_states_over_time_on_edges_of_bins_and_beside_them(tmp_path, monkeypatch, seed):
+    path, out = write_session(tmp_path / "s.h5", seconds=20), tmp_path / "o.h5"
+    rng = np.random.default_rng(seed)
+    steps = rng.choice([1, 299, 300, 600, 601, 4000], 200)
+    when = np.cumsum(steps) / 30_000
+    states = rng.choice(["3", "7", "9", ""], 200, p=[0.4, 0.4, 0.1, 0.1])
+    rows = [f"{t!r},{state}" for t, state in zip(when.tolist(), states, strict=True)]
+    (tmp_path / "task.csv").write_text("\n".join(["time,state", *rows]))
+    argv = ["prepare", "session", str(path), "--tables", str(tmp_path / "task.csv")]
+    assert main([*argv, "--out", str(out), "--quiet"]) == 0
+    config = BehaviourConfig(
+        source="task.state", kind="categorical", classes={"sits": 3, "runs": 7}
+    )
+    session = load_session(out)
+    expected = as_trained(session, config)
+    assert len(np.unique(expected[np.isfinite(expected)])) == 2
+    shown = shown_live(session, config, monkeypatch, 30)
+    np.testing.assert_array_equal(shown, expected[: len(shown)])
+
+
+def test_what_live_takes():
+    assert named(["a=b.c", "d"]) == {"a": "b.c", "d": None}
+    for wrong in ("=b", "a=", ""):
+        with pytest.raises(ConfigError, match="expected NAME=SERIES"):
+            named([wrong])
