@@ -37,7 +37,7 @@ def scores_of(case: Case, bundle: str) -> dict[str, float]:
     """Scores on the test split."""
     subject = prepare(case.session, case.config)
     model = build_model(bundle, load_spec(bundle))
-    return validate(model, [subject], case.config, "test", torch.device("cpu"))[subject.id]
+    return validate(model, [subject], case.config, "test", torch.device("cpu")).scores[subject.id]
 
 
 def main() -> None:

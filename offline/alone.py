@@ -5,101 +5,81 @@ a choice of a dozen trials say, must not cost what it has learned of others (dec
 the best of a dozen steps on a dozen trials of validation is better than regression by chance
 (decision 0033).
 
-Shape suffixes: S scored bins, X trials or windows, C numbers of an output.
+Shape suffix: X trials or windows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import stats
-from scipy.special import log_softmax
 
 from offline.batches import Subject
-from offline.calibration import temperature_of
-from offline.decoded import Decoded, decoded
-from offline.validation import Scores
+from offline.processes import Processes
+from offline.validation import Scores, Validation
 from rt_neds.model.neds import NEDS
+
+T = TypeVar("T")
 
 SURE = 0.025
 """Chance at which a network that is no better than regression is taken for better."""
 
 
-def regression_scores(
-    model: NEDS, subjects: list[Subject], validate: Callable[[], Scores]
-) -> Scores:
+Left = dict[str, list[str]]
+"""By session id, behaviours that are left to its own regression."""
+
+
+def regressions_validated(
+    model: NEDS, subjects: list[Subject], validate: Callable[[], Validation]
+) -> Validation:
     """What each session's own regression, alone, is worth on the validation split."""
     heard = {subject.id: subject.present for subject in subjects if subject.hear is not None}
     if not heard:
-        return {}
+        return Validation({}, {})
     with regressions_alone(model, subjects):
         val = validate()
-    return {
-        session: {name: score for name, score in of.items() if name in heard.get(session, ())}
-        for session, of in val.items()
-    }
 
-
-def leave_to_regression(
-    model: NEDS,
-    subjects: list[Subject],
-    val: Scores,
-    alone: Scores,
-    window: int,
-    device: torch.device,
-) -> Scores:
-    """Leave to regression what the network is not shown to decode better, in place.
-
-    Of several sessions, that is what a session's own regression decodes better on validation: what
-    the network has learned of the rest is what a new animal begins with. Of one session, which is
-    to be decoded with this bundle, it must be shown (:func:`shown_better`).
-
-    Parameters
-    ----------
-    model : NEDS
-        As it is to be kept, but for what is left to regression here.
-    subjects : list of Subject
-    val, alone : dict of dict of float
-        Scores on validation, of the network and of each session's own regression.
-    window : int
-        Bins that a network sees together which sees the future too.
-    device : torch.device
-
-    Returns
-    -------
-    dict of dict of float
-        By session, the behaviours left to its regression, and what that scores.
-    """
-    if not alone:
-        return {}
-    shown = shown_better(model, subjects[0], window, device) if len(subjects) == 1 else None
-    left = {
-        session: {
-            name: score
-            for name, score in of.items()
-            if (shown is not None and name not in shown) or score > val[session].get(name, score)
+    def only(found: dict[str, dict[str, T]]) -> dict[str, dict[str, T]]:
+        return {
+            session: {name: of[name] for name in heard[session] if name in of}
+            for session, of in found.items()
+            if session in heard
         }
-        for session, of in alone.items()
-    }
-    for subject in subjects:
-        for name in left.get(subject.id, ()):
-            decode_by_regression(model, subject, name)
-    return {session: of for session, of in left.items() if of}
+
+    return Validation(only(val.scores), only(val.losses))
 
 
-def shown_better(model: NEDS, subject: Subject, window: int, device: torch.device) -> set[str]:
-    """Behaviours of which validation shows that the network decodes them better than regression.
+def left_to_regression(now: Validation, alone: Validation, processes: Processes) -> Left:
+    """Behaviours that are left to regression, should a network that is worth ``now`` be kept.
 
-    Trials, or windows, are compared in pairs, by a t-test (``SURE``).
+    One session is to be decoded with what is made of it: of each behaviour its trials, or windows,
+    must show (t-test of pairs, ``SURE``) that the network is better than regression ``alone``. What
+    several sessions taught is for the next one to begin with: there a behaviour is left to
+    regression, in all of them, if that is better in the mean.
     """
-    own = _losses(model, subject, window, device)
-    with regressions_alone(model, [subject]):
-        by_regression = _losses(model, subject, window, device)
-    return {name for name, loss_X in own.items() if _shown(by_regression[name] - loss_X)}
+    if len(now.scores) > 1:
+        worse = _worse_in_the_mean(now.scores, alone.scores)
+        return {session: [n for n in of if n in worse] for session, of in alone.scores.items()}
+    shown = {
+        session: {n: float(_shown(loss_X - now.losses[session][n])) for n, loss_X in of.items()}
+        for session, of in alone.losses.items()
+    }
+    names = [name for of in alone.scores.values() for name in of]
+    shown = processes.gather(shown, list(alone.scores), names)
+    return {session: [n for n in of if not shown[session][n]] for session, of in shown.items()}
+
+
+def _worse_in_the_mean(now: Scores, alone: Scores) -> set[str]:
+    gains: dict[str, list[float]] = {}
+    for session, of in alone.items():
+        for name, score in of.items():
+            gains.setdefault(name, []).append(now[session][name] - score)
+    return {name for name, of in gains.items() if np.mean(of) < 0}
 
 
 def _shown(gain_X: NDArray[np.float64]) -> bool:
@@ -108,28 +88,19 @@ def _shown(gain_X: NDArray[np.float64]) -> bool:
     return bool(stats.ttest_1samp(gain_X, 0.0, alternative="greater").pvalue < SURE)
 
 
-def _losses(
-    model: NEDS, subject: Subject, window: int, device: torch.device
-) -> dict[str, NDArray[np.float64]]:
-    """What each trial of validation, or window, adds to what is not explained of a behaviour."""
-    losses = {}
-    for of in decoded(model, subject, window, "val", device):
-        block_S = np.where(of.trial_S >= 0, of.trial_S, -1 - of.bins_S // window)
-        _, block_S, bins_X = np.unique(block_S, return_inverse=True, return_counts=True)
-        loss_S = _loss(of) / np.where(of.trial_S >= 0, bins_X[block_S], 1)
-        losses[of.behaviour.name] = np.bincount(block_S, loss_S).astype(float)
-    return losses
+def as_kept(now: Validation, alone: Validation, left: Left) -> Scores:
+    """Scores with what is left to regression scored as regression."""
+    return {
+        session: of | {name: alone.scores[session][name] for name in left.get(session, ())}
+        for session, of in now.scores.items()
+    }
 
 
-def _loss(of: Decoded) -> NDArray[np.float64]:
-    true_S, value_S = of.true_S.astype(float), of.value_SV[:, 0].astype(float)
-    if of.behaviour.kind == "continuous":
-        return (true_S - value_S) ** 2 / max(float(true_S.var()), 1e-12)
-    if of.behaviour.kind == "poisson":
-        return value_S - true_S * np.log(np.maximum(value_S, 1e-9))
-    class_S = true_S.astype(np.int64)
-    raw_SC = of.raw_SC / temperature_of(of.raw_SC, class_S, of.trial_S)
-    return -log_softmax(raw_SC, axis=1)[np.arange(len(class_S)), class_S].astype(float)
+def leave_to_regression(model: NEDS, subjects: list[Subject], left: Left) -> None:
+    """Decode by each session's own regression what is left to it."""
+    for subject in subjects:
+        for name in left.get(subject.id, ()):
+            decode_by_regression(model, subject, name)
 
 
 @contextmanager

@@ -19,7 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offline.alone import leave_to_regression, regression_scores
+from offline.alone import (
+    as_kept,
+    leave_to_regression,
+    left_to_regression,
+    regressions_validated,
+)
 from offline.average import RunningAverage, touched
 from offline.batches import Batch, Step, Subject, draw_step, refuse_twins
 from offline.beginning import build, fit_linear
@@ -33,7 +38,7 @@ from offline.losses import loss_of, spikes_loss
 from offline.processes import Processes, join, leave
 from offline.progress import progress
 from offline.silence import longest_silences
-from offline.validation import mean_score, validate
+from offline.validation import Validation, mean_score, validate
 from rt_neds.bundle import BundleSession, save_bundle
 from rt_neds.config import load_config
 from rt_neds.errors import ConfigError
@@ -105,7 +110,7 @@ def train(
     step, best = 0, Best({n: t.clone() for n, t in average.mean.state_dict().items()})
     if resume:
         step, best = load_checkpoint(out / "checkpoint", **state)
-    alone = regression_scores(
+    alone = regressions_validated(
         average.mean, subjects, lambda: validate_all(average.mean, subjects, config, processes)
     )
     with (
@@ -114,9 +119,10 @@ def train(
     ):
 
         def judge() -> None:
-            val = validate_all(average.mean, subjects, config, processes)
-            score = mean_score(val, alone)
-            _note(log, {"step": step, "score": score, "val": val})
+            now = validate_all(average.mean, subjects, config, processes)
+            val = as_kept(now, alone, left_to_regression(now, alone, processes))
+            score = mean_score(val)
+            _note(log, {"step": step, "score": score, "val": now.scores})
             if on_validation is not None:
                 on_validation(step, score)
             best.offer(step, score, val, average.mean)
@@ -204,7 +210,7 @@ def _bundle_session(
 def finish(
     model: NEDS,
     best: Best,
-    alone: dict[str, dict[str, float]],
+    alone: Validation,
     subjects: list[Subject],
     config: TrainConfig,
     out: Path,
@@ -212,16 +218,17 @@ def finish(
 ) -> dict[str, Any]:
     """Make the best weights a bundle: what was not shown to be learned left to regression."""
     model.load_state_dict(best.weights)
-    window = config.data.window_bins
-    left = leave_to_regression(model, subjects, best.val, alone, window, processes.device)
-    temperature = calibrate(model, subjects, window, processes.device)
+    now = validate_all(model, subjects, config, processes)
+    left = left_to_regression(now, alone, processes)
+    leave_to_regression(model, subjects, left)
+    temperature = calibrate(model, subjects, config.data.window_bins, processes.device)
     summary = {
         "bundle": str(out / "bundle"),
         "steps": config.training.steps,
         "best_step": best.step,
         "best_score": best.score,
-        "val": {session: of | left.get(session, {}) for session, of in best.val.items()},
-        "by_regression": {session: list(of) for session, of in left.items()},
+        "val": best.val,
+        "by_regression": {session: names for session, names in left.items() if names},
         "temperature": temperature,
     }
     if processes.first:
@@ -278,13 +285,14 @@ def train_step(
 
 def validate_all(
     model: NEDS, subjects: list[Subject], config: TrainConfig, processes: Processes
-) -> dict[str, dict[str, float]]:
+) -> Validation:
     """Scores of each session on the validation split; the processes share the sessions."""
     own = validate(
         model, subjects[processes.number :: processes.count], config, "val", processes.device
     )
     names = [*config.behaviour, *SCHEMES, AHEAD]
-    return processes.gather(own, [subject.id for subject in subjects], names)
+    scores = processes.gather(own.scores, [subject.id for subject in subjects], names)
+    return Validation(scores, own.losses)
 
 
 def batch_losses(model: NEDS, batch: Batch, config: TrainConfig) -> dict[str, Tensor]:

@@ -3,20 +3,24 @@
 Each is a proper one: the best that can be said scores best. How many decisions are right is not,
 and of a dozen trials it says little.
 
-Shape suffixes: S scored bins, B windows, T bins, M modalities (0 is spikes), N units.
+Shape suffixes: S scored bins, X trials or windows, B windows, T bins, M modalities (0 is spikes),
+N units, C numbers of an output.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import log_softmax
 
 from offline.batches import Subject
-from offline.calibration import categorical_d2
+from offline.calibration import categorical_d2, temperature_of
 from offline.config import TrainConfig
-from offline.decoded import decoded
+from offline.decoded import Decoded, decoded
 from offline.masking import UNIT_SCHEMES, draw_masks
 from offline.metrics import poisson_d2, r2
 from offline.predict import normalise
@@ -31,64 +35,79 @@ MOST_WINDOWS = 64
 """Windows of a session that the spikes are scored on."""
 
 
-def validate(
-    model: NEDS, subjects: list[Subject], config: TrainConfig, split: Split, device: torch.device
-) -> dict[str, dict[str, float]]:
-    """Scores of each session on a split.
+Scores = dict[str, dict[str, float]]
+"""By session id and what was asked."""
 
-    Returns
-    -------
-    dict of dict of float
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What a network is worth on a split.
+
+    Attributes
+    ----------
+    scores : dict of dict of float
         By session id and what was asked: of each behaviour what share of it is explained (R2, of
         counts and of classes D2), and bits per spike of each scheme of the configuration that asks
         for spikes alone.
+    losses : dict of dict of ndarray
+        By session id and behaviour, what each of its trials, or windows, adds to the share that is
+        not explained. Only of sessions that this process validated.
     """
-    return {
-        subject.id: _behaviours(model, subject, config, split, device)
-        | _spikes(model, subject, config, split, device)
-        for subject in subjects
-    }
+
+    scores: Scores
+    losses: dict[str, dict[str, NDArray[np.float64]]]
 
 
-Scores = dict[str, dict[str, float]]
+def validate(
+    model: NEDS, subjects: list[Subject], config: TrainConfig, split: Split, device: torch.device
+) -> Validation:
+    """Score each session on a split."""
+    found = Validation({}, {})
+    for subject in subjects:
+        scores, losses = _behaviours(model, subject, config, split, device)
+        scores |= _spikes(model, subject, config, split, device)
+        found.scores[subject.id], found.losses[subject.id] = scores, losses
+    return found
 
 
-def mean_score(val: Scores, alone: Scores | None = None) -> float:
-    """Mean over sessions and what was asked; what the kept weights are chosen by.
-
-    What the session's own regression ``alone`` decodes better counts with its score: in the end it
-    is what decodes it.
-    """
-    scores = [score for of in better(val, alone or {}).values() for score in of.values()]
+def mean_score(val: Scores) -> float:
+    """Mean over sessions and what was asked; what the kept weights are chosen by."""
+    scores = [score for of in val.values() for score in of.values()]
     return float(np.mean(scores)) if scores else 0.0
-
-
-def better(val: Scores, alone: Scores) -> Scores:
-    """The better of two scores, where there are two."""
-    return {
-        session: {
-            name: max(score, alone.get(session, {}).get(name, score)) for name, score in of.items()
-        }
-        for session, of in val.items()
-    }
 
 
 def _behaviours(
     model: NEDS, subject: Subject, config: TrainConfig, split: Split, device: torch.device
-) -> dict[str, float]:
-    """Each behaviour decoded from the spikes."""
+) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
+    """Each behaviour decoded from the spikes: scores, and losses of trials or windows."""
+    scores: dict[str, float] = {}
+    losses: dict[str, NDArray[np.float64]] = {}
     if not config.masking.schemes.get("decoding"):
-        return {}
-    scores = {}
-    for of in decoded(model, subject, config.data.window_bins, split, device):
+        return scores, losses
+    window = config.data.window_bins
+    for of in decoded(model, subject, window, split, device):
+        name, true_S, value_S = of.behaviour.name, of.true_S, of.value_SV[:, 0]
         if of.behaviour.kind == "continuous":
-            score = r2(of.true_S, of.value_SV[:, 0])
+            scores[name] = r2(true_S, value_S)
+            loss_S = (true_S - value_S) ** 2 / max(float(true_S.var()), 1e-12)
         elif of.behaviour.kind == "poisson":
-            score = poisson_d2(of.true_S, of.value_SV[:, 0])
+            scores[name] = poisson_d2(true_S, value_S)
+            loss_S = value_S - true_S * np.log(np.maximum(value_S, 1e-9))
         else:
-            score = categorical_d2(of.raw_SC, of.true_S.astype(np.int64), of.trial_S)
-        scores[of.behaviour.name] = score
-    return scores
+            class_S = true_S.astype(np.int64)
+            scores[name] = categorical_d2(of.raw_SC, class_S, of.trial_S)
+            logit_SC = of.raw_SC / temperature_of(of.raw_SC, class_S, of.trial_S)
+            loss_S = -log_softmax(logit_SC, axis=1)[np.arange(len(class_S)), class_S]
+        losses[name] = _of_blocks(loss_S, of, window)
+    return scores, losses
+
+
+def _of_blocks(loss_S: NDArray, of: Decoded, window: int) -> NDArray[np.float64]:
+    """Sums over windows; or means over trials, in which something is decided once."""
+    block_S = np.where(of.trial_S >= 0, of.trial_S, -1 - of.bins_S // window)
+    _, block_S, bins_X = np.unique(block_S, return_inverse=True, return_counts=True)
+    share_S = np.where(of.trial_S >= 0, 1.0 / bins_X[block_S], 1.0)
+    return np.bincount(block_S, loss_S * share_S).astype(float)
 
 
 @torch.no_grad()

@@ -104,6 +104,6 @@ def test_a_network_is_calibrated_on_windows_as_it_was_trained_on(tmp_path, monke
         windows.append(keywords["window"])
         return decode_spans(*args, **keywords)
 
-    monkeypatch.setattr("offline.calibration.decode_spans", noted)
+    monkeypatch.setattr("offline.decoded.decode_spans", noted)
     calibrate(build(config, [subject]).eval(), [subject], config.data.window_bins)
     assert windows == [config.data.window_bins]

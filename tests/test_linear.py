@@ -11,7 +11,12 @@ from sklearn.linear_model import Ridge
 
 import offline.linear as linear
 from offline import alone, beginning, cache
-from offline.alone import regressions_alone, shown_better
+from offline.alone import (
+    as_kept,
+    left_to_regression,
+    regressions_alone,
+    regressions_validated,
+)
 from offline.batches import bin_windows, draw_windows, prepare
 from offline.beginning import build, fit_linear
 from offline.cache import kept
@@ -19,8 +24,9 @@ from offline.config import TrainConfig
 from offline.finetune import begin_at_bundle
 from offline.metrics import r2
 from offline.predict import decode_spans
+from offline.processes import Processes
 from offline.train import train
-from offline.validation import validate
+from offline.validation import Validation, validate
 from rt_neds.bundle import build_model, load_spec
 from rt_neds.config import config_path, load_config
 from rt_neds.model.linear import LinearDecoder, where_said
@@ -237,7 +243,7 @@ def begun_at(bundle, tmp_path, config, name):
 def test_a_new_session_begins_at_its_own_regression_and_what_others_make_of_it(
     session, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("offline.alone.shown_better", lambda *rest: {"speed", "choice"})
+    monkeypatch.setattr("offline.alone._shown", lambda gain_X: True)
     config = config_of()
     folder = train(config, [str(session)], tmp_path / "run")["bundle"]
     subject, model = begun_at(folder, tmp_path, config, "n")
@@ -358,29 +364,51 @@ def test_what_was_fitted_is_kept_and_fitted_anew_when_it_must_be(session, tmp_pa
 
 def test_a_network_must_be_shown_to_decode_better_than_regression(begun):
     config, model, subject = begun
-    window = config.data.window_bins
-    assert shown_better(model, subject, window, "cpu") == set()  # it is regression
-    fits = subject.hear()
-    spoilt = dict(fits.outs)
-    for name in ("speed", "choice"):
-        for key, tensor in fits.outs.items():
-            if key.startswith(name):
-                spoilt[key] = -tensor  # what was likely is unlikely
-    worse = dataclasses.replace(subject, hear=lambda: dataclasses.replace(fits, outs=spoilt))
+
+    def validated():
+        return validate(model, [subject], config, "val", "cpu")
+
+    here = Processes(torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert shown_better(model, worse, window, "cpu") == {"speed", "choice"}
+    regression = regressions_validated(model, [subject], validated)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    both = {"tiny": ["speed", "choice"]}
+    now = validated()
+    assert left_to_regression(now, regression, here) == both  # it is regression
+    fits = subject.hear()
+    outs = {key: -tensor for key, tensor in fits.outs.items()}  # what was likely is unlikely
+    worse = dataclasses.replace(subject, hear=lambda: dataclasses.replace(fits, outs=outs))
+    spoilt = regressions_validated(model, [worse], validated)
+    assert left_to_regression(now, spoilt, here) == {"tiny": []}
+    assert left_to_regression(spoilt, regression, here) == both
+    kept = as_kept(spoilt, regression, {"tiny": ["speed"]})["tiny"]
+    assert kept["speed"] == regression.scores["tiny"]["speed"]
+    assert kept["choice"] == spoilt.scores["tiny"]["choice"]
+
+
+def test_several_sessions_are_decided_on_together():
+    def val(**scores):
+        return Validation({name: {"speed": s, "choice": c} for name, (s, c) in scores.items()}, {})
+
+    here = Processes(torch.device("cpu"))
+    alone = val(a=(0.3, 0.1), b=(0.3, 0.2))
+    assert left_to_regression(val(a=(0.2, 0.0), b=(0.5, 0.2)), alone, here) == {
+        "a": ["choice"],  # worse than its own in a as well, but better in the mean
+        "b": ["choice"],
+    }
+    assert left_to_regression(val(a=(0.3, 0.1), b=(0.3, 0.2)), alone, here) == {"a": [], "b": []}
 
 
 def test_what_trials_and_windows_lose_adds_up_to_the_scores(begun):
     config, model, subject = begun
-    (val,) = validate(model, [subject], config, "val", "cpu").values()
-    losses = alone._losses(model, subject, config.data.window_bins, "cpu")
+    val = validate(model, [subject], config, "val", "cpu")
+    scores, losses = val.scores["tiny"], val.losses["tiny"]
     scored = subject.binned.scored_TM & subject.binned.of_split("val")[:, None]
-    assert losses["speed"].sum() / scored[:, 1].sum() == pytest.approx(1 - val["speed"], rel=1e-5)
+    share = losses["speed"].sum() / scored[:, 1].sum()
+    assert share == pytest.approx(1 - scores["speed"], rel=1e-5)
     trials = np.unique(subject.binned.trial_T[scored[:, 2]])
     assert len(losses["choice"]) == len(trials)
-    assert losses["choice"].mean() / np.log(2) == pytest.approx(1 - val["choice"], rel=1e-5)
+    assert losses["choice"].mean() / np.log(2) == pytest.approx(1 - scores["choice"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -399,34 +427,33 @@ def test_gains_are_told_from_chance(gain_X, shown):
     assert alone._shown(np.array(gain_X)) is shown
 
 
-@pytest.mark.parametrize(
-    ("shown", "val"),
-    [
-        ({"speed", "choice"}, {"speed": 0.5, "choice": 0.2}),
-        ({"choice"}, {"speed": 0.1, "choice": 0.2}),  # .5 may be chance
-    ],
-)
-def test_what_regression_decodes_better_is_left_to_it(session, tmp_path, monkeypatch, shown, val):
-    scripts = {"speed": [0.1, 0.1, 0.5, 0.3], "choice": [0.2, 0.2, 0.1, 0.15]}
-    calls = iter(range(9))  # by regression alone, at the beginning, after 6 and after 12 steps
+NOISE_X = 0.01 * np.array([1.0, -1.0, 2.0, -2.0, 1.0, -1.0])
+
+
+def test_what_is_kept_is_the_step_that_is_best_with_regression_where_that_is_better(
+    session, tmp_path, monkeypatch
+):
+    speed, choice = [0.1, 0.1, 0.5, 0.3, 0.5], [0.2, 0.2, 0.1, 0.9, 0.1]
+    noise = [0, 0, 0, 100, 0]  # that choice is .9 after 12 steps is chance
+    calls = iter(range(9))  # regression; at the beginning, after 6 and 12 steps; what is kept
 
     def scripted(model, subjects, *rest):
         n = next(calls)
-        return {"tiny": {name: script[n] for name, script in scripts.items()}}
+        losses = {"speed": 1 - speed[n] + NOISE_X[::-1], "choice": 1 - choice[n] + NOISE_X}
+        losses["speed"] += n * np.roll(NOISE_X, 1)
+        losses["choice"] = losses["choice"] + noise[n] * NOISE_X
+        return Validation({"tiny": {"speed": speed[n], "choice": choice[n]}}, {"tiny": losses})
 
     monkeypatch.setattr("offline.train.validate_all", scripted)
     monkeypatch.setattr("offline.train.calibrate", lambda *rest: {})
-    monkeypatch.setattr("offline.alone.shown_better", lambda *rest: shown)
     summary = train(config_of(), [str(session)], tmp_path / "run")
     assert summary["best_step"] == 6  # of speed .5 and choice, by regression, .2
     assert summary["best_score"] == pytest.approx(0.35)
-    left = [name for name in ("speed", "choice") if name not in shown or name == "choice"]
-    assert summary["by_regression"] == {"tiny": left}
-    assert summary["val"] == {"tiny": val}
+    assert summary["by_regression"] == {"tiny": ["choice"]}
+    assert summary["val"] == {"tiny": {"speed": 0.5, "choice": 0.2}}
     parts = build_model(summary["bundle"], load_spec(summary["bundle"])).parts("tiny")
     assert not any(parameter.any() for parameter in parts.behaviour_out["choice"].parameters())
-    kept = any(parameter.any() for parameter in parts.behaviour_out["speed"].parameters())
-    assert kept is ("speed" in shown)
+    assert any(parameter.any() for parameter in parts.behaviour_out["speed"].parameters())
     subject = prepare(session, config_of())
     fresh = build(config_of(), [subject])
     fit_linear(fresh, [subject])
