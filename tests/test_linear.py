@@ -434,7 +434,7 @@ def test_what_is_kept_is_the_step_that_is_best_with_regression_where_that_is_bet
     session, tmp_path, monkeypatch
 ):
     speed, choice = [0.1, 0.1, 0.5, 0.3, 0.5], [0.2, 0.2, 0.1, 0.9, 0.1]
-    noise = [0, 0, 0, 100, 0]  # that choice is .9 after 12 steps is chance
+    noise = [0, 1, 1, 100, 1]  # that choice is .9 after 12 steps is chance
     calls = iter(range(9))  # regression; at the beginning, after 6 and 12 steps; what is kept
 
     def scripted(model, subjects, *rest):
