@@ -150,7 +150,7 @@ class Native:
         for name, of in self.live.counters.items():
             if of["shown"] + of["hidden"] != self.closed:
                 raise Broken(f"{self.closed} bins came; {name}: {of}")
-        names = ("messages", "announcements", "observed", "malformed")
+        names = ("messages", "announcements", "observed", "malformed", "others")
         told = {name: self.receiver.counters[name] for name in names}
         return {**told, "held back": int(self.receiver._leap is not None)}
 

@@ -107,8 +107,13 @@ def assemble(
         ClockFit(rate, config.slip_ms),
         config.stale_ms,
         bool(missing_N.any()),
+        round(lateness / rate * 1e9),
     )
     validity.counters["restarts"] = restarts
+    # A source that says nothing is taken for the session itself; it may yet say otherwise.
+    assumed = announced or Announcement(session.id, rate, tuple(session.units))
+    if not is_rig(config.source):
+        source.assume(assumed)
     return Loop(
         probe=config.probe,
         model=spec.name,
@@ -117,8 +122,7 @@ def assemble(
         decoder=warm_decoder(config, spec, model, session, missing_N, say),
         validity=validity,
         sink=sink,
-        # A source that says nothing is taken for the session itself; it may yet say otherwise.
-        assumed=announced or Announcement(session.id, rate, tuple(session.units)),
+        assumed=assumed,
         schema={
             "probe": config.probe,
             "bin_ms": spec.bin_ms,

@@ -40,6 +40,11 @@ def samples_per_bin(bin_ms: float, rate: float) -> int:
     return width
 
 
+def same_rate(one: float, other: float) -> bool:
+    """Whether two rates differ by no more than a nominal and a measured one may."""
+    return abs(one - other) <= ClockFit.REALTIME_TOLERANCE * other
+
+
 class ClockFit:
     """When, by the host's clock, was a sample taken?
 
@@ -122,16 +127,16 @@ class ClockFit:
     def _refit(self) -> None:
         if len(self._minima) < 2:
             return
-        host, offset = np.array(self._minima, dtype=np.int64).T
-        self._origin_ns = int(host[0])
-        elapsed = (host - self._origin_ns).astype(np.float64)
-        relative = (offset - offset[0]).astype(np.float64)
+        # Differences of Python's integers: a late sample number is more nanoseconds than int64 has.
+        self._origin_ns, origin = self._minima[0]
+        elapsed = np.array([float(host - self._origin_ns) for host, _ in self._minima])
+        relative = np.array([float(offset - origin) for _, offset in self._minima])
         slope = float(np.polyfit(elapsed, relative, 1)[0])
         # A quartz is never 0.1 % off, but only after a while can so little be told from jitter.
         settled = len(self._minima) >= self.SETTLED
         self.realtime = abs(slope) < (self.REALTIME_TOLERANCE if settled else 0.02)
         self._slope = slope if settled else 0.0
-        self._intercept = float(offset[0]) + float(np.min(relative - self._slope * elapsed))
+        self._intercept = float(origin) + float(np.min(relative - self._slope * elapsed))
         self._fitted = True
 
     def status(self) -> dict[str, float | bool]:

@@ -69,6 +69,8 @@ class SpikeBatch:
         The spikes. It may be a view of a buffer that the next read overwrites.
     lost : int
         Messages missing just before this one.
+    newest : int or None
+        Where the source has come to by ``received_ns``, if it holds back what may not be complete.
     """
 
     epoch: int
@@ -80,6 +82,7 @@ class SpikeBatch:
     received_ns: int
     records_S: NDArray[np.void]
     lost: int = 0
+    newest: int | None = None
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pytest
 import zmq
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -151,6 +152,20 @@ def test_a_hole_longer_than_the_context_is_skipped_and_accounted_for():
     assert b.counters["bins_skipped"] == 49
     assert b.counters["samples_lost"] == 960
     assert accounted(b.counters) == 12
+
+
+@pytest.mark.parametrize("then", [(0, 60, 2), (5000, 5060, 1)])
+def test_what_is_complete_and_only_held_open_comes_out_before_another_run(then):
+    b, rng = binner(lateness=5 * WIDTH), np.random.default_rng(1)
+    first = [batch(k * WIDTH, (k + 1) * WIDTH, spikes(rng, 3, k * WIDTH, (k + 1) * WIDTH))
+             for k in range(9)]  # fmt: skip
+    half = batch(9 * WIDTH, 9 * WIDTH + WIDTH // 2, spikes(rng, 2, 9 * WIDTH, 9 * WIDTH + 5))
+    frames = run(b, [*first, half, batch(*then[:2], np.zeros(0, SPIKE_DTYPE), epoch=then[2])])
+    assert [(f[0], f[1]) for f in frames[:9]] == [(1, k) for k in range(9)]
+    assert all(f[3].sum() == 3 for f in frames[:9])
+    assert not any(f[4].first_of_run for f in frames[1:9])
+    assert b.counters["spikes_outside"] == 2  # of the bin that was cut
+    assert accounted(b.counters) == 29
 
 
 def test_a_new_epoch_begins_anew_with_its_own_bin_numbers():

@@ -142,6 +142,10 @@ def test_lost_messages_are_counted_and_what_waits_is_bounded():
     live.take(values(30, [1.0], seq=4), RATE, 0)
     live.take(values(60, [1.0], seq=0), RATE, 0)  # its sender began anew
     assert live.counters["speed"]["lost"] == 3
+    again = listening()
+    for seq in (0, 1, 2, 2, 3, 5, 4, 6):  # one came twice, two changed places
+        again.take(values(30 * seq, [1.0], seq=seq), RATE, 0)
+    assert again.counters["speed"]["lost"] == 1  # the fourth, before it came after the fifth
     for n in range(5):
         live.take(values(1000 + n * 150_000, np.zeros(5000)), RATE, n * 150_000)
     assert len(live._tracks["speed"].waiting) == WAITING

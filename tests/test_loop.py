@@ -28,6 +28,9 @@ class ListSource:
     def read(self, timeout_ms):
         return self.items.pop(0) if self.items else None
 
+    def assume(self, who):
+        pass
+
 
 class ListSink:
     def __init__(self):
@@ -143,6 +146,82 @@ def test_a_source_that_fell_silent_is_stale(run):
     sink, loop = run([*silence(0, 15), *late])
     assert [f.bin for f in sink.frames if f.flags & Flag.STALE] == [15]
     assert loop.status(0)["frame_counters"]["stale"] == 1
+
+
+def pieces_of(batches_, parts):
+    """The same stream in so many messages a batch, each a part of it later."""
+    for batch in batches_:
+        length = (batch.end - batch.first) // parts
+        for k in range(parts):
+            first = batch.first + k * length
+            yield SpikeBatch(batch.epoch, batch.seq * parts + k, first, first + length, RATE, 0,
+                             batch.received_ns + k * MS, batch.records_S[: k == 0])  # fmt: skip
+
+
+@pytest.mark.parametrize("phase", range(0, 20, 3))
+def test_a_stall_is_told_by_the_next_bin_however_short_messages_are(run, phase):
+    stream = list(pieces_of(silence(0, 30), 20))
+    for batch in stream[300 + phase :]:
+        batch.received_ns += 1000 * MS
+    sink, loop = run(stream)
+    stale = [f.bin for f in sink.frames if f.flags & Flag.STALE]
+    assert stale == [15]
+    assert loop.status(0)["frame_counters"]["stale"] == 1
+
+
+def test_bins_held_open_on_purpose_are_not_late(run, monkeypatch):
+    now = {"ns": 0}
+    monkeypatch.setattr("rt_neds.stream.loop.monotonic_ns", lambda: now["ns"])
+
+    def read(self, timeout_ms):
+        if not self.items:
+            return None
+        item = self.items.pop(0)
+        now["ns"] = item.received_ns + (60 if item.seq == 399 else 0) * MS
+        return item
+
+    monkeypatch.setattr(ListSource, "read", read)
+    sink, loop = run(silence(0, 400), lateness_ms=50.0)
+    assert loop.status(0)["realtime"]
+    assert [f.bin for f in sink.frames if f.flags & Flag.LATE] == [396]
+    ended, published = (sink.frames[-1].stamps[which] for which in ("ended", "published"))
+    assert (published - ended) / MS == pytest.approx(121, abs=1)  # the truth, all the same
+
+
+def test_another_session_or_rate_restarts_and_counts_go_on(tiny):
+    spec = load_spec(tiny[1] / "bundle")
+    model = build_model(tiny[1] / "bundle", spec)
+    units, sink, before = tuple(f"tiny/{n}" for n in range(6)), ListSink(), None
+    for epoch, rate in ((1, RATE), (2, RATE * 2)):
+        source = ListSource(silence(0, 30, epoch=epoch), Announcement("tiny", rate, units))
+        config = ServeConfig(probe="p", bundle="b")
+        loop = assemble(config, spec, model, source, sink, source.announced)
+        if before is not None:
+            loop.go_on_from(before)
+        loop.run(lambda source=source: not source.items)
+        before = loop
+    assert len(sink.frames) == 30 + 15  # a bin is twice as many samples now
+    assert all(f.flags & Flag.RESTARTED for f in sink.frames[30 : 30 + CONTEXT - 1])
+    assert not any(f.flags & Flag.RESTARTED for f in sink.frames[:30])
+    status = before.status(0)
+    assert status["published"] == status["bin_counters"]["bins"] == 45
+    assert status["frame_counters"]["restarts"] == 1
+
+
+def test_a_long_message_leaves_signs_of_life(tiny):
+    spec = load_spec(tiny[1] / "bundle")
+    model = build_model(tiny[1] / "bundle", spec)
+    message = SpikeBatch(1, 0, 0, 300 * WIDTH, RATE, 0, 1, np.zeros(0, SPIKE_DTYPE))
+    source, sink, published = ListSource([message]), ListSink(), []
+
+    def stop():  # which is the sign of life
+        published.append(len(sink.frames))
+        return not source.items
+
+    config = ServeConfig(probe="p", bundle="b")
+    assemble(config, spec, model, source, sink, None).run(stop)
+    assert len(sink.frames) == 300
+    assert np.diff(published).max() <= 2 * CHUNK
 
 
 def test_a_source_that_changes_units_ends_the_run(tiny):
@@ -310,6 +389,14 @@ def test_a_slip_is_seen_once_and_a_stall_is_not_one():
     assert feed(stalled, 30) == 0
     assert feed(stalled, 1.5, start=30, delay=lambda rng: 0.3) == 0
     assert feed(stalled, 30, start=31.5) == 0
+
+
+def test_samples_of_which_nanoseconds_would_overflow_are_followed_too():
+    fit, far = ClockFit(RATE), (1 << 50) - 10**9
+    for k in range(1000):
+        fit.observe(far + k * 300, k * 10 * MS)
+    assert fit.realtime
+    assert abs(fit.host_ns(far + 900 * 300, 9000 * MS) - 9000 * MS) < 0.1 * MS
 
 
 def test_a_replay_at_another_speed_is_not_late_but_not_real_time():

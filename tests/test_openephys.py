@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import rt_neds.stream.openephys as module
 from rt_neds.assemble import unit_map
 from rt_neds.children import free_port
+from rt_neds.clock import ClockFit
 from rt_neds.errors import ConfigError, StreamError
 from rt_neds.openephys_emulator import Emulator, next_port, pieces, send_session
 from rt_neds.replay import batches
@@ -18,6 +19,7 @@ from rt_neds.session import load_session
 from rt_neds.stream.binner import Binner
 from rt_neds.stream.openephys import MAX_CHANNELS, UNKNOWN, OpenEphysSource
 from rt_neds.stream.receiver import Announcement
+from rt_neds.stream.validity import Validity
 from rt_neds.stream.watermark import TAIL
 from tests import naive_openephys as naive
 from tests.making import write_session
@@ -234,6 +236,33 @@ def test_whoever_joins_late_misses_bins_but_publishes_none_that_is_wrong(session
     assert binner.counters["spikes_late"] == 0
     emulator.close()
     source.close()
+
+
+@pytest.mark.parametrize("channels", [0, 1])
+def test_when_a_bin_ended_is_known_though_it_was_held_back(source, channels):
+    """Each block of 10 ms is there 0.2 ms after it ended; by spikes they wait for 50 ms more."""
+    bins = Binner(np.arange(5, dtype=np.int32), 5, WIDTH, CONTEXT)
+    validity = Validity(CONTEXT, 20_000_000, ClockFit(RATE), 250.0, False)
+    rng, number, off_ms, late = np.random.default_rng(0), 0, [], 0
+    for k in range(600):
+        now = 10**12 + (k + 1) * 10_000_000 + 200_000
+        messages = [("E1", int(s)) for s in np.sort(rng.integers(k * 300, (k + 1) * 300, 40))]
+        for electrode, sample in messages:
+            number += 1
+            source.take(naive.spike(number, electrode, sample), now)
+        for _ in range(channels):
+            number += 1
+            source.take(naive.data(number, 0, k * 300, 300), now)
+        while source._ready:
+            batch = source._ready.popleft()
+            validity.take(batch)
+            for frame in bins.frames(batch):
+                if (ended := validity.ended_ns(frame.end, now)) is not None:
+                    late += bool(validity.lateness(ended, now))
+                    off_ms.append((ended - 10**12 - frame.end / RATE * 1e9) / 1e6)
+    assert len(off_ms) > 150
+    assert 0 <= min(off_ms) <= max(off_ms) < 1.0
+    assert late == 0
 
 
 def test_spikes_beyond_the_lateness_are_late_exactly(source):

@@ -174,10 +174,11 @@ class Binner:
     def frames(self, batch: SpikeBatch) -> Iterator[BinnedFrame]:
         """Take in a batch and yield the bins it closes; a frame lasts until ``CHUNK`` more came."""
         if batch.epoch != self._epoch:
+            yield from self._close_complete(batch)
             self._begin_run(batch.first)
             self._epoch = batch.epoch
         elif batch.first > self._end:
-            self._note_hole(self._end, batch.first)
+            yield from self._pass_hole(batch)
         self._end = max(self._end, batch.end)
         self._lost += batch.lost
         closing = (self._end - self.lateness) // self.width
@@ -187,8 +188,7 @@ class Binner:
         before, beyond = self._count(records_S2, self._next_bin, counted_to)
         self._note_early_or_late(before)
         while True:
-            while self._next_bin < (min(closing, counted_to) if beyond else closing):
-                yield self._close(batch)
+            yield from self._close_to(min(closing, counted_to) if beyond else closing, batch)
             # Bins that closed made room: what lay beyond the open ones is counted further on.
             open_to = max(counted_to, self._next_bin + rows)
             if not beyond or open_to == counted_to:
@@ -230,16 +230,26 @@ class Binner:
         self._end = first
         self._first_of_run = True
 
-    def _note_hole(self, start: int, end: int) -> None:
+    def _pass_hole(self, batch: SpikeBatch) -> Iterator[BinnedFrame]:
+        start, end = self._end, batch.first
         self.counters["samples_lost"] += end - start
         whole_bins = end // self.width - -(-start // self.width)
         if whole_bins < self.context:
             self._holes.append((start, end))
             return
         # Nothing from before can matter after it: skip the bins, and account for them.
+        yield from self._close_complete(batch)
         oldest_open = self._next_bin
         self._begin_run(end)
         self.counters["bins_skipped"] += self._next_bin - oldest_open
+
+    def _close_complete(self, batch: SpikeBatch) -> Iterator[BinnedFrame]:
+        """Close what was only held open for spikes that come late: none of its own will."""
+        return self._close_to(self._end // self.width, batch)
+
+    def _close_to(self, bin_: int, batch: SpikeBatch) -> Iterator[BinnedFrame]:
+        while self._next_bin < bin_:
+            yield self._close(batch)
 
     def _close(self, batch: SpikeBatch) -> BinnedFrame:
         bin_, width = self._next_bin, self.width
@@ -250,8 +260,9 @@ class Binner:
         row_C = self._ring_RC[bin_ % len(self._ring_RC)]
         counts_N = self._counts_of_frame[self.counters["bins"] % len(self._counts_of_frame)]
         counts_N[:] = row_C[:-2]
+        assert self._epoch is not None
         frame = BinnedFrame(
-            epoch=batch.epoch,
+            epoch=self._epoch,
             bin=bin_,
             end=end,
             counts_N=counts_N,

@@ -78,6 +78,8 @@ class LiveBehaviours:
 
     def begin_run(self, epoch: int) -> None:
         """Forget what was observed in another acquisition run."""
+        if epoch == self._epoch:
+            return
         self._epoch, self._closed = epoch, -1
         for track in self._tracks.values():
             track.waiting.clear()
@@ -107,7 +109,8 @@ class LiveBehaviours:
             return
         if track.next_seq is not None and 0 < batch.seq - track.next_seq <= LEAP_MESSAGES:
             track.counters["lost"] += batch.seq - track.next_seq
-        track.next_seq = batch.seq + 1
+        if track.next_seq is None or not 0 < track.next_seq - batch.seq <= LEAP_MESSAGES:
+            track.next_seq = batch.seq + 1  # and not where one came again, or after a later one
         track.hold = PERIODS * rate / batch.rate
         for k, value in enumerate(batch.values.tolist()):
             sample = batch.first + round(k * rate / batch.rate)

@@ -99,6 +99,7 @@ class Loop:
         self._started_ns = monotonic_ns()
         self._next_note_ns = 0
         self._last_batch_ns = 0
+        self._alive: Callable[[], object] = bool
 
     def run(self, stop: Callable[[], bool]) -> str:
         """Run until told to stop; returns why: ``stopped``, or ``source changed``.
@@ -106,6 +107,7 @@ class Loop:
         A source that announces other units, or another rate, than these parts were put together
         for ends the run: whoever called decides whether the bundle fits it.
         """
+        self._alive = stop
         while not stop():
             if not self.turn(WAIT_MS):
                 return "source changed"
@@ -115,10 +117,12 @@ class Loop:
     def go_on_from(self, before: Loop) -> None:
         """Go on where a loop ended whose source has renamed or renumbered its units.
 
-        Of another session, or at another rate, the bins are others as well: then nothing is kept.
+        Of another session, or at another rate, the bins are others as well: only counts go on.
         """
         self._published, self._started_ns = before._published, before._started_ns
         if any(self._schema[key] != before._schema[key] for key in ("session", "rate")):
+            self._binner.counters = before._binner.counters
+            self._validity.follow(before._validity)
             return
         self._binner.go_on_from(before._binner)
         if self._silent is not None and before._silent is not None:
@@ -169,6 +173,7 @@ class Loop:
         for binned in self._binner.frames(batch):
             if binned.first_of_run or len(self._closed) == CHUNK:
                 self._decode()
+                self._alive()  # a message can hold thousands of bins
             if self._silent is not None:
                 self._silent.take(binned)
             if self._live is not None:
@@ -284,6 +289,8 @@ def run_together(
             groups.append([loop])
         else:
             group.append(loop)
+    for loop in loops:
+        loop._alive = stop
     while not stop():
         wait(0 if any(loop.pending for loop in loops) else TOGETHER_MS)
         for which, loop in enumerate(loops):

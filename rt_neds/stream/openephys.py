@@ -281,6 +281,7 @@ class OpenEphysSource:
                 received_ns,
                 held_S[~stay_S],
                 self._lost,
+                max(end, self._watermark.newest),
             )
             self._ready.append(batch)
             self._held = int(stay_S.sum())

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import zmq
 
-from rt_neds.clock import monotonic_ns
+from rt_neds.clock import monotonic_ns, same_rate
 from rt_neds.errors import StreamError, WireError
 from rt_neds.frames import SPIKE_DTYPE, SpikeBatch
 from rt_neds.stream.live import LiveBehaviours
@@ -24,7 +24,16 @@ from rt_neds.wire import (
     unpack_spikes,
 )
 
-COUNTERS = ("messages", "announcements", "observed", "malformed", "repeated", "lost", "epochs")
+COUNTERS = (
+    "messages",
+    "announcements",
+    "observed",
+    "malformed",
+    "repeated",
+    "lost",
+    "epochs",
+    "others",
+)
 BESIDE = 64
 """Messages that are not spikes which one read looks past."""
 QUEUE = 20_000
@@ -57,8 +66,9 @@ class Receiver:
         The last announcement of the sender, if it makes any.
     counters : dict of str to int
         ``messages`` (of spikes), ``announcements``, ``observed`` (messages of behaviours and of the
-        task) and ``malformed`` (bad bytes, or a leap that the next message contradicts, skipped)
-        are all that came. ``repeated``: messages whose
+        task) and ``malformed`` (bad bytes, another rate than was announced, or a leap that
+        the next message contradicts, skipped), and ``others`` (of topics that ours begins) are all
+        that came. ``repeated``: messages whose
         sequence number was seen before, skipped. ``lost``: sequence numbers that never came.
         ``epochs``.
     socket : zmq.Socket
@@ -77,7 +87,12 @@ class Receiver:
         self._spikes, self._source = topic("spikes", probe), topic("source", probe)
         self._events = topic("events", probe)
         self._values = {topic("behaviour", name): name for name in live.classes} if live else {}
+        self._topics = {self._spikes, self._source}
+        if live is not None:
+            self._topics |= {*self._values, self._events}
         self._rate = 0.0
+        self._says = False  # who it is
+        self._assumed: Announcement | None = None
         self._epoch: int | None = None
         self._next_seq = self._end = 0
         self._leap: SpikeBatch | None = None  # not believed yet
@@ -86,10 +101,8 @@ class Receiver:
         self.socket.set(zmq.RCVHWM, QUEUE)
         self.socket.set(zmq.LINGER, 0)
         self.socket.set(zmq.MAXMSGSIZE, MAX_SPIKES * SPIKE_DTYPE.itemsize)
-        self.socket.subscribe(self._spikes)
-        self.socket.subscribe(self._source)
-        for beside in (*self._values, self._events) if live else ():
-            self.socket.subscribe(beside)
+        for name in self._topics:
+            self.socket.subscribe(name)
         try:
             self.socket.connect(endpoint)
         except zmq.ZMQError as error:
@@ -104,16 +117,32 @@ class Receiver:
         for _ in range(BESIDE):
             if self._ready or not self.socket.poll(timeout_ms):
                 break
+            announced = self.announced
             self.take(self.socket.recv_multipart(), monotonic_ns())
+            if self.announced is not announced:
+                return None  # spikes returned together with another announcement would be lost
             timeout_ms = 0  # what comes beside the spikes must not make the wait longer
         return self._ready.popleft() if self._ready else None
 
     def take(self, frames: list[bytes], received_ns: int) -> None:
         """Take in one message; what it holds comes with the next reads."""
+        if frames[0] not in self._topics:
+            self.counters["others"] += 1  # topics that ours is the beginning of: imec10, of imec1
+            return
         try:
             self._take(frames, received_ns)
         except WireError:
             self.counters["malformed"] += 1
+
+    def assume(self, who: Announcement) -> None:
+        """Take the sender for this until it says who it is; its spikes may yet say another rate."""
+        self._assumed = who
+        self._believe_rate()
+
+    def _believe_rate(self) -> None:
+        who = self.announced or self._assumed
+        if not self._says and who and self._rate and not same_rate(self._rate, who.rate):
+            self.announced = replace(who, rate=self._rate)
 
     def peek_spikes(self, timeout_ms: int) -> bool:
         """Whether a batch is here; it is kept for the next ``read``."""
@@ -128,7 +157,7 @@ class Receiver:
     def _take(self, frames: list[bytes], received_ns: int) -> None:
         if frames[0] == self._source and len(frames) == 2:
             session, rate, units = unpack_source(frames[1])
-            self.announced = Announcement(session, rate, tuple(units))
+            self.announced, self._says = Announcement(session, rate, tuple(units)), True
             self.counters["announcements"] += 1
             return
         if self.live is not None and frames[0] != self._spikes:
@@ -137,7 +166,9 @@ class Receiver:
         if frames[0] != self._spikes or len(frames) != 3:
             raise WireError(f"{len(frames)} frames under topic {frames[0][:40]!r}")
         batch = unpack_spikes(frames[1], frames[2], received_ns)
-        if batch.epoch == self._epoch and self._had(batch):
+        if self._says and self.announced and not same_rate(batch.rate, self.announced.rate):
+            raise WireError(f"spikes at {batch.rate:g} Hz, {self.announced.rate:g} Hz announced")
+        if self._had(batch):
             self.counters["messages"] += 1
             self.counters["repeated"] += 1
             return
@@ -145,16 +176,15 @@ class Receiver:
         if leap is not None and not _follows(leap, batch):
             self.counters["malformed"] += 1
             leap = None
-        if batch.epoch != self._epoch:
-            self._epoch, self._next_seq = batch.epoch, batch.seq
-            self.counters["epochs"] += 1
-            if self.live is not None:
-                self.live.begin_run(batch.epoch)
-        elif leap is not None:
-            self._pass_on(leap)
-        elif self._leaps(batch):
+        if leap is None and self._leaps(batch):
             self._leap = batch
+            if self._epoch is None and self.live is not None:
+                self.live.begin_run(batch.epoch)  # what comes before the next spikes is of use
             return
+        if batch.epoch != self._epoch:
+            self._begin(leap or batch)
+        if leap is not None:
+            self._pass_on(leap)
         self._pass_on(batch)
 
     def _take_live(self, live: LiveBehaviours, frames: list[bytes]) -> None:
@@ -171,13 +201,22 @@ class Receiver:
 
     def _had(self, batch: SpikeBatch) -> bool:
         leap = self._leap
-        if leap is not None and (batch.seq, batch.first) == (leap.seq, leap.first):
+        key = (batch.epoch, batch.seq, batch.first)
+        if leap is not None and key == (leap.epoch, leap.seq, leap.first):
             return True
-        return batch.seq < self._next_seq
+        return batch.epoch == self._epoch and batch.seq < self._next_seq
 
     def _leaps(self, batch: SpikeBatch) -> bool:
-        ahead = batch.first - self._end
-        return batch.seq - self._next_seq > LEAP_MESSAGES or ahead > LEAP_S * batch.rate
+        """Whether it is far ahead: of what was last, or in another run of its beginning."""
+        known = batch.epoch == self._epoch
+        seq, end = (self._next_seq, self._end) if known else (0, 0)
+        return batch.seq - seq > LEAP_MESSAGES or batch.first - end > LEAP_S * batch.rate
+
+    def _begin(self, batch: SpikeBatch) -> None:
+        self._epoch, self._next_seq = batch.epoch, batch.seq
+        self.counters["epochs"] += 1
+        if self.live is not None:
+            self.live.begin_run(batch.epoch)
 
     def _pass_on(self, batch: SpikeBatch) -> None:
         batch.lost = batch.seq - self._next_seq
@@ -185,6 +224,7 @@ class Receiver:
         self.counters["lost"] += batch.lost
         self._next_seq, self._end, self._rate = batch.seq + 1, batch.end, batch.rate
         self._ready.append(batch)
+        self._believe_rate()
 
 
 def _follows(leap: SpikeBatch, batch: SpikeBatch) -> bool:

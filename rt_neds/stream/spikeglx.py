@@ -442,7 +442,7 @@ class SpikeGLXSource:
         # SpikeGLX states no time of sending; when it came is the first that is known.
         batch = SpikeBatch(
             self._epoch, self._seq, first, end, self._rate, received_ns, received_ns, records_S,
-            self._lost,
+            self._lost, self._next,
         )  # fmt: skip
         self._ready.append(batch)
         self._seq += 1

@@ -20,6 +20,8 @@ class Validity:
         A source silent for longer is stale.
     units_missing : bool
         Whether units of the bundle are not in the stream.
+    lateness_ns : int
+        For which bins are held open: on purpose, so that is not late.
 
     Attributes
     ----------
@@ -28,24 +30,36 @@ class Validity:
     """
 
     def __init__(
-        self, context: int, bin_ns: int, fit: ClockFit, stale_ms: float, units_missing: bool
+        self,
+        context: int,
+        bin_ns: int,
+        fit: ClockFit,
+        stale_ms: float,
+        units_missing: bool,
+        lateness_ns: int = 0,
     ) -> None:
         self.units_missing = units_missing
         self.counters = dict.fromkeys(("late", "stale", "slips", "restarts"), 0)
-        self._context, self._bin_ns, self._fit = context, bin_ns, fit
+        self._context, self._fit = context, fit
+        self._in_time_ns, self._held_ns = bin_ns + lateness_ns, 0
         self._stale_ns = round(stale_ms * 1e6)
         self._epoch: int | None = None
         self._bins_in_run = 0
         self._began_before = False
         self._bins_since_hole = self._bins_since_slip = context
         self._last_received_ns = 0
-        self._stale = False
+        self._stale = self._stale_told = False
 
     def go_on_from(self, before: Validity) -> None:
         """Go on with the same stream where another ended; what was silent meanwhile were we."""
         self.counters, self._fit, self._epoch = before.counters, before._fit, before._epoch
-        self._began_before, self._stale = before._began_before, before._stale
+        self._began_before, self._held_ns = before._began_before, before._held_ns
+        self._stale, self._stale_told = before._stale, before._stale_told
         self._bins_since_slip = before._bins_since_slip
+
+    def follow(self, before: Validity) -> None:
+        """Begin anew where another ended whose bins were others: that shows, and counts go on."""
+        self.counters, self._began_before = before.counters, before._began_before
 
     @property
     def realtime(self) -> bool:
@@ -59,13 +73,17 @@ class Validity:
     def take(self, batch: SpikeBatch) -> None:
         """Look at a batch before its bins."""
         silent_ns = batch.received_ns - self._last_received_ns
-        self._stale = bool(self._last_received_ns) and silent_ns > self._stale_ns
-        self.counters["stale"] += self._stale
+        stale = bool(self._last_received_ns) and silent_ns > self._stale_ns
+        self.counters["stale"] += stale
+        self._stale = stale or (self._stale and not self._stale_told)  # until a bin could say so
+        self._stale_told = False
         self._last_received_ns = batch.received_ns
         if batch.epoch != self._epoch:
             self._fit.restart()
             self._epoch = batch.epoch
-        if self._fit.observe(batch.end, batch.received_ns):
+        newest = batch.end if batch.newest is None else batch.newest
+        self._held_ns = round((newest - batch.end) / batch.rate * 1e9)
+        if self._fit.observe(newest, batch.received_ns):
             self.counters["slips"] += 1
             self._bins_since_slip = 0
 
@@ -87,6 +105,7 @@ class Validity:
                 flags |= Flag.RESTARTED
         if self._stale:
             flags |= Flag.STALE
+            self._stale_told = True
         if self._bins_since_slip <= self._context:
             flags |= Flag.SLIPPED
         if frame.unknown:
@@ -103,8 +122,10 @@ class Validity:
         return self._fit.host_ns(end, near_ns) if self._fit.realtime else None
 
     def lateness(self, ended_ns: int | None, published_ns: int) -> int:
-        """``Flag.LATE`` if a bin that ended at ``ended_ns`` comes out more than a bin later."""
-        if ended_ns is None or published_ns - ended_ns <= self._bin_ns:
+        """``Flag.LATE`` if a bin that ended at ``ended_ns`` comes out more than a bin later, and
+        later than it was held back on purpose.
+        """
+        if ended_ns is None or published_ns - ended_ns <= self._in_time_ns + self._held_ns:
             return 0
         self.counters["late"] += 1
         return int(Flag.LATE)

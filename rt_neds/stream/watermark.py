@@ -47,6 +47,8 @@ class Watermark:
         Stated so far.
     by_data : bool or None
         None while undecided.
+    newest : int
+        The last sample that is known to have been; -1 before the first.
     """
 
     def __init__(self, rate: float, lateness_ms: float) -> None:
@@ -62,7 +64,7 @@ class Watermark:
         self.end: int | None = None
         self.by_data: bool | None = None
         self._lost = not whole
-        self._newest = -1
+        self.newest = -1
         self._oldest = -1
         self._suspect_to = 0  # by spikes: what was lost may lie anywhere before
         self._block: Span | None = None
@@ -84,9 +86,9 @@ class Watermark:
 
     def breaks(self, sample: int) -> bool:
         """Whether a spike or event at ``sample`` cannot belong to the same acquisition."""
-        if self.by_data or self._newest < 0:
+        if self.by_data or self.newest < 0:
             return False
-        return not self._newest - self._back <= sample <= self._newest + self._leap
+        return not self.newest - self._back <= sample <= self.newest + self._leap
 
     def block_breaks(self, first: int) -> bool:
         """Whether a block that begins at ``first`` cannot belong to the same acquisition."""
@@ -104,11 +106,11 @@ class Watermark:
                 return []
             self.by_data = False
         self._oldest = sample if self._oldest < 0 else min(self._oldest, sample)
-        self._newest = max(self._newest, sample)
+        self.newest = max(self.newest, sample)
         if self._lost:
-            self._suspect_to = self._newest + self._lateness
+            self._suspect_to = self.newest + self._lateness
         if self.by_data is None:
-            if self._newest - self._oldest <= UNDECIDED * self._lateness:
+            if self.newest - self._oldest <= UNDECIDED * self._lateness:
                 return []
             self.by_data = False
         self._lost = False
@@ -121,7 +123,7 @@ class Watermark:
         if last is not None and end <= last[1]:
             return []
         self.by_data, self._block = True, (first, end)
-        self._newest = max(self._newest, end - 1)
+        self.newest = max(self.newest, end - 1)
         lost = self._lost or (began_by_spikes and (self.end or 0) < self._suspect_to)
         complete = max(end - self._tail, self.end or 0)
         self._lost = lost and complete == self.end  # a block shorter than its tail closes nothing
@@ -137,14 +139,14 @@ class Watermark:
 
     def pass_to(self, sample: int) -> list[Span]:
         """Take in, by spikes, that the clock says ``sample`` has come and nothing was heard."""
-        if self.by_data is not False or sample > self._newest + self._leap:
+        if self.by_data is not False or sample > self.newest + self._leap:
             return []
-        self._newest = max(self._newest, sample)
+        self.newest = max(self.newest, sample)
         return self._advance()
 
     def _advance(self) -> list[Span]:
         # On a grid, so that a burst of spikes does not become a burst of batches.
-        to = (self._newest - self._lateness) // self._grid * self._grid
+        to = (self.newest - self._lateness) // self._grid * self._grid
         if self.end is None:
             start = self._suspect_to or max(0, self._oldest - self._lateness)
             return self._state((start, to)) if to >= start else []
