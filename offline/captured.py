@@ -46,6 +46,8 @@ class Run:
         Host time of its sample 0, by the least delayed message.
     samples, units : list of arrays
         Of the spikes, message by message.
+    numberings : list of int
+        Which of the announced lists of units the numbers of each message index.
     spans : list of [first, end]
         Samples that messages completed.
     end : int
@@ -56,6 +58,7 @@ class Run:
     zero_ns: int
     samples: list[NDArray[np.int64]] = field(default_factory=list)
     units: list[NDArray[np.uint32]] = field(default_factory=list)
+    numberings: list[int] = field(default_factory=list)
     spans: list[list[int]] = field(default_factory=list)
     first: int = 0
     end: int = 0
@@ -84,8 +87,8 @@ class Contents:
     ----------
     runs : dict of int to Run
         By epoch, in the order of their beginning.
-    announced : dict of int to list of str
-        Unit ids, by epoch.
+    announced : dict of int to list of list of str
+        Unit ids, by epoch: a list whenever it was another than before.
     decoded : dict of str to Decoded
         By model.
     schemas : dict of str to list of dict
@@ -101,7 +104,7 @@ class Contents:
 
     def __init__(self, capture: Capture) -> None:
         self.runs: dict[int, Run] = {}
-        self.announced: dict[int, list[str]] = {}
+        self.announced: dict[int, list[list[str]]] = {}
         self.decoded: dict[str, Decoded] = {}
         self.schemas: dict[str, list[dict[str, Any]]] = {}
         self.marks: dict[str, list[tuple[int, int, str]]] = {"triggers": [], "events": []}
@@ -161,6 +164,8 @@ class Contents:
         if len(batch.records_S):
             run.samples.append(batch.records_S["sample"].astype(np.int64))
             run.units.append(batch.records_S["unit"].astype(np.uint32))
+            # What came before the first list is taken to be numbered by it.
+            run.numberings.append(max(0, len(self.announced.get(batch.epoch, ())) - 1))
 
     def _take_behaviour(self, message: Message) -> None:
         name = message.frames[0].removeprefix(BEHAVIOUR).decode(errors="replace")
@@ -173,7 +178,9 @@ class Contents:
         _, self._rate, units = unpack_source(message.frames[1])
         epoch = unpack_map(message.frames[1], MAX_SOURCE_BYTES).get("epoch")
         if type(epoch) is int:
-            self.announced[epoch] = units
+            lists = self.announced.setdefault(epoch, [])
+            if not lists or lists[-1] != units:
+                lists.append(units)
 
     def _take_decoded(self, message: Message) -> None:
         frame = unpack_decoded(message.frames[1])
@@ -245,17 +252,12 @@ class Contents:
         places: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
         for epoch, run in self.runs.items():
             samples_S = np.concatenate([np.zeros(0, np.int64), *run.samples])
-            numbers_S = np.concatenate([np.zeros(0, np.uint32), *run.units])
-            names = self.announced.get(epoch)
-            keep_S = (samples_S >= 0) & (samples_S < MAX_SAMPLE)
-            keep_S &= numbers_S < (MAX_UNANNOUNCED if names is None else len(names))
+            ids, row_S = _rows(run, self.announced.get(epoch))
+            keep_S = (row_S >= 0) & (samples_S >= 0) & (samples_S < MAX_SAMPLE)
             dropped += int((~keep_S).sum())
-            samples_S, numbers_S = samples_S[keep_S], numbers_S[keep_S]
-            if names is None:
-                numbers_U, numbers_S = np.unique(numbers_S, return_inverse=True)
-                names = [str(number) for number in numbers_U]
-            of_run_U = np.array([place_of.setdefault(name, len(place_of)) for name in names], int)
-            places.append(of_run_U[numbers_S])
+            samples_S = samples_S[keep_S]
+            place_U = np.array([place_of.setdefault(name, len(place_of)) for name in ids], int)
+            places.append(place_U[row_S[keep_S]])
             times.append(starts[epoch] + samples_S / run.rate)
         time_S, place_S = np.concatenate(times), np.concatenate(places)
         order = np.argsort(time_S, kind="stable")
@@ -282,6 +284,21 @@ class Contents:
             for epoch, run in self.runs.items()
         ]
         return np.concatenate([np.zeros((0, 2)), *pieces])
+
+
+def _rows(run: Run, lists: list[list[str]] | None) -> tuple[list[str], NDArray[np.int64]]:
+    """Ids of all the lists of a run, one after another, and the row of every spike; -1 for none."""
+    numbers_S = np.concatenate([np.zeros(0, np.int64), *run.units])
+    numbering_S = np.repeat(np.array(run.numberings, int), [len(units) for units in run.units])
+    if lists is None:
+        numbers_U = np.unique(numbers_S[numbers_S < MAX_UNANNOUNCED])
+        numbers_S = np.searchsorted(numbers_U, numbers_S)  # beyond the last where it is none
+        lists = [[str(number) for number in numbers_U]]
+    sizes = np.array([len(names) for names in lists])
+    row_S = np.where(
+        numbers_S < sizes[numbering_S], (np.cumsum(sizes) - sizes)[numbering_S] + numbers_S, -1
+    )
+    return [name for names in lists for name in names], row_S
 
 
 def _checked_output(output: Any) -> dict[str, Any]:

@@ -130,6 +130,27 @@ def test_a_run_never_begins_before_the_one_before_it_ended(tmp_path):
     assert Contents(Capture(tmp_path / "c")).starts_s() == {1: 0.0, 2: 0.02}
 
 
+def announcement(*units, epoch=1):
+    return MS, Stream.SPIKES, pack_source("imec0", epoch=epoch, rate=RATE, session="s", units=units)
+
+
+def test_a_spike_is_of_the_unit_that_its_number_meant_when_it_came(tmp_path):
+    messages = [
+        spikes(1, 0, [(1, 0)], MS),  # recording began within the run: the first list is all we know
+        announcement("a", "b"),
+        spikes(1, 1, [(301, 0)], 2 * MS),
+        announcement("a", "b"),
+        spikes(1, 2, [(601, 0), (602, 2)], 3 * MS),
+        announcement("b", "a", "c"),
+        spikes(1, 3, [(901, 1), (902, 2), (903, 0), (904, 3)], 4 * MS),
+    ]
+    write_capture(tmp_path / "c", messages)
+    names, time_S, place_S, dropped = Contents(Capture(tmp_path / "c")).spikes()
+    np.testing.assert_allclose(time_S * RATE, [1, 301, 601, 901, 902, 903])
+    assert [names[place] for place in place_S] == ["a", "a", "a", "a", "c", "b"]
+    assert dropped == 2  # 2 when there were two, 3 when there were three
+
+
 INTEGERS = st.integers(-(1 << 63), (1 << 64) - 1)
 ANYTHING = st.recursive(
     st.none() | st.booleans() | INTEGERS | st.floats() | st.text(max_size=5),
