@@ -63,17 +63,20 @@ class Run:
     first: int = 0
     end: int = 0
     next_seq: int = 0
-    next_bin: int = 0
 
 
 @dataclass
 class Decoded:
-    """What one model decoded: epoch, end of the bin, flags and values of every frame."""
+    """What one model decoded: epoch, end of the bin, flags and values of every frame.
+
+    ``next_bin`` is by epoch: bins of another model may be of another width.
+    """
 
     epochs: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     flags: list[int] = field(default_factory=list)
     values: list[NDArray[np.float32]] = field(default_factory=list)
+    next_bin: dict[int, int] = field(default_factory=dict)
 
 
 class Contents:
@@ -191,14 +194,15 @@ class Contents:
         if not rate:
             self.skipped["unplaced"] += 1
             return
-        run = self._run(frame.epoch, rate, frame.end, message.received_ns)
-        if frame.bin < run.next_bin:
+        self._run(frame.epoch, rate, frame.end, message.received_ns)
+        decoded = self.decoded.get(frame.model, Decoded())
+        if frame.bin < decoded.next_bin.get(frame.epoch, 0):
             self.skipped["repeated"] += 1
             return
-        run.next_bin, self._epoch = frame.bin + 1, frame.epoch
-        decoded = self.decoded.setdefault(frame.model, Decoded())
         if decoded.values and len(decoded.values[0]) != len(frame.values_V):
             raise WireError("another number of values than the same model had")
+        decoded.next_bin[frame.epoch], self._epoch = frame.bin + 1, frame.epoch
+        self.decoded[frame.model] = decoded
         decoded.epochs.append(frame.epoch)
         decoded.ends.append(frame.end)
         decoded.flags.append(frame.flags)

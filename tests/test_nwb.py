@@ -51,9 +51,11 @@ def spikes(epoch, seq, records, received_ns, *, first=None):
     return received_ns, Stream.SPIKES, pack_spikes("imec0", batch)
 
 
-def bin_(epoch, number, received_ns, *, flags=0, model="m1", values=(1, 2, 0.25, 0.75, 3)):
+def bin_(
+    epoch, number, received_ns, *, flags=0, model="m1", values=(1, 2, 0.25, 0.75, 3), width=BIN
+):
     frame = DecodedFrame(
-        "imec0", epoch, number, (number + 1) * BIN, np.array(values, np.float32), flags,
+        "imec0", epoch, number, (number + 1) * width, np.array(values, np.float32), flags,
         0, 0, 0, 0, model, {"published": 1},
     )  # fmt: skip
     return received_ns, Stream.DECODED, pack_decoded(frame)
@@ -149,6 +151,29 @@ def test_a_spike_is_of_the_unit_that_its_number_meant_when_it_came(tmp_path):
     np.testing.assert_allclose(time_S * RATE, [1, 301, 601, 901, 902, 903])
     assert [names[place] for place in place_S] == ["a", "a", "a", "a", "c", "b"]
     assert dropped == 2  # 2 when there were two, 3 when there were three
+
+
+def test_bins_of_another_bundle_are_counted_from_its_own(tmp_path):
+    wider = {"model": "wide", "width": 5 * BIN}
+    before_zero = msgpack.unpackb(bin_(1, 0, MS, model="none")[2][1]) | {"bin": -1}
+    messages = [
+        *(bin_(1, n, MS) for n in range(10)),
+        *(bin_(1, n, MS, **wider) for n in (2, 3, 3, 4)),  # serve was started with another bundle
+        bin_(1, 25, MS),  # and once more with the first
+        bin_(1, 4, MS),
+        *(bin_(2, n, MS) for n in range(2)),  # another run
+        (MS, Stream.DECODED, pack_map("decoded", "imec0", before_zero)),
+    ]
+    schema = (MS, Stream.DECODED, pack_map("schema", "imec0", SCHEMA))
+    write_capture(tmp_path / "c", [schema, *messages])
+    contents = Contents(Capture(tmp_path / "c"))
+    ends = {model: decoded.ends for model, decoded in contents.decoded.items()}
+    narrow = [*range(10), 25, 0, 1]
+    assert ends == {
+        "m1": [(n + 1) * BIN for n in narrow],
+        "wide": [(n + 1) * 5 * BIN for n in (2, 3, 4)],
+    }
+    assert contents.skipped["repeated"] == 3
 
 
 INTEGERS = st.integers(-(1 << 63), (1 << 64) - 1)
