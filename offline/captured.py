@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 
 from rt_neds.capture import Capture, Message, Stream
 from rt_neds.errors import WireError
+from rt_neds.frames import SpikeBatch
 from rt_neds.wire import (
     MAX_SAMPLE,
     MAX_SOURCE_BYTES,
     BehaviourBatch,
+    follows,
+    leaps,
     topic,
     unpack_behaviour,
     unpack_decoded,
@@ -62,7 +65,6 @@ class Run:
     spans: list[list[int]] = field(default_factory=list)
     first: int = 0
     end: int = 0
-    next_seq: int = 0
 
 
 @dataclass
@@ -101,8 +103,9 @@ class Contents:
     behaviours : dict of str to list of BehaviourBatch
         As observed, by name, in the order they came.
     skipped : dict of str to int
-        ``malformed`` and ``repeated`` messages; ``other``: of topics that are not exported;
-        ``unplaced``: of a run of which nothing says when it was.
+        ``malformed`` (also: far ahead, and the next one is not) and ``repeated`` messages;
+        ``other``: of topics that are not exported; ``unplaced``: of a run of which nothing says
+        when it was.
     """
 
     def __init__(self, capture: Capture) -> None:
@@ -113,6 +116,8 @@ class Contents:
         self.marks: dict[str, list[tuple[int, int, str]]] = {"triggers": [], "events": []}
         self.behaviours: dict[str, list[BehaviourBatch]] = {}
         self.skipped = dict.fromkeys(("malformed", "repeated", "other", "unplaced"), 0)
+        self._due: dict[int, tuple[int, int]] = {}  # message and sample that come next, by epoch
+        self._leaps: dict[int, tuple[SpikeBatch, int]] = {}  # not believed yet, by epoch
         self._rate = 0.0
         self._epoch: int | None = None  # of the frame decoded last: triggers do not say
         probe = capture.about["probe"]
@@ -137,6 +142,7 @@ class Contents:
                 take(message)
             except WireError:
                 self.skipped["malformed"] += 1
+        self.skipped["malformed"] += len(self._leaps)
         for which, marks in self.marks.items():
             self.marks[which] = [mark for mark in marks if mark[0] in self.runs]
             self.skipped["unplaced"] += len(marks) - len(self.marks[which])
@@ -154,11 +160,27 @@ class Contents:
 
     def _take_spikes(self, message: Message) -> None:
         batch = unpack_spikes(message.frames[1], message.frames[2], message.received_ns)
-        run = self._run(batch.epoch, batch.rate, batch.end, message.received_ns)
-        if batch.seq < run.next_seq:
+        next_seq, end = self._due.get(batch.epoch, (0, 0))
+        # What came before the first list is taken to be numbered by it.
+        numbering = max(0, len(self.announced.get(batch.epoch, ())) - 1)
+        leap, of_leap = self._leaps.get(batch.epoch, (None, 0))
+        again = leap is not None and (batch.seq, batch.first) == (leap.seq, leap.first)
+        if again or batch.seq < next_seq:
             self.skipped["repeated"] += 1
             return
-        run.next_seq, self._rate = batch.seq + 1, batch.rate
+        self._leaps.pop(batch.epoch, None)
+        if leap is not None and follows(leap, batch):
+            self._add_spikes(leap, of_leap)
+        else:
+            self.skipped["malformed"] += leap is not None
+            if leaps(batch, next_seq, end):
+                self._leaps[batch.epoch] = batch, numbering
+                return
+        self._add_spikes(batch, numbering)
+
+    def _add_spikes(self, batch: SpikeBatch, numbering: int) -> None:
+        self._due[batch.epoch], self._rate = (batch.seq + 1, batch.end), batch.rate
+        run = self._run(batch.epoch, batch.rate, batch.end, batch.received_ns)
         run.first = min(run.first, batch.first)
         if run.spans and batch.first <= run.spans[-1][1]:
             run.spans[-1][1] = max(run.spans[-1][1], batch.end)
@@ -167,8 +189,7 @@ class Contents:
         if len(batch.records_S):
             run.samples.append(batch.records_S["sample"].astype(np.int64))
             run.units.append(batch.records_S["unit"].astype(np.uint32))
-            # What came before the first list is taken to be numbered by it.
-            run.numberings.append(max(0, len(self.announced.get(batch.epoch, ())) - 1))
+            run.numberings.append(numbering)
 
     def _take_behaviour(self, message: Message) -> None:
         name = message.frames[0].removeprefix(BEHAVIOUR).decode(errors="replace")

@@ -110,6 +110,28 @@ def unpack_spikes(header: bytes, payload: Any, received_ns: int) -> SpikeBatch:
     return SpikeBatch(epoch, seq, first, end, float(rate), sent_ns, received_ns, records)
 
 
+def leaps(batch: SpikeBatch, next_seq: int, end: int) -> bool:
+    """Whether a message is so far ahead of what its run has come to that one must not believe it.
+
+    Parameters
+    ----------
+    batch : SpikeBatch
+    next_seq, end : int
+        Number of the message that is due; first sample after those that came.
+    """
+    return batch.seq - next_seq > LEAP_MESSAGES or batch.first - end > LEAP_S * batch.rate
+
+
+def follows(leap: SpikeBatch, batch: SpikeBatch) -> bool:
+    """Whether a message is a little later than one that leapt, of the same acquisition."""
+    return (
+        batch.epoch == leap.epoch
+        and batch.seq > leap.seq
+        and batch.first >= leap.end
+        and not leaps(batch, leap.seq, leap.end)
+    )
+
+
 def pack_source(
     probe: str, *, epoch: int, rate: float, session: str, units: Sequence[str]
 ) -> list[bytes]:

@@ -176,6 +176,45 @@ def test_bins_of_another_bundle_are_counted_from_its_own(tmp_path):
     assert contents.skipped["repeated"] == 3
 
 
+FAR = 3600 * int(RATE)
+
+
+def heard(tmp_path, messages):
+    """Of spikes ``(epoch, seq, first)``, one each: samples that are exported, starts, skipped."""
+    write_capture(
+        tmp_path / "c",
+        [spikes(e, seq, [(first, 0)], n * MS, first=first)
+         for n, (e, seq, first) in enumerate(messages)],
+    )  # fmt: skip
+    contents = Contents(Capture(tmp_path / "c"))
+    sent = {epoch: np.concatenate(run.samples).tolist() for epoch, run in contents.runs.items()}
+    return sent, contents.starts_s(), contents.skipped
+
+
+@pytest.mark.parametrize(
+    "absurd", [{"seq": 1 << 62}, {"first": 10**14}, {"first": 1 << 49}, {"epoch": 9, "first": FAR}]
+)
+@pytest.mark.parametrize("at", [0, 5, 10])
+def test_one_absurd_number_costs_the_export_nothing_else(tmp_path, absurd, at):
+    stream = [(1, n, n * BATCH) for n in range(10)]
+    later = [(2, n, n * BATCH) for n in range(3)]
+    spoilt = {"epoch": 1, "seq": at, "first": at * BATCH} | absurd
+    messages = [*stream[:at], tuple(spoilt.values()), *stream[at:], *later]
+    sent, starts, skipped = heard(tmp_path, messages)
+    assert sent == {1: [first for _, _, first in stream], 2: [first for _, _, first in later]}
+    assert starts == {1: 0.0, 2: pytest.approx(10 * BATCH / RATE)}
+    assert (skipped["malformed"], skipped["repeated"]) == (1, 0)
+
+
+def test_a_leap_that_the_next_message_agrees_with_is_exported(tmp_path):
+    joined = [(1, 100_000, FAR), (1, 100_001, FAR + BATCH)]  # recording began within the run
+    pause = [(1, 100_002, 2 * FAR), (1, 100_002, 2 * FAR), (1, 100_003, 2 * FAR + BATCH)]
+    sent, starts, skipped = heard(tmp_path, [*joined, *pause])
+    assert sent == {1: [FAR, FAR + BATCH, 2 * FAR, 2 * FAR + BATCH]}
+    assert starts == {1: 0.0}
+    assert (skipped["malformed"], skipped["repeated"]) == (0, 1)
+
+
 INTEGERS = st.integers(-(1 << 63), (1 << 64) - 1)
 ANYTHING = st.recursive(
     st.none() | st.booleans() | INTEGERS | st.floats() | st.text(max_size=5),
