@@ -1,8 +1,10 @@
 """A session on the grid of bins: targets, splits, and windows binned on the fly.
 
 Counts come from the runtime's own kernel, so the trainer cannot disagree with the rig about a bin.
+Bins are counted from sample 0: what lies before it is in none.
 
-Shape suffixes: B windows of a batch, T bins, M modalities (0 is spikes), N units, K intervals.
+Shape suffixes: B windows of a batch, T bins, M modalities (0 is spikes), N units, K intervals or
+trials.
 """
 
 from __future__ import annotations
@@ -92,9 +94,9 @@ class BinnedSession:
         return ring_TC[:, :-2]
 
     def _records(self, start: int, end: int) -> tuple[int, int]:
-        """Rows of the spikes in samples ``[start, end)``."""
+        """Rows of the spikes in samples ``[start, end)``, none of them before 0."""
         # Bisection looks at a few of them; searchsorted would first copy all, be they on disk.
-        return bisect_left(self._samples_S, start), bisect_left(self._samples_S, end)
+        return bisect_left(self._samples_S, max(start, 0)), bisect_left(self._samples_S, end)
 
     def spikes_N(self, first: int, stop: int) -> NDArray[np.int64]:
         """Spikes of each unit in bins ``[first, stop)``."""
@@ -197,16 +199,16 @@ def behaviours_of(configs: dict[str, BehaviourConfig]) -> list[Behaviour]:
 
 def _whole_bins(domain_K2: NDArray[np.int64], bins: int, width: int) -> NDArray[np.bool_]:
     inside = np.zeros(bins, bool)
-    for start, end in domain_K2:
-        inside[-(-start // width) : max(0, end // width)] = True
+    for start, end in np.maximum(domain_K2, 0):
+        inside[-(-start // width) : end // width] = True
     return inside
 
 
 def _right_edge_in(domain_K2: NDArray[np.int64], bins: int, width: int) -> NDArray[np.bool_]:
     """Bins whose last moment lies in ``(start, end]`` of an interval."""
     inside = np.zeros(bins, bool)
-    for start, end in domain_K2:
-        inside[max(0, start // width) : max(0, end // width)] = True
+    for start, end in np.maximum(domain_K2, 0):
+        inside[start // width : end // width] = True
     return inside
 
 
@@ -261,23 +263,23 @@ def _trial_variable(
     session: Session, config: BehaviourConfig, bins: int, width: int
 ) -> tuple[NDArray, NDArray, NDArray, NDArray]:
     stored = session.numbers(config.sources[0])
-    start, stop, known, end = (
-        session.samples(session.numbers(f"trials.{column}"))
-        for column in (*config.scored, config.known_from, "end")
-    )
+    columns = (*config.scored, config.known_from, "end")
+    seconds_4K = np.stack([session.numbers(f"trials.{column}") for column in columns])
+    told_4K = np.isfinite(seconds_4K)
+    start, stop, known, end = np.maximum(session.samples(seconds_4K), 0)
     value_T = np.zeros(bins, np.float32)
     shown_T, scored_T = np.zeros(bins, bool), np.zeros(bins, bool)
     trial_T = np.full(bins, -1, np.int32)
     for trial, (number, known_class) in enumerate(zip(*_classes(stored, config), strict=True)):
-        if not known_class or min(start[trial], stop[trial]) < 0:
+        if not known_class or not told_4K[:2, trial].all():
             continue
-        scored = slice(max(0, start[trial] // width), max(0, stop[trial] // width))
+        scored = slice(start[trial] // width, stop[trial] // width)
         value_T[scored] = number
         scored_T[scored] = True
         trial_T[scored] = trial
-        if known[trial] >= 0:
+        if told_4K[2, trial]:
             # Known at a moment: shown from the first bin that ends after it.
-            shown = slice(known[trial] // width, max(0, max(end[trial], known[trial]) // width))
+            shown = slice(known[trial] // width, max(end[trial], known[trial]) // width)
             value_T[shown] = number
             shown_T[shown] = True
     return value_T, shown_T, scored_T, trial_T
@@ -287,8 +289,8 @@ def split_bins(session: Session, data: DataConfig, bins: int, width: int) -> NDA
     """Which split each bin belongs to; pieces are contiguous in time, with a gap between them."""
     split_T = np.full(bins, -1, np.int8)
     for code, intervals_K2 in enumerate(_split_intervals(session, data)):
-        for start, end in intervals_K2:
-            split_T[-(-start // width) : max(0, end // width)] = code
+        for start, end in np.maximum(intervals_K2, 0):
+            split_T[-(-start // width) : end // width] = code
     if data.refit:
         split_T[split_T == SPLITS.index("val")] = SPLITS.index("train")
     if data.train_minutes:
@@ -311,7 +313,8 @@ def _split_intervals(session: Session, data: DataConfig) -> list[NDArray[np.int6
 
 def _time_split(session: Session, data: DataConfig) -> list[NDArray[np.int64]]:
     """Cut recorded time (not wall time: recordings can have holes) by the fractions."""
-    lengths = np.diff(session.domain_K2, axis=1)[:, 0]
+    domain_K2 = np.maximum(session.domain_K2, 0)
+    lengths = np.diff(domain_K2, axis=1)[:, 0]
     cuts = np.concatenate([[0.0], np.cumsum(data.fractions)]) * lengths.sum()
     gap = round(data.gap_s * session.rate)
     before = np.concatenate([[0], np.cumsum(lengths)])
@@ -319,7 +322,7 @@ def _time_split(session: Session, data: DataConfig) -> list[NDArray[np.int64]]:
     for code in range(3):
         low = cuts[code] + (gap if code else 0)
         kept = []
-        for (start, end), done in zip(session.domain_K2, before, strict=False):
+        for (start, end), done in zip(domain_K2, before, strict=False):
             a, b = start + max(0, low - done), min(end, start + cuts[code + 1] - done)
             if b > a:
                 kept.append((a, b))

@@ -1,5 +1,6 @@
 """Sessions on the grid of bins: nothing known early, split twice, or outside the domain."""
 
+import h5py
 import numpy as np
 import pytest
 from temporaldata import Interval
@@ -58,6 +59,29 @@ def test_time_is_cut_by_what_was_recorded(tmp_path):
     assert b.spans("val") == [(2000, 2500)]
     assert not b.shown_TM[1000:2000, 0].any()
     assert b.counts_TN(990, 2010)[10:1010].sum() == 0
+
+
+def test_what_lies_before_sample_0_is_in_no_bin(tmp_path):
+    early = binned(write_session(tmp_path / "e.h5", domain=[(-9.0, -7.0), (-0.5, 60.0)]))
+    plain = binned(write_session(tmp_path / "p.h5", domain=[(0.0, 60.0)]))
+    for name in ("values_TM", "shown_TM", "scored_TM", "split_T", "trial_T"):
+        np.testing.assert_array_equal(getattr(early, name), getattr(plain, name), err_msg=name)
+    early.session.records_S["sample"][:3] = [-15_000, -600, -1]
+    assert early.counts_TN(-40, 0).sum() == early.spikes_N(-40, 0).sum() == 0
+
+
+def test_a_trial_that_began_before_sample_0_is_cut_there(tmp_path):
+    path = write_session(tmp_path / "s.h5")
+    plain = binned(path, split="trials", folds=5)
+    with h5py.File(path, "a") as file:
+        for column in ("start", "stim_on_time"):
+            file[f"trials/{column}"][0] = -0.3
+    early = binned(path, split="trials", folds=5)
+    assert early.spans("test") == [(0, plain.spans("test")[0][1])]
+    asked = early.scored_TM[:, 2]
+    assert asked[:100].all()  # the first trial is decided at 2 s
+    assert (early.trial_T[:100] == 0).all()
+    np.testing.assert_array_equal(asked[100:], plain.scored_TM[100:, 2])
 
 
 def test_folds_over_trials_cover_every_trial_once(tmp_path):
