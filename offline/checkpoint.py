@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rt_neds.errors import ConfigError
 
-TENSORS, NUMBERS = "state.safetensors", "state.json"
+NAME = "checkpoint.safetensors"
+"""One file, because two could be of two steps: the numbers are JSON in its metadata."""
 
 
 @dataclass
@@ -85,13 +87,9 @@ def save_checkpoint(
     for index, moments in optimiser.state_dict()["state"].items():
         tensors.update({f"optimiser.{index}.{name}": value for name, value in moments.items()})
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    for name, write in (
-        (TENSORS, lambda path: save_file(tensors, path)),
-        (NUMBERS, lambda path: path.write_text(json.dumps(numbers))),
-    ):
-        part = folder / (name + ".part")
-        write(part)
-        part.replace(folder / name)
+    part = folder / (NAME + ".part")
+    save_file(tensors, part, {"numbers": json.dumps(numbers)})
+    part.replace(folder / NAME)
 
 
 def load_checkpoint(
@@ -114,14 +112,15 @@ def load_checkpoint(
     ConfigError
         If there is no checkpoint in the folder, or it is of another configuration.
     """
-    if not (folder / NUMBERS).is_file():
+    if not (folder / NAME).is_file():
         raise ConfigError(f"no checkpoint in {folder}; leave out --resume to begin anew")
-    numbers = json.loads((folder / NUMBERS).read_text())
+    with safe_open(folder / NAME, "pt") as file:
+        numbers = json.loads(file.metadata()["numbers"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if numbers["config"] != json.loads(json.dumps(config)):
         raise ConfigError(
             f"{folder.parent} was trained with another configuration; use that one to resume"
         )
-    tensors = load_file(folder / TENSORS)
 
     def part(prefix: str) -> dict[str, Tensor]:
         start = prefix + "."

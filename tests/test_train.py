@@ -1,6 +1,8 @@
 """Training: deterministic, resumable to the same losses, honest about what it may see."""
 
+import contextlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from offline.batches import draw_step, prepare
 from offline.beginning import build
+from offline.checkpoint import Best, load_checkpoint, save_checkpoint
 from offline.train import learning_rate, train
 from rt_neds.bundle import build_model, load_spec
 from rt_neds.errors import BundleError, ConfigError, DeviceError, SessionError
@@ -47,6 +50,40 @@ def test_resume_equals_not_having_stopped(tiny, tmp_path, monkeypatch):
     # The checkpoint was at step 6; steps 7 and 8 stand twice in the log.
     assert losses(tmp_path)[8:] == losses(run)[6:]
     assert load_spec(tmp_path / "bundle").sha256 == load_spec(run / "bundle").sha256
+
+
+def test_a_checkpoint_is_wholly_of_one_step_whenever_writing_it_was_interrupted(
+    tmp_path, monkeypatch
+):
+    model = torch.nn.Linear(1, 1)
+    optimiser = torch.optim.AdamW(model.parameters())
+    state = {"model": model, "averaged": model, "optimiser": optimiser, "config": {"dim": 16}}
+
+    def save(step):
+        torch.nn.init.constant_(model.weight, float(step))
+        best = Best({"weight": torch.tensor([float(step)])}, step=step)
+        save_checkpoint(tmp_path, **state, best=best, step=step)
+
+    def resumed():
+        step, best = load_checkpoint(tmp_path, **state)
+        return {step, best.step, int(best.weights["weight"]), int(model.weight)}
+
+    real, renamed = Path.replace, []
+
+    def replace(path, target):
+        if len(renamed) == most:
+            raise KeyboardInterrupt
+        renamed.append(target)
+        return real(path, target)
+
+    save(100)
+    monkeypatch.setattr(Path, "replace", replace)
+    for most in range(4):  # interrupted before its first file is there, its second, ...
+        renamed.clear()
+        with contextlib.suppress(KeyboardInterrupt):
+            save(200 + most)
+        assert len(resumed()) == 1
+    assert resumed() == {203}
 
 
 def test_resume_refuses_another_configuration_and_an_empty_folder(tiny, tmp_path):
