@@ -24,9 +24,17 @@ LEAST_SPIKES = 50
 """Spikes a unit needs for its bits per spike to count in ``mean50``."""
 
 
+def is_constant(true_S: NDArray) -> bool:
+    """Whether there is no variance, or deviance, of which a share could be explained."""
+    return len(true_S) == 0 or bool(np.min(true_S) == np.max(true_S))
+
+
 def r2(true_S: NDArray, predicted_S: NDArray) -> float:
-    """scikit-learn's coefficient of determination, flattened over time, unclipped."""
-    return float(r2_score(true_S, predicted_S)) if len(true_S) > 1 else float("nan")
+    """scikit-learn's coefficient of determination, flattened over time, unclipped.
+
+    NaN of what is constant.
+    """
+    return float("nan") if is_constant(true_S) else float(r2_score(true_S, predicted_S))
 
 
 def mean_profile(
@@ -207,15 +215,19 @@ def _auc(true: NDArray, probability_KC: NDArray) -> float | None:
 
 
 def poisson_d2(count_S: NDArray, rate_S: NDArray) -> float:
-    """Deviance explained by a Poisson rate, against the mean of the very data scored."""
+    """Deviance explained by a Poisson rate, against the mean of the very data scored.
+
+    NaN of constant counts, such as none at all.
+    """
+    if is_constant(count_S):
+        return float("nan")
     count_S, rate_S = np.asarray(count_S, float), np.maximum(np.asarray(rate_S, float), 1e-9)
 
     def deviance(rate: NDArray) -> float:
         log_ratio = np.log(np.maximum(count_S, 1e-300) / rate)
         return float(np.sum(np.where(count_S > 0, count_S * log_ratio, 0.0) - (count_S - rate)))
 
-    null = deviance(np.full_like(count_S, max(count_S.mean(), 1e-9)))
-    return 1.0 - deviance(rate_S) / null if null > 0 else float("nan")
+    return 1.0 - deviance(rate_S) / deviance(np.full_like(count_S, count_S.mean()))
 
 
 def bits_of_units(

@@ -22,7 +22,7 @@ from offline.calibration import categorical_d2, temperature_of
 from offline.config import TrainConfig
 from offline.decoded import Decoded, decoded
 from offline.masking import UNIT_SCHEMES, draw_masks
-from offline.metrics import poisson_d2, r2
+from offline.metrics import is_constant, poisson_d2, r2
 from offline.predict import normalise
 from offline.windows import Split
 from rt_neds.model.neds import AHEAD, NEDS, SCHEMES, SPIKES
@@ -48,10 +48,11 @@ class Validation:
     scores : dict of dict of float
         By session id and what was asked: of each behaviour what share of it is explained (R2, of
         counts and of classes D2), and bits per spike of each scheme of the configuration that asks
-        for spikes alone.
+        for spikes alone. What has no score is left out: a behaviour that does not change, and
+        where no spike is asked for.
     losses : dict of dict of ndarray
         By session id and behaviour, what each of its trials, or windows, adds to the share that is
-        not explained. Only of sessions that this process validated.
+        not explained. Only of behaviours with a score, in sessions that this process validated.
     """
 
     scores: Scores
@@ -87,6 +88,9 @@ def _behaviours(
     window = config.data.window_bins
     for of in decoded(model, subject, window, split, device):
         name, true_S, value_S = of.behaviour.name, of.true_S, of.value_SV[:, 0]
+        # Classes are scored against a uniform guess, which one class alone leaves as it is.
+        if of.behaviour.kind != "categorical" and is_constant(true_S):
+            continue
         if of.behaviour.kind == "continuous":
             scores[name] = r2(true_S, value_S)
             loss_S = (true_S - value_S) ** 2 / max(float(true_S.var()), 1e-12)
@@ -154,7 +158,8 @@ def _spikes(
             log_rate_TN = log_rate_BTN[0].clamp(*LOG_RATE_RANGE).cpu().numpy().astype(np.float64)
             gain += _gain(counts_TN, log_rate_TN, subject.rate_N, asked_TN)
             spikes += float(counts_TN[asked_TN].sum())
-        scores[asked] = gain / max(spikes, 1.0) / float(np.log(2))
+        if spikes:
+            scores[asked] = gain / spikes / float(np.log(2))
     return scores
 
 

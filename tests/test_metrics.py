@@ -16,6 +16,7 @@ from offline.metrics import (
     gaussian_scores,
     mean_profile,
     poisson_d2,
+    r2,
     reliability,
 )
 from tests.naive import bits_per_spike_of_unit
@@ -156,3 +157,11 @@ def test_poisson_d2_against_scikit_learn():
     rates = rng.uniform(0.1, 3.0, 500)
     counts = rng.poisson(rates)
     assert poisson_d2(counts, rates) == pytest.approx(d2_tweedie_score(counts, rates, power=1))
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, 3.0])
+def test_of_what_does_not_change_nothing_can_be_explained(constant):
+    true = np.full(300, constant, np.float32)
+    for guess in (true, np.full(300, 0.2, np.float32), np.linspace(0.0, 1.0, 300)):
+        assert np.isnan(r2(true, guess))
+        assert np.isnan(poisson_d2(true, guess))

@@ -1,0 +1,70 @@
+"""Validation: what cannot be scored is left out, so that it decides nothing."""
+
+import numpy as np
+import pytest
+import torch
+
+from offline.alone import as_kept, left_to_regression, regressions_validated
+from offline.batches import prepare
+from offline.beginning import build, fit_linear
+from offline.processes import Processes
+from offline.validation import mean_score, validate
+from tests.making import TINY, tiny_config, write_session
+
+DECODING = {"schemes": {"decoding": 1.0}}
+
+
+@pytest.mark.parametrize("kind", ["continuous", "poisson"])
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1.0])
+def test_a_behaviour_that_does_not_change_is_not_scored(tmp_path, kind, constant):
+    speed = {**TINY["behaviour"]["speed"], "kind": kind}
+    config = tiny_config(behaviour={"speed": speed}, model={"linear": True}, masking=DECODING)
+    subject = prepare(write_session(tmp_path / "s.h5"), config)
+    model = build(config, [subject]).eval()
+    fit_linear(model, [subject])
+
+    def validated():
+        return validate(model, [subject], config, "val", torch.device("cpu"))
+
+    assert set(validated().scores["tiny"]) == {"speed", "choice"}
+    subject.binned.values_TM[subject.binned.of_split("val"), 1] = constant
+    now, alone = validated(), regressions_validated(model, [subject], validated)
+    assert set(now.scores["tiny"]) == set(now.losses["tiny"]) == {"choice"}
+    assert mean_score(now.scores) == now.scores["tiny"]["choice"]
+    left = left_to_regression(now, alone, Processes(torch.device("cpu")))
+    assert set(as_kept(now, alone, left)["tiny"]) == {"choice"}
+
+
+def test_one_class_is_scored_as_others_are(tmp_path):
+    config = tiny_config()
+    subject = prepare(write_session(tmp_path / "s.h5"), config)
+    model = build(config, [subject]).eval()
+    subject.binned.values_TM[subject.binned.of_split("val"), 2] = 1.0
+    out = model.parts("tiny").behaviour_out["choice"]
+    scores = {}
+    with torch.no_grad():
+        for bias in (-5.0, 0.0, 5.0):  # sure and wrong, nothing known, sure and right
+            for parameter in out.parameters():
+                parameter.zero_()
+            out.linear.bias[1] = bias
+            val = validate(model, [subject], config, "val", torch.device("cpu"))
+            scores[bias] = val.scores["tiny"]["choice"]
+    assert scores[0.0] == pytest.approx(0.0, abs=1e-9)
+    assert scores[5.0] > 0.95
+    assert -1.0 < scores[-5.0] < 0.0
+
+
+def test_without_a_spike_there_are_no_bits_per_spike(tmp_path):
+    config = tiny_config(masking={"schemes": {"encoding": 1.0, "decoding": 1.0}})
+    subject = prepare(write_session(tmp_path / "s.h5"), config)
+    model = build(config, [subject]).eval()
+
+    def asked():
+        return set(validate(model, [subject], config, "val", torch.device("cpu")).scores["tiny"])
+
+    assert asked() == {"speed", "choice", "encoding"}
+    binned = subject.binned
+    bin_S = binned.session.records_S["sample"] // binned.width
+    binned.session.records_S["sample"][np.isin(bin_S, np.flatnonzero(binned.of_split("val")))] = -1
+    binned.session.records_S.sort(order="sample")
+    assert asked() == {"speed", "choice"}
