@@ -8,6 +8,7 @@ Shape suffixes: S spikes, K intervals, L values of a series.
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -183,7 +184,8 @@ def load_session(path: str | Path) -> Session:
     Raises
     ------
     SessionError
-        No such file, not HDF5, not a session, no spikes, or spikes of units that are not listed.
+        No such file, not HDF5, not a session, no spikes, spikes of units that are not listed, or
+        units of the same id.
     """
     path = Path(path)
     data = _open(path)
@@ -194,7 +196,7 @@ def load_session(path: str | Path) -> Session:
                 "make one with rt-neds prepare or rt-neds simulate"
             )
     rate = _rate(data)
-    unit_ids = [str(unit) for unit in np.asarray(data.units.id).astype(str)]
+    unit_ids = _unit_ids(path, data.units)
     domain = np.stack([np.asarray(data.domain.start), np.asarray(data.domain.end)], axis=1)
     session_id = str(getattr(getattr(data, "session", None), "id", path.stem))
     return Session(
@@ -224,6 +226,17 @@ def _open(path: Path) -> Any:
             f"{path} is HDF5 but not a brainsets session ({reason}); "
             "make one with rt-neds prepare or rt-neds simulate"
         ) from None
+
+
+def _unit_ids(path: Path, units: Any) -> list[str]:
+    unit_ids = [str(unit) for unit in np.asarray(units.id).astype(str)]
+    for unit, times in Counter(unit_ids).items():
+        if times > 1:
+            raise SessionError(
+                f"{path}: unit id {unit} is listed {times} times; each once was expected, as a "
+                "stream tells units by their ids: give every unit its own"
+            )
+    return unit_ids
 
 
 def _rate(data: Any) -> float:

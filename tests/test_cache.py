@@ -109,6 +109,6 @@ def test_two_probes_of_one_session_id_are_told_what_to_do(tmp_path):
     import h5py
 
     with h5py.File(b, "a") as file:
-        file["units/id"][...] = np.array([f"other/{n}".encode() for n in range(6)])
+        file["units/id"][...] = np.array([f"huge/{n}".encode() for n in range(6)])
     with pytest.raises(ConfigError, match="its units differ: merge"):
         train(tiny_config(), [str(a), str(b)], tmp_path / "run")

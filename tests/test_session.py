@@ -65,6 +65,15 @@ def test_spikes_of_unlisted_units_are_refused(tmp_path):
         load_session(path)
 
 
+def test_a_unit_id_that_is_listed_twice_is_refused(tmp_path):
+    path = write_session(tmp_path / "s.h5")
+    with h5py.File(path, "a") as file:
+        file["units/id"][3] = file["units/id"][1]
+    with pytest.raises(SessionError, match="unit id tiny/1 is listed 2 times") as caught:
+        load_session(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_real_sessions_are_read(data_dir):
     rat = load_session(data_dir / "rat_w_maze.h5")
     assert (len(rat.unit_ids), len(rat.records_S)) == (25, 518_352)
