@@ -184,8 +184,8 @@ def load_session(path: str | Path) -> Session:
     Raises
     ------
     SessionError
-        No such file, not HDF5, not a session, no spikes, spikes of units that are not listed, or
-        units of the same id.
+        No such file, not HDF5, not a session, a time that is NaN, no spikes, spikes of units that
+        are not listed, or units of the same id.
     """
     path = Path(path)
     data = _open(path)
@@ -220,7 +220,11 @@ def _open(path: Path) -> Any:
     try:
         with h5py.File(path, "r") as file:
             return Data.from_hdf5(file, lazy=False)
-    except (OSError, KeyError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, KeyError, ValueError, AttributeError, TypeError, AssertionError) as error:
+        if isinstance(error, AssertionError) and (place := _unknown_time(path)):
+            raise SessionError(
+                f"{path}: {place}; a time was expected: write when it was, or leave that row out"
+            ) from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SessionError(
             f"{path} is HDF5 but not a brainsets session ({reason}); "
@@ -237,6 +241,21 @@ def _unit_ids(path: Path, units: Any) -> list[str]:
                 "stream tells units by their ids: give every unit its own"
             )
     return unit_ids
+
+
+def _unknown_time(path: Path) -> str | None:
+    """Where in a file a time is NaN, which temporaldata refuses without saying where."""
+
+    def look(name: str, item: Any) -> str | None:
+        is_time = name.rpartition("/")[2] in ("timestamps", "start", "end")
+        if not is_time or not isinstance(item, h5py.Dataset) or item.dtype.kind != "f":
+            return None
+        rows = np.flatnonzero(np.isnan(item))
+        return f"{name.replace('/', '.')} is NaN in row {rows[0]}" if len(rows) else None
+
+    with h5py.File(path, "r") as file:
+        place: str | None = file.visititems(look)
+    return place
 
 
 def _rate(data: Any) -> float:

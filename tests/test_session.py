@@ -74,6 +74,20 @@ def test_a_unit_id_that_is_listed_twice_is_refused(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "row"), [("trials/end", 28), ("trials/start", 0), ("wheel/timestamps", 4)]
+)
+def test_a_time_that_is_not_known_is_told_by_its_place(tmp_path, name, row):
+    path = write_session(tmp_path / "s.h5")
+    with h5py.File(path, "a") as file:
+        file[name][row] = np.nan
+    with pytest.raises(SessionError) as caught:
+        load_session(path)
+    place = f"{name.replace('/', '.')} is NaN in row {row}"
+    assert str(caught.value).startswith(f"{path}: {place}; a time was expected")
+    assert "\n" not in str(caught.value)
+
+
 def test_real_sessions_are_read(data_dir):
     rat = load_session(data_dir / "rat_w_maze.h5")
     assert (len(rat.unit_ids), len(rat.records_S)) == (25, 518_352)
