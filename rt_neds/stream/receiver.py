@@ -14,9 +14,9 @@ from rt_neds.errors import StreamError, WireError
 from rt_neds.frames import SPIKE_DTYPE, SpikeBatch
 from rt_neds.stream.live import LiveBehaviours
 from rt_neds.wire import (
-    LEAP_MESSAGES,
-    LEAP_S,
     MAX_SPIKES,
+    follows,
+    leaps,
     topic,
     unpack_behaviour,
     unpack_event,
@@ -173,7 +173,7 @@ class Receiver:
             self.counters["repeated"] += 1
             return
         leap, self._leap = self._leap, None
-        if leap is not None and not _follows(leap, batch):
+        if leap is not None and not follows(leap, batch):
             self.counters["malformed"] += 1
             leap = None
         if leap is None and self._leaps(batch):
@@ -210,7 +210,7 @@ class Receiver:
         """Whether it is far ahead: of what was last, or in another run of its beginning."""
         known = batch.epoch == self._epoch
         seq, end = (self._next_seq, self._end) if known else (0, 0)
-        return batch.seq - seq > LEAP_MESSAGES or batch.first - end > LEAP_S * batch.rate
+        return leaps(batch, seq, end)
 
     def _begin(self, batch: SpikeBatch) -> None:
         self._epoch, self._next_seq = batch.epoch, batch.seq
@@ -225,16 +225,6 @@ class Receiver:
         self._next_seq, self._end, self._rate = batch.seq + 1, batch.end, batch.rate
         self._ready.append(batch)
         self._believe_rate()
-
-
-def _follows(leap: SpikeBatch, batch: SpikeBatch) -> bool:
-    """Whether a message is a little later than one that leapt, of the same acquisition."""
-    messages, samples = batch.seq - leap.seq, batch.first - leap.end
-    return (
-        batch.epoch == leap.epoch
-        and 0 < messages <= LEAP_MESSAGES
-        and 0 <= samples <= LEAP_S * batch.rate
-    )
 
 
 def waiting_for(sources: Sequence[Any]) -> Callable[[int], None]:
