@@ -95,12 +95,13 @@ class States:
 def _of_trials(
     session: Session, source: str, class_of: Mapping[float, str], known_from: str
 ) -> list[Change]:
-    known_K, end_K = (
-        session.samples(session.numbers(f"trials.{column}")) for column in (known_from, "end")
-    )
+    seconds_2K = np.stack([session.numbers(f"trials.{column}") for column in (known_from, "end")])
+    told_K = np.isfinite(seconds_2K[0])
+    known_K, end_K = np.maximum(session.samples(seconds_2K), 0)
     changes: list[Change] = []
-    for stored, known, end in zip(session.numbers(source), known_K, end_K, strict=True):
-        if stored in class_of and known >= 0:
+    for k, stored in enumerate(session.numbers(source)):
+        known, end = known_K[k], end_K[k]
+        if stored in class_of and told_K[k]:
             changes += [(int(known), class_of[stored]), (int(max(known, end)), None)]
     return sorted(changes, key=lambda change: change[0])
 
