@@ -187,7 +187,7 @@ def serve_supervised(
     """
     loaded = load(config, say)
     from rt_neds.stream.board import Accounted, Board
-    from rt_neds.stream.gate import Gate, GateSink, datagrams
+    from rt_neds.stream.gate import Counts, Gate, GateSink, datagrams
     from rt_neds.stream.publisher import Publisher, flush_sockets
     from rt_neds.stream.trigger import Triggered
     from rt_neds.supervise import Supervisor
@@ -198,7 +198,9 @@ def serve_supervised(
     _tell_of_triggers(loaded, board)
     if acts:
         loaded.actuators.connect()
-    pairs = datagrams(2 if config.standby else 0)
+    pairs, counts = datagrams(2 if config.standby else 0), Counts(probes)
+    if config.standby:
+        board.also["gate"] = counts.status
 
     def alone(line: Lifeline) -> None:
         publisher = Publisher(config.publish, probes[0])
@@ -207,10 +209,9 @@ def serve_supervised(
         flush_sockets()
 
     def gate(line: Lifeline) -> None:
-        halves = {
-            one.probe: round(loaded.specs[one.bundle].bin_ms / 2 * 1e6) for one in loaded.configs
-        }
-        gate = Gate(config.publish, halves, [ours for ours, _ in pairs], board, loaded.triggers)
+        bin_ns = {one.probe: round(loaded.specs[one.bundle].bin_ms * 1e6) for one in loaded.configs}
+        workers = [ours for ours, _ in pairs]
+        gate = Gate(config.publish, bin_ns, workers, board, counts, loaded.triggers)
         with quiet_machine(config.realtime):
             gate.run(line.stop)
         flush_sockets()

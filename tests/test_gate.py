@@ -1,18 +1,27 @@
 """Each bin goes out once and in order, whatever becomes of the two workers that decode it."""
 
+from dataclasses import asdict
+
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rt_neds.frames import DecodedFrame
+from rt_neds.clock import monotonic_ns
+from rt_neds.frames import DecodedFrame, Flag
+from rt_neds.stream import gate
 from rt_neds.stream.board import Accounted, Board
-from rt_neds.stream.gate import Frame, Turns
+from rt_neds.stream.gate import Counts, Frame, Gate, GateSink, Turns, datagrams
+from rt_neds.stream.trigger import Triggers
+from rt_neds.trigger_config import TriggerConfig, rules_of
+from rt_neds.wire import unpack_decoded, unpack_map
 
 HOLD = 10
 ACTIVE, OTHER = 0, 1
 
 
 def frame(bin_, writer=ACTIVE, epoch=1):
-    return Frame(epoch, bin_, writer, (b"decoded/p", b""))
+    return Frame(epoch, bin_, writer, (b"decoded/p", bytearray()))
 
 
 def bins(frames):
@@ -154,3 +163,113 @@ def test_the_board_knows_how_long_there_was_nothing_and_which_bins_are_missing()
     assert board.status("a")["bins_missed"] == 2
     assert board.last("a") == (2, 40)
     assert board.last("b") is None
+
+
+BIN_NS = 20_000_000
+LONG_AGO_NS = 700_000_000
+OUTPUTS = [{"name": "x", "kind": "poisson", "classes": [], "offset": 0, "size": 1}]
+SCHEMA = {"bin_ms": 20.0, "rate": 3e4, "outputs": OUTPUTS}
+
+
+class Passed:
+    """In the place of the publisher of a gate."""
+
+    def __init__(self, *_):
+        self.frames, self.notes = [], []
+
+    def pass_on(self, parts):
+        kind = parts[0].partition(b"/")[0].decode()
+        if kind == "decoded":
+            self.frames.append(unpack_decoded(parts[1]))
+        else:
+            self.notes.append((kind, unpack_map(parts[1])))
+
+    def note(self, kind, fields):
+        self.notes.append((kind, fields))
+
+    def beside(self, probe):
+        return self
+
+    def close(self):
+        pass
+
+
+class Gated:
+    """A gate and the sinks of its two workers, all in this process."""
+
+    def __init__(self, monkeypatch, **triggers):
+        self.passed = Passed()
+        monkeypatch.setattr(gate, "Publisher", lambda *_: self.passed)
+        self.pairs, board, self.counts = datagrams(2), Board(["p"], 3), Counts(["p"])
+        board.also["gate"] = self.counts.status
+        workers = [ours for ours, _ in self.pairs]
+        self.gate = Gate("nowhere", {"p": BIN_NS}, workers, board, self.counts, triggers)
+        self.board = board
+
+    def sink(self, place, writer):
+        return GateSink(self.pairs[place][1], ["p"], self.board, writer, "p")
+
+    def turn(self):
+        self.gate.run(lambda: True)
+
+    def close(self):
+        for pair in self.pairs:
+            for end in pair:
+                end.close()
+
+
+@pytest.fixture
+def gated(monkeypatch):
+    made = []
+
+    def make(**triggers):
+        made.append(Gated(monkeypatch, **triggers))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def decoded(bin_, ended_ago_ns, flags=0, epoch=1):
+    now = monotonic_ns()
+    stamps = dict.fromkeys(("sent", "received", "binned", "decoded", "published"), now)
+    if ended_ago_ns is not None:
+        stamps["ended"] = now - ended_ago_ns
+    values_V = np.array([0.9], np.float32)
+    return DecodedFrame("p", epoch, bin_, 0, values_V, flags, 3, 0, 0, 0, "m", stamps)
+
+
+@pytest.mark.parametrize("flags", [0, 2, 8, 125, 128, 253, 255])
+@pytest.mark.parametrize("ended_ago_ns", [None, -LONG_AGO_NS, LONG_AGO_NS])
+def test_when_a_frame_goes_out_and_whether_that_is_late_is_the_gates_to_say(
+    gated, flags, ended_ago_ns
+):
+    one = gated()
+    sent = decoded(5, ended_ago_ns, flags)
+    one.sink(0, 0).write(sent)
+    before = monotonic_ns()
+    one.turn()
+    came = one.passed.frames[0]
+    assert before <= came.stamps["published"] <= monotonic_ns()
+    late = ended_ago_ns == LONG_AGO_NS
+    assert came.flags == (flags | Flag.LATE if late else flags)
+    assert one.counts.status("p")["late"] == (late and not flags & Flag.LATE)
+    was, is_ = asdict(sent), asdict(came)
+    was["stamps"]["published"] = is_["stamps"]["published"]
+    assert was | {"flags": 0, "values_V": 0} == is_ | {"flags": 0, "values_V": 0}
+    assert came.values_V == sent.values_V
+
+
+def test_what_was_held_up_in_the_gate_does_not_fire(gated):
+    triggers = Triggers(rules_of({"p": {"go": TriggerConfig(when="x > 0.5")}}))
+    one = gated(p=triggers)
+    sink = one.sink(0, 0)
+    sink.note("schema", SCHEMA)
+    sink.write(decoded(5, LONG_AGO_NS))
+    one.turn()
+    told = [(of["bin"], of["refused"]) for kind, of in one.passed.notes if kind == "trigger"]
+    assert told == [(5, ["late"])]
+    sink.note("status", {})
+    one.turn()
+    assert one.passed.notes[-1][1]["gate"] == {"late": 1}

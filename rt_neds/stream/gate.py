@@ -4,7 +4,8 @@ It holds the publish address, so that no listener has to connect again when a wo
 of the active worker go out as they come. Those of the other wait half a bin: whichever bin the
 active one has not delivered by then is taken from the other, which is active from then on.
 
-Workers hand over whole datagrams: one that is killed while it writes leaves no half message.
+Workers hand over whole datagrams: one that is killed while it writes leaves no half message. When a
+frame goes out is known here alone, so ``published``, and whether that is late, are written anew.
 """
 
 from __future__ import annotations
@@ -16,20 +17,55 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgpack
+import numpy as np
 import zmq
 
 from rt_neds.clock import monotonic_ns
-from rt_neds.frames import DecodedFrame
-from rt_neds.stream.board import Board
+from rt_neds.frames import DecodedFrame, Flag
+from rt_neds.stream.board import Board, shared
 from rt_neds.stream.publisher import Publisher
 from rt_neds.stream.trigger import Triggers
 from rt_neds.wire import MAX_HEADER_BYTES, pack_decoded, pack_map, unpack_decoded, unpack_map
 
-_HEAD = struct.Struct("<qqqqq")  # probe, writer, epoch, bin (-1: not a frame), length of the topic
+# Probe, writer, epoch, bin (-1: not a frame), when it ended (0: unknown), length of the topic.
+_HEAD = struct.Struct("<qqqqqq")
 _MAX_BYTES = 2 * MAX_HEADER_BYTES
 _WAIT_MS = 100
 _EPOCHS_KEPT = 16
 _HELD = 1024
+# Where a packed frame has what is written anew; nothing but integers and a hash comes after them.
+_FLAGS = msgpack.packb("flags")
+_PUBLISHED = msgpack.packb("published") + b"\xcf"
+_STAMP = struct.Struct(">Q")
+_UINT8 = 0xCC
+_COUNTS = np.dtype([("late", "<i8")])
+
+
+class Counts:
+    """What the gate counts, where its successors and the workers can read it.
+
+    Parameters
+    ----------
+    probes : sequence of str
+    """
+
+    def __init__(self, probes: Sequence[str]) -> None:
+        self._rows = dict(zip(probes, shared(len(probes), _COUNTS), strict=True))
+
+    def add(self, probe: str, what: str, count: int = 1) -> None:
+        """Count on."""
+        self._rows[probe][what] += count
+
+    def status(self, probe: str) -> dict[str, int]:
+        """``gate`` of the status message.
+
+        Returns
+        -------
+        dict
+            ``late``: frames that were handed over in time and went out late.
+        """
+        return {what: int(self._rows[probe][what]) for what in _COUNTS.names or ()}
 
 
 class GateSink:
@@ -55,13 +91,14 @@ class GateSink:
 
     def write(self, frame: DecodedFrame) -> None:
         """Hand over one decoded bin."""
-        self._send(pack_decoded(frame), frame.epoch, frame.bin)
+        ended_ns = frame.stamps.get("ended", 0)
+        self._send(pack_decoded(frame), frame.epoch, frame.bin, ended_ns)
 
     def note(self, kind: str, fields: dict[str, Any]) -> None:
         """Hand over a map."""
         if kind == "status":
             fields = {**fields, **self._board.notes(self._probe)}
-        self._send(pack_map(kind, self._probe, fields), 0, -1)
+        self._send(pack_map(kind, self._probe, fields), 0, -1, 0)
 
     def beside(self, probe: str) -> GateSink:
         """The same for another probe."""
@@ -72,19 +109,20 @@ class GateSink:
     def close(self) -> None:
         """Nothing to do: the socket outlives us, for whoever takes our place."""
 
-    def _send(self, parts: list[bytes], epoch: int, bin_: int) -> None:
+    def _send(self, parts: list[bytes], epoch: int, bin_: int, ended_ns: int) -> None:
         which = self._probes.index(self._probe)
-        head = _HEAD.pack(which, self._writer, epoch, bin_, len(parts[0]))
+        head = _HEAD.pack(which, self._writer, epoch, bin_, ended_ns, len(parts[0]))
         self._out.send(b"".join((head, *parts)))
 
 
 class Frame(NamedTuple):
-    """A decoded bin as it is handed over."""
+    """A decoded bin as it is handed over; ``ended_ns`` is 0 while it is not known."""
 
     epoch: int
     bin: int
     writer: int
-    parts: tuple[bytes, bytes]
+    parts: tuple[bytes, bytearray]
+    ended_ns: int = 0
 
 
 class Turns:
@@ -186,11 +224,12 @@ class Gate:
     ----------
     endpoint : str
         Address to bind.
-    hold_ns : mapping of str to int
-        For each probe, see :class:`Turns`.
+    bin_ns : mapping of str to int
+        Width of each probe's bins; what waits for the active worker does so for half of one.
     workers : sequence of socket
         One for each worker.
     board : Board
+    counts : Counts
     triggers : mapping of str to Triggers
         By probe. Rules are decided here and not by the workers, so that each frame decides once.
 
@@ -203,16 +242,18 @@ class Gate:
     def __init__(
         self,
         endpoint: str,
-        hold_ns: Mapping[str, int],
+        bin_ns: Mapping[str, int],
         workers: Sequence[socket.socket],
         board: Board,
+        counts: Counts,
         triggers: Mapping[str, Triggers],
     ) -> None:
         self._triggers = triggers
         self._schemas: dict[tuple[int, int], dict[str, Any]] = {}  # by probe and writer
-        self._probes, self._board, self._workers = list(hold_ns), board, list(workers)
+        self._probes, self._bin_ns = list(bin_ns), list(bin_ns.values())
+        self._board, self._counts, self._workers = board, counts, list(workers)
         self._publisher = Publisher(endpoint, self._probes[0])
-        self._turns = [Turns(hold, board.last(probe)) for probe, hold in hold_ns.items()]
+        self._turns = [Turns(width // 2, board.last(probe)) for probe, width in bin_ns.items()]
         self._poller = zmq.Poller()
         for worker in self._workers:
             self._poller.register(worker.fileno(), zmq.POLLIN)
@@ -236,12 +277,12 @@ class Gate:
             self._publish(which, turns.overdue(monotonic_ns()))
 
     def _take(self, place: int, datagram: bytes) -> None:
-        which, writer, epoch, bin_, length = _HEAD.unpack_from(datagram)
+        which, writer, epoch, bin_, ended_ns, length = _HEAD.unpack_from(datagram)
         middle = _HEAD.size + length
         parts = datagram[_HEAD.size : middle], datagram[middle:]
         turns = self._turns[which]
         if bin_ >= 0:
-            frame = Frame(epoch, bin_, writer, parts)
+            frame = Frame(epoch, bin_, writer, (parts[0], bytearray(parts[1])), ended_ns)
             self._publish(which, turns.take(place, frame, monotonic_ns()))
             return
         if parts[0].startswith(b"schema/") and self._probes[which] in self._triggers:
@@ -252,10 +293,23 @@ class Gate:
 
     def _publish(self, which: int, frames: list[Frame]) -> None:
         for frame in frames:
+            self._stamp(which, frame)
             self._publisher.pass_on(frame.parts)
             self._board.note_published(self._probes[which], frame.writer, frame.epoch, frame.bin)
             if self._probes[which] in self._triggers:
                 self._decide(which, frame)
+
+    def _stamp(self, which: int, frame: Frame) -> None:
+        """Say when it goes out and, by the worker's own rule, whether that is late."""
+        body, now = frame.parts[1], monotonic_ns()
+        _STAMP.pack_into(body, body.rindex(_PUBLISHED) + len(_PUBLISHED), now)
+        if not frame.ended_ns or now - frame.ended_ns <= self._bin_ns[which]:
+            return
+        at = body.rindex(_FLAGS) + len(_FLAGS)
+        at += body[at] == _UINT8  # 128 and more take a byte of their own
+        if not body[at] & Flag.LATE:
+            body[at] |= Flag.LATE
+            self._counts.add(self._probes[which], "late")
 
     def _decide(self, which: int, frame: Frame) -> None:
         schema, probe = self._schemas.get((which, frame.writer)), self._probes[which]
@@ -263,7 +317,7 @@ class Gate:
             return
         triggers = self._triggers[probe]
         triggers.bind(schema)
-        for decided in triggers.take(unpack_decoded(frame.parts[1])):
+        for decided in triggers.take(unpack_decoded(bytes(frame.parts[1]))):
             self._publisher.beside(probe).note("trigger", decided)
 
 

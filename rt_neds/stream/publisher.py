@@ -44,7 +44,7 @@ class Publisher:
         """Publish a map under ``schema``, ``status`` or ``trigger``."""
         self._socket.send_multipart(pack_map(kind, self._probe, fields))
 
-    def pass_on(self, parts: Sequence[bytes]) -> None:
+    def pass_on(self, parts: Sequence[bytes | bytearray]) -> None:
         """Publish a message that another process has packed."""
         self._socket.send_multipart(parts)
 
