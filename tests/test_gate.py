@@ -64,14 +64,20 @@ def test_a_replacement_waits_behind_the_one_whose_context_is_full():
     turns.take(OTHER, frame(0, OTHER), 0)
     assert turns.take(ACTIVE, frame(1, writer=2), 1) == []
     assert bins(turns.take(OTHER, frame(1, OTHER), 2)) == [(1, 1, OTHER)]
-    assert (turns.speaks(ACTIVE, 2), turns.speaks(OTHER, OTHER)) == (False, True)
-    killed = Turns(HOLD)
-    killed.take(ACTIVE, frame(0), 0)
-    assert killed.speaks(ACTIVE, ACTIVE)
-    assert not killed.speaks(ACTIVE, 2)  # it says its schema before its first frame
+    assert turns.active == OTHER
     alone = Turns(HOLD)
     alone.take(ACTIVE, frame(0), 0)
     assert bins(alone.take(ACTIVE, frame(5, writer=2), 1)) == [(1, 5, 2)]
+
+
+def test_a_replacement_is_known_by_the_first_thing_it_says():
+    turns = Turns(HOLD)
+    turns.take(ACTIVE, frame(0), 0)
+    turns.take(OTHER, frame(0, OTHER), 0)
+    assert turns.take(OTHER, frame(1, OTHER), 1) == []
+    assert bins(turns.meet(ACTIVE, 2)) == [(1, 1, OTHER)]
+    assert turns.active == OTHER
+    assert turns.meet(OTHER, OTHER) == turns.meet(ACTIVE, 2) == []
 
 
 def test_an_acquisition_that_is_over_does_not_come_back():
@@ -273,3 +279,21 @@ def test_what_was_held_up_in_the_gate_does_not_fire(gated):
     sink.note("status", {})
     one.turn()
     assert one.passed.notes[-1][1]["gate"] == {"late": 1}
+
+
+def test_somebody_speaks_after_the_active_worker_is_lost_while_no_spikes_come(gated):
+    one = gated()
+    first, other, replacement = one.sink(0, 0), one.sink(1, 1), one.sink(0, 2)
+
+    def heard(*sinks):
+        one.passed.notes.clear()
+        for sink in sinks:
+            sink.note("status", {"writer": sink._writer})
+            one.turn()
+        return [fields["writer"] for _, fields in one.passed.notes]
+
+    assert heard(first, other) == [0]
+    first.write(decoded(5, None))
+    other.write(decoded(5, None))
+    assert heard(first, other) == [0]
+    assert heard(replacement, other, replacement) == [1]

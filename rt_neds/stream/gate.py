@@ -138,7 +138,7 @@ class Turns:
     Attributes
     ----------
     active : int or None
-        Place of the worker whose frames go out as they come.
+        Place of the worker whose frames go out as they come, and whose notes do.
     """
 
     def __init__(self, hold_ns: int, last: tuple[int, int] | None = None) -> None:
@@ -156,12 +156,23 @@ class Turns:
         """When the oldest frame that waits must go out."""
         return self._held[0][0] if self._held else None
 
+    def meet(self, place: int, writer: int) -> list[Frame]:
+        """Whoever has said something is there; the frames to publish now.
+
+        A replacement begins with an empty context: it waits behind whoever has been there.
+        """
+        if self._writers.get(place) == writer:
+            return []
+        self._writers[place] = writer
+        if self.active is None:
+            self.active = place
+        elif place == self.active and len(self._writers) > 1:
+            return self._hand_over()
+        return []
+
     def take(self, place: int, frame: Frame, now_ns: int) -> list[Frame]:
         """Take a frame from a worker; the frames to publish now."""
-        out = []
-        if self._writers.get(place) != frame.writer:
-            self._writers[place] = frame.writer
-            out = self._meet(place)
+        out = self.meet(place, frame.writer)
         if not self._is_new(frame):
             return out
         if place != self.active:
@@ -175,24 +186,11 @@ class Turns:
         ]
         return out + self._go([*skipped, frame])
 
-    def speaks(self, place: int, writer: int) -> bool:
-        """Whether notes of a worker are to go out: not those of a replacement before its turn."""
-        return self.active in (None, place) and self._writers.get(place, writer) == writer
-
     def overdue(self, now_ns: int) -> list[Frame]:
         """The frames to publish because the active worker has not; the other is active then."""
         if not self._held or self._held[0][0] > now_ns:
             return []
         return self._hand_over()
-
-    def _meet(self, place: int) -> list[Frame]:
-        """A replacement begins with an empty context: it waits behind whoever has been there."""
-        others = [other for other in self._writers if other != place]
-        if self.active is None:
-            self.active = others[0] if others else place
-        elif place == self.active and others:
-            return self._hand_over()
-        return []
 
     def _hand_over(self) -> list[Frame]:
         """The other place is active now, and all that was held is its."""
@@ -287,8 +285,8 @@ class Gate:
             return
         if parts[0].startswith(b"schema/") and self._probes[which] in self._triggers:
             self._schemas[which, writer] = unpack_map(parts[1])
-        if turns.speaks(place, writer):
-            turns.active = place
+        self._publish(which, turns.meet(place, writer))
+        if turns.active == place:
             self._publisher.pass_on(parts)
 
     def _publish(self, which: int, frames: list[Frame]) -> None:
