@@ -102,6 +102,10 @@ GREW: dict[str, Finding] = {
     "supervision.bins_missed": Finding(
         "doubtful", "{n} bins not decoded while a process was replaced", "standby = true"
     ),
+    "gate.late": Finding(
+        "doubtful", "{n} frames held up behind two workers", "see `rt-neds doctor`"
+    ),
+    "gate.refused": Finding("doubtful", "{n} bins of an acquisition that was over came too late"),
 }
 """Counters of the status, and what it means if one grew by ``n``; ``*`` sums all that begin so."""
 

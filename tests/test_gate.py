@@ -86,9 +86,35 @@ def test_an_acquisition_that_is_over_does_not_come_back():
     turns.take(OTHER, frame(8, OTHER), 1)
     came = turns.take(ACTIVE, frame(0, epoch=2), 2)
     assert bins(came) == [(1, 8, OTHER), (2, 0, ACTIVE)]
+    assert turns.refused == 0
+    assert turns.take(OTHER, frame(8, OTHER), 3) == []  # it went out already
+    assert turns.refused == 0
     assert turns.take(OTHER, frame(9, OTHER), 3) == []
+    assert turns.refused == 1
     assert turns.due_ns is None
     assert turns.overdue(100) == []
+
+
+@given(st.lists(st.sampled_from([ACTIVE, OTHER]), max_size=60), st.integers(2, 4))
+def test_an_acquisition_that_is_sent_again_is_published_again(who, times):
+    """As of two captures that are replayed in turn; either worker may be a little ahead."""
+    sent = [(epoch, bin_) for epoch in [1, 2] * times for bin_ in range(3)]
+    turns, at, out = Turns(HOLD), [0, 0], []
+
+    def step(place):
+        if at[place] < len(sent):
+            epoch, bin_ = sent[at[place]]
+            out.extend(turns.take(place, frame(bin_, place, epoch), 0))
+            at[place] += 1
+
+    step(ACTIVE)
+    for place in who:
+        if abs(at[place] + 1 - at[1 - place]) <= 2:
+            step(place)
+    while at[ACTIVE] < len(sent):
+        step(ACTIVE)
+    assert [(f.epoch, f.bin) for f in out] == sent
+    assert turns.refused == 0
 
 
 def test_a_gate_in_the_place_of_another_repeats_nothing():
@@ -278,7 +304,7 @@ def test_what_was_held_up_in_the_gate_does_not_fire(gated):
     assert told == [(5, ["late"])]
     sink.note("status", {})
     one.turn()
-    assert one.passed.notes[-1][1]["gate"] == {"late": 1}
+    assert one.passed.notes[-1][1]["gate"]["late"] == 1
 
 
 def test_somebody_speaks_after_the_active_worker_is_lost_while_no_spikes_come(gated):
@@ -297,3 +323,18 @@ def test_somebody_speaks_after_the_active_worker_is_lost_while_no_spikes_come(ga
     other.write(decoded(5, None))
     assert heard(first, other) == [0]
     assert heard(replacement, other, replacement) == [1]
+
+
+def test_what_the_gate_refuses_is_counted(gated):
+    one = gated()
+    first, other = one.sink(0, 0), one.sink(1, 1)
+    first.write(decoded(5, None))
+    first.write(decoded(0, None, epoch=2))
+    one.turn()
+    other.write(decoded(6, None))
+    other.note("status", {})
+    first.note("status", {})
+    one.turn()
+    first.note("status", {})
+    one.turn()
+    assert one.passed.notes[-1][1]["gate"] == {"late": 0, "refused": 1}

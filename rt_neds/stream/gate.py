@@ -39,7 +39,7 @@ _FLAGS = msgpack.packb("flags")
 _PUBLISHED = msgpack.packb("published") + b"\xcf"
 _STAMP = struct.Struct(">Q")
 _UINT8 = 0xCC
-_COUNTS = np.dtype([("late", "<i8")])
+_COUNTS = np.dtype([("late", "<i8"), ("refused", "<i8")])
 
 
 class Counts:
@@ -63,7 +63,8 @@ class Counts:
         Returns
         -------
         dict
-            ``late``: frames that were handed over in time and went out late.
+            ``late``: frames that were handed over in time and went out late. ``refused``: bins of
+            an acquisition that was over, and of which nobody had delivered them before.
         """
         return {what: int(self._rows[probe][what]) for what in _COUNTS.names or ()}
 
@@ -139,15 +140,19 @@ class Turns:
     ----------
     active : int or None
         Place of the worker whose frames go out as they come, and whose notes do.
+    refused : int
+        Bins that never went out, because their acquisition was over; for the caller to take.
     """
 
     def __init__(self, hold_ns: int, last: tuple[int, int] | None = None) -> None:
         self.active: int | None = None
+        self.refused = 0
         self._hold_ns = hold_ns
         self._epoch: int | None = last[0] if last else None
         self._bin = last[1] if last else -1
         self._writers: dict[int, int] = {}  # by place
-        self._over: deque[int] = deque(maxlen=_EPOCHS_KEPT)
+        self._at: dict[int, int] = {}  # epoch of the last frame, by place
+        self._over: dict[int, int] = {}  # last bin, by epoch
         # When due, and what; only ever of the place that is not active.
         self._held: deque[tuple[int, Frame]] = deque(maxlen=_HELD)
 
@@ -164,6 +169,7 @@ class Turns:
         if self._writers.get(place) == writer:
             return []
         self._writers[place] = writer
+        self._at.pop(place, None)
         if self.active is None:
             self.active = place
         elif place == self.active and len(self._writers) > 1:
@@ -173,7 +179,11 @@ class Turns:
     def take(self, place: int, frame: Frame, now_ns: int) -> list[Frame]:
         """Take a frame from a worker; the frames to publish now."""
         out = self.meet(place, frame.writer)
+        before, self._at[place] = self._at.get(place), frame.epoch
+        if before == self._epoch:  # who has come as far as we is not behind: the source went back
+            self._over.pop(frame.epoch, None)
         if not self._is_new(frame):
+            self.refused += frame.bin > self._over.get(frame.epoch, frame.bin)
             return out
         if place != self.active:
             self._held.append((now_ns + self._hold_ns, frame))
@@ -203,7 +213,9 @@ class Turns:
             if not self._is_new(frame):
                 continue
             if self._epoch is not None and frame.epoch != self._epoch:
-                self._over.append(self._epoch)
+                self._over[self._epoch] = self._bin
+                if len(self._over) > _EPOCHS_KEPT:
+                    del self._over[next(iter(self._over))]
             self._epoch, self._bin = frame.epoch, frame.bin
             out.append(frame)
         self._held = deque((held for held in self._held if self._is_new(held[1])), maxlen=_HELD)
@@ -282,6 +294,9 @@ class Gate:
         if bin_ >= 0:
             frame = Frame(epoch, bin_, writer, (parts[0], bytearray(parts[1])), ended_ns)
             self._publish(which, turns.take(place, frame, monotonic_ns()))
+            if turns.refused:
+                self._counts.add(self._probes[which], "refused", turns.refused)
+                turns.refused = 0
             return
         if parts[0].startswith(b"schema/") and self._probes[which] in self._triggers:
             self._schemas[which, writer] = unpack_map(parts[1])
