@@ -32,7 +32,7 @@ START_S = 120.0
 END_S = 3.0
 SETTLED_S = 2.0
 GIVE_UP = 5
-MAX_WORD_BYTES = 1 << 17
+READ_BYTES = 1 << 18
 
 
 class WorkerError(RtNedsError):
@@ -91,7 +91,7 @@ class Lifeline:
         self.board.beats[self._place] = 0
 
     def remember(self, key: str, value: list) -> None:
-        """Have our successors know this; too much of it is not kept."""
+        """Have our successors know this."""
         self._tell(["heard", key, value])
 
     def fail(self, error: RtNedsError) -> None:
@@ -100,7 +100,7 @@ class Lifeline:
 
     def _tell(self, word: list) -> None:
         with contextlib.suppress(OSError):
-            self._words.send(json.dumps(word).encode())
+            self._words.sendall(json.dumps(word).encode() + b"\n")
 
     def _on_signal(self, *_: object) -> None:
         self._asked_to_stop = True
@@ -115,6 +115,7 @@ class _Post:
     place: int
     process: Any = None
     words: Any = None
+    unread: bytes = b""  # the beginning of a word
     started: float = 0.0
     not_before: float = 0.0
     deaths: int = 0  # running, each soon after the start
@@ -170,7 +171,9 @@ class Supervisor:
                     if post.process is None and time.monotonic() >= post.not_before:
                         self._start(post)
                 alive = [post for post in self._posts if post.process is not None]
-                wait([post.process.sentinel for post in alive], POLL_S)
+                # A word longer than a socket holds must not keep its worker until the next look.
+                words = [post.words for post in alive]
+                wait([*(post.process.sentinel for post in alive), *words], POLL_S)
                 now = time.monotonic()
                 # A parent that slept itself has not seen the others silent.
                 elapsed, self._looked = min(now - self._looked, 2 * POLL_S), now
@@ -180,10 +183,11 @@ class Supervisor:
             self._end()
 
     def _start(self, post: _Post) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = socket.socketpair()
         restarts = self._board.restarts if post.started else 0
         self._board.beats[post.place] = 0
-        post.words, post.started, post.silent_s, post.hung = ours, time.monotonic(), 0.0, False
+        post.words, post.unread = ours, b""
+        post.started, post.silent_s, post.hung = time.monotonic(), 0.0, False
         post.process = multiprocessing.get_context("fork").Process(
             target=_work,
             args=(post.work, self._board, post.place, self._writers, restarts, self._heard, theirs),
@@ -211,16 +215,18 @@ class Supervisor:
     def _listen(self, post: _Post) -> None:
         while True:
             try:
-                word = post.words.recv(MAX_WORD_BYTES, socket.MSG_DONTWAIT)
+                came = post.words.recv(READ_BYTES, socket.MSG_DONTWAIT)
             except OSError:
                 return
-            if not word:
+            if not came:
                 return
-            kind, *rest = json.loads(word)
-            if kind == "heard":
-                self._heard[rest[0]] = rest[1]
-            else:
-                post.failed = WorkerError(rest[0], rest[1])
+            *words, post.unread = (post.unread + came).split(b"\n")
+            for word in words:
+                kind, *rest = json.loads(word)
+                if kind == "heard":
+                    self._heard[rest[0]] = rest[1]
+                else:
+                    post.failed = WorkerError(rest[0], rest[1])
 
     def _bury(self, post: _Post) -> None:
         code, process = post.process.exitcode, post.process

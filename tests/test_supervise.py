@@ -53,3 +53,36 @@ def test_one_that_is_killed_is_named_with_its_signal(tmp_path):
     supervisor.run(lambda: (tmp_path / "lives").exists())
     assert len(said) == 1
     assert "SIGKILL" in said[0]
+
+
+@pytest.mark.parametrize("units", [10, 4000, 100_000])
+def test_what_is_remembered_may_be_long(tmp_path, units):
+    """As an announcement may be."""
+    ids = [f"{n:036}" for n in range(units)]
+
+    def work(line):
+        if line.writer == 0:
+            line.remember("p", ["session", 3e4, ids])
+            os.kill(os.getpid(), signal.SIGKILL)
+        (tmp_path / "heard").write_text(str(line.heard == {"p": ["session", 3e4, ids]}))
+        while not line.stop():
+            signal.sigtimedwait([signal.SIGUSR1], 0.01)
+
+    supervisor = Supervisor([("worker", work)], Board(["p"], 1), 60_000, lambda line: None)
+    supervisor.run(lambda: (tmp_path / "heard").exists())
+    assert (tmp_path / "heard").read_text() == "True"
+
+
+def test_a_word_that_a_worker_could_not_finish_is_no_word(tmp_path):
+    def work(line):
+        if line.writer == 0:
+            line.remember("p", ["whole"])
+            line._words.sendall(b'["heard", "q", ["half')
+            os.kill(os.getpid(), signal.SIGKILL)
+        (tmp_path / "heard").write_text(str(line.heard))
+        while not line.stop():
+            signal.sigtimedwait([signal.SIGUSR1], 0.01)
+
+    supervisor = Supervisor([("worker", work)], Board(["p"], 1), 60_000, lambda line: None)
+    supervisor.run(lambda: (tmp_path / "heard").exists())
+    assert (tmp_path / "heard").read_text() == "{'p': ['whole']}"
