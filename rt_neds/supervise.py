@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -31,7 +31,10 @@ POLL_S = 0.05
 START_S = 120.0
 END_S = 3.0
 SETTLED_S = 2.0
-GIVE_UP = 5
+"""Who lived for so long is replaced at once; one that did not may be the next not to."""
+GIVE_UP, MANY_S = 5, 60.0
+"""Deaths within so long after which nobody is replaced any more, however long each lived: while
+nobody sends, a worker waits for seconds before it does what it dies of."""
 READ_BYTES = 1 << 18
 
 
@@ -118,7 +121,7 @@ class _Post:
     unread: bytes = b""  # the beginning of a word
     started: float = 0.0
     not_before: float = 0.0
-    deaths: int = 0  # running, each soon after the start
+    deaths: list[float] = field(default_factory=list)  # of late, when
     beat: int = 0
     silent_s: float = 0.0
     failed: WorkerError | None = None
@@ -234,16 +237,16 @@ class Supervisor:
         post.process = None
         if post.failed is not None:
             raise post.failed
-        soon = time.monotonic() - post.started < SETTLED_S
-        post.deaths = post.deaths + 1 if soon else 1
+        now = time.monotonic()
+        post.deaths = [*(died for died in post.deaths if now - died < MANY_S), now]
         how = "gave no sign of life" if post.hung else f"ended ({_how(code)})"
-        if post.deaths >= GIVE_UP:
+        if len(post.deaths) >= GIVE_UP:
             raise WorkerError(
-                f"the {post.name} {how}, for the {GIVE_UP}th time within {SETTLED_S:g} s of its "
-                "start; it was expected to live: see the lines above, and try rt-neds doctor"
+                f"the {post.name} {how}, for the {GIVE_UP}th time within a minute; it was "
+                "expected to live: see the lines above, and try rt-neds doctor"
             )
-        delay_s = 0.0 if post.deaths == 1 else 0.05 * 2**post.deaths
-        post.not_before = time.monotonic() + delay_s
+        if len(post.deaths) > 1 and now - post.started < SETTLED_S:
+            post.not_before = now + 0.05 * 2 ** len(post.deaths)
         self._board.note_restart()
         self._say(f"the {post.name} (process {process.pid}) {how}; another takes its place")
 

@@ -5,9 +5,10 @@ import signal
 
 import pytest
 
+from rt_neds import supervise
 from rt_neds.errors import DeviceError
 from rt_neds.stream.board import Board
-from rt_neds.supervise import CAN_FORK, Supervisor, WorkerError
+from rt_neds.supervise import CAN_FORK, GIVE_UP, Supervisor, WorkerError
 
 pytestmark = pytest.mark.skipif(not CAN_FORK, reason="supervision forks, which needs Linux")
 
@@ -27,6 +28,31 @@ def test_whatever_a_worker_raises_another_takes_its_place(tmp_path, capfd):
     assert board.restarts == 2
     assert all("exit code 1" in line and "another takes its place" in line for line in said)
     assert capfd.readouterr().err.count("RuntimeError: CUDA error") == 2
+
+
+def dying(monkeypatch, tmp_path, **constants):
+    """Let a worker die until it is given up, eight times at the most."""
+    for name, value in constants.items():
+        monkeypatch.setattr(supervise, name, value)
+
+    def work(line):
+        (tmp_path / str(line.writer)).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    supervisor = Supervisor([("worker", work)], Board(["p"], 1), 60_000, lambda line: None)
+    supervisor.run(lambda: (tmp_path / "7").exists())
+
+
+def test_one_that_keeps_dying_is_given_up_however_long_it_lived_each_time(tmp_path, monkeypatch):
+    """While nobody sends, a worker that cannot work waits for seconds before that shows."""
+    with pytest.raises(WorkerError, match=f"for the {GIVE_UP}th time within a minute"):
+        dying(monkeypatch, tmp_path, SETTLED_S=0.0)
+    assert len(list(tmp_path.iterdir())) == GIVE_UP
+
+
+def test_one_that_dies_now_and_then_is_replaced_each_time(tmp_path, monkeypatch):
+    dying(monkeypatch, tmp_path, SETTLED_S=0.0, MANY_S=0.0)
+    assert len(list(tmp_path.iterdir())) == 8
 
 
 def test_what_a_person_must_mend_ends_it(tmp_path):
