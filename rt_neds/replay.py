@@ -6,6 +6,7 @@ A session is cut into messages; a capture has them already, and they go out as t
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,10 +27,13 @@ from rt_neds.replay_rigs import (
     replay_as_openephys,
 )
 from rt_neds.session import Session, load_session
-from rt_neds.wire import DEFAULT_SPIKES
+from rt_neds.wire import DEFAULT_SPIKES, MAX_MESSAGE_S
 
 ANNOUNCE_NS = 1_000_000_000
 BATCH_MS = 1.0
+SLOWEST = 1e-6
+LONGEST_S = 1e8
+"""Three years: far more than any recording, and in samples still an int64."""
 
 
 def batches(
@@ -72,6 +76,23 @@ def batches(
                 epoch, seq, int(edges[i]), int(edges[i + 1]), session.rate, 0, 0, records_S
             )
             seq += 1
+
+
+def check_numbers(
+    speed: float, batch_ms: float | None, from_s: float, to_s: float | None, wait_s: float
+) -> None:
+    """ConfigError for numbers by which nothing can be sent, or nothing that is taken."""
+    if speed != 0 and not SLOWEST <= speed < math.inf:
+        raise ConfigError(f"speed {speed:g}; 0, or at least {SLOWEST:g}, was expected")
+    most_ms = 1000 * MAX_MESSAGE_S
+    if batch_ms is not None and not 0 < batch_ms < most_ms:
+        raise ConfigError(
+            f"batch-ms {batch_ms:g}; more than 0 and less than {most_ms:g} was expected: longer "
+            "messages are not taken"
+        )
+    for name, seconds in {"from": from_s, "to": to_s, "wait": wait_s}.items():
+        if seconds is not None and not abs(seconds) <= LONGEST_S:
+            raise ConfigError(f"{name} {seconds:g}; at most {LONGEST_S:g} s were expected")
 
 
 def replay(
@@ -122,11 +143,12 @@ def replay(
     ------
     StreamError
         Address in use, or nobody subscribed in time.
+    ConfigError
+        Numbers by which nothing can be sent.
     """
     from rt_neds.stream.sender import Sender
 
-    if speed < 0 or batch_ms <= 0:
-        raise ConfigError(f"speed {speed}, batch-ms {batch_ms}; speed >= 0, batch-ms > 0 expected")
+    check_numbers(speed, batch_ms, from_s, to_s, wait_s)
     epoch = time.time_ns() // 1_000_000 if epoch is None else epoch
     end = None if to_s is None else round(to_s * session.rate)
     plan = batches(session, batch_ms, epoch=epoch, first=round(from_s * session.rate), end=end)
@@ -259,6 +281,7 @@ def on_time(speed: float) -> bool:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    check_numbers(args.speed, args.batch_ms, args.from_s, args.to_s, args.wait)
     if args.live and (args.session is None or args.sender != "rtneds"):
         raise ConfigError("--live sends behaviours of a --session beside our own stream only")
     if args.capture is not None:

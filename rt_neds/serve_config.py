@@ -7,9 +7,12 @@ import msgspec
 from rt_neds.errors import ConfigError
 from rt_neds.openephys_wire import is_openephys, parse_url
 from rt_neds.spikeglx_wire import is_spikeglx, parse_spikeglx_url
-from rt_neds.trigger_config import TriggerConfig
+from rt_neds.trigger_config import TriggerConfig, check_ms
 from rt_neds.wire import DEFAULT_DECODED, DEFAULT_SPIKES
 
+LEAST_MS = 0.001
+LONGEST_LATENESS_MS = 60_000
+"""All bins of this time are held in memory."""
 LEAST_HANG_MS = 300
 """A worker gives a sign of life every 100 ms."""
 
@@ -91,12 +94,12 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     trigger: dict[str, TriggerConfig] = {}
 
     def __post_init__(self) -> None:
-        if self.lateness_ms < 0 or self.stale_ms <= 0 or self.slip_ms <= 0:
-            raise ValueError("lateness_ms >= 0, stale_ms > 0 and slip_ms > 0 are needed")
+        check_ms("lateness_ms", self.lateness_ms, most=LONGEST_LATENESS_MS)
+        check_ms("stale_ms", self.stale_ms, LEAST_MS)
+        check_ms("slip_ms", self.slip_ms, LEAST_MS)
+        check_ms("hang_ms", self.hang_ms, LEAST_HANG_MS)
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"device {self.device!r}; expected 'cpu' or 'cuda'")
-        if self.hang_ms < LEAST_HANG_MS:
-            raise ValueError(f"hang_ms {self.hang_ms:g}; at least {LEAST_HANG_MS} is needed")
 
 
 def source_endpoint(url: str) -> str:

@@ -12,6 +12,8 @@ from rt_neds.frames import Flag
 NETWORK_EVENTS = "tcp://127.0.0.1:5556"
 SPIKEGLX = "127.0.0.1:4142"
 LONGEST_PULSE_MS = 10_000.0
+LONGEST_MS = 86_400_000.0
+"""A day."""
 
 Line = Annotated[int, msgspec.Meta(ge=1, le=256)]
 Bits = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
@@ -35,7 +37,7 @@ class TtlConfig(msgspec.Struct, frozen=True, kw_only=True):
     pulse_ms: float = 10.0
 
     def __post_init__(self) -> None:
-        _check_pulse(self.pulse_ms)
+        check_ms("pulse_ms", self.pulse_ms, 1, LONGEST_PULSE_MS)
         if not self.to.startswith("tcp://"):
             raise ValueError(f"to {self.to!r}; expected an address such as {NETWORK_EVENTS}")
 
@@ -61,7 +63,7 @@ class NidoConfig(msgspec.Struct, frozen=True, kw_only=True):
     pulse_ms: float = 10.0
 
     def __post_init__(self) -> None:
-        _check_pulse(self.pulse_ms)
+        check_ms("pulse_ms", self.pulse_ms, 1, LONGEST_PULSE_MS)
         if not self.lines or not self.lines.isprintable() or " " in self.lines:
             raise ValueError(f"lines {self.lines!r}; expected some such as Dev6/port0/line2")
         host, _, port = self.to.rpartition(":")
@@ -104,8 +106,8 @@ class TriggerConfig(msgspec.Struct, frozen=True, kw_only=True):
     nido: NidoConfig | None = None
 
     def __post_init__(self) -> None:
-        if not (self.hold_ms >= 0 and self.refractory_ms >= 0 and self.max_age_ms >= 0):
-            raise ValueError("hold_ms, refractory_ms and max_age_ms of 0 or more are needed")
+        for name in ("hold_ms", "refractory_ms", "max_age_ms"):
+            check_ms(name, getattr(self, name))
         flags_of(self.refuse)
 
 
@@ -138,6 +140,7 @@ def flags_of(names: list[str]) -> int:
     return sum({known[name] for name in names})
 
 
-def _check_pulse(ms: float) -> None:
-    if not 1 <= ms <= LONGEST_PULSE_MS:
-        raise ValueError(f"pulse_ms {ms:g}; 1 to {LONGEST_PULSE_MS:g} can be had")
+def check_ms(name: str, ms: float, least: float = 0.0, most: float = LONGEST_MS) -> None:
+    """ValueError for a time that nobody can wait for; such as NaN, which is no less than any."""
+    if not least <= ms <= most:
+        raise ValueError(f"{name} {ms:g}; {least:g} to {most:.0f} ms can be had")

@@ -95,6 +95,22 @@ def test_simulate_by_command_carries_its_ideal(capsys, tmp_path):
         (["serve", "--set", "prob=1"], "did you mean probe"),
         (["serve", "--set", "stale_ms=-1"], "stale_ms"),
         (["replay", "--session", "no.h5", "--probe", "p"], "no such session file"),
+        *(
+            (["replay", "--session", "no.h5", "--probe", "p", f"--{key}", value], f"{key} {value}")
+            for key, value in [
+                ("speed", "nan"),
+                ("speed", "inf"),
+                ("speed", "-1"),
+                ("speed", "1e-30"),
+                ("batch-ms", "nan"),
+                ("batch-ms", "inf"),
+                ("batch-ms", "0"),
+                ("batch-ms", "20000"),
+                ("from", "nan"),
+                ("to", "inf"),
+                ("wait", "nan"),
+            ]
+        ),
         (["watch", "--probe", "p", "--connect", "nonsense", "--seconds", "1"], "cannot connect"),
         (["bench", "step", "--units", "0"], "units >= 1"),
         (["simulate", "--out", "/no/such/folder/s.h5", "--units", "5", "--minutes", "1"], ""),

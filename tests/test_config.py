@@ -70,6 +70,34 @@ def test_every_configuration_that_comes_with_us_is_complete(name):
     assert load_config(config_path(name), kind) is not None
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-1.0", "1e12", "1e30"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "lateness_ms",
+        "stale_ms",
+        "slip_ms",
+        "hang_ms",
+        "trigger.r.hold_ms",
+        "trigger.r.refractory_ms",
+        "trigger.r.max_age_ms",
+        "trigger.r.ttl.pulse_ms",
+    ],
+)
+def test_times_that_nobody_can_wait_for_are_told_in_one_line(key, value):
+    given = ("trigger.r.when=x > 1", "trigger.r.ttl.line=1")
+    name = key.rpartition(".")[2]
+    with pytest.raises(ConfigError, match=f"{name} .*; .* can be had.*; correct that") as caught:
+        load_config(None, ServeConfig, (*given, f"{key}={value}"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["stale_ms", "slip_ms", "hang_ms"])
+def test_times_that_must_not_be_zero(key):
+    with pytest.raises(ConfigError, match=f"{key} 0; .* can be had"):
+        load_config(None, ServeConfig, (f"{key}=0.0",))
+
+
 def test_sources():
     assert source_endpoint("rtneds://host:5570") == "tcp://host:5570"
     for wrong in ("host:5570", "http://host:5570", "rtneds://"):

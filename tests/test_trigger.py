@@ -304,7 +304,7 @@ def test_the_sink_says_what_was_decided_after_the_frame():
     [
         ({"when": "a > 1", "refuse": ["lat"]}, "refuse 'lat'; the flags are gap, late, .*"),
         ({"when": "a > 1", "hold": 3}, "unknown key trigger.go.hold; did you mean .*hold_ms"),
-        ({"when": "a > 1", "hold_ms": -1}, "0 or more"),
+        ({"when": "a > 1", "hold_ms": -1}, "hold_ms -1; 0 to 86400000 ms can be had"),
         ({"when": "a > 1", "ttl": {"line": 0}}, ">= 1"),
         ({"when": "a > 1", "ttl": {"line": 1, "to": "ipc://x"}}, "expected an address"),
         ({"when": "a > 1", "ttl": {"line": 1, "pulse_ms": 0}}, "pulse_ms 0"),
