@@ -182,9 +182,9 @@ class Health:
 
     @staticmethod
     def _units_gone(units: Mapping[str, Any], says: str, do: str) -> Iterator[Finding]:
-        if silent := list(units.get("silent") or ()):
-            names = ", ".join(silent[:3]) + (" ..." if len(silent) > 3 else "")
-            fell = f"{len(silent)} of {units['bundle']} units have fallen silent ({names})"
+        if silent := units.get("silent_count"):
+            names = ", ".join(units["silent"][:3]) + (" ..." if silent > 3 else "")
+            fell = f"{silent} of {units['bundle']} units have fallen silent ({names})"
             yield Finding("wrong", fell, "look at the sorting; their stand-ins are used meanwhile")
         if units.get("missing"):
             yield Finding("wrong", f"{units['missing']} of {units['bundle']} {says}", do)

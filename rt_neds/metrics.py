@@ -206,7 +206,7 @@ class Metrics:
         self._realtime.set(bool(fields.get("realtime")))
         surprise = _table(fields.get("drift")).get("surprise")
         self._surprise.set(surprise if isinstance(surprise, float) else float("nan"))
-        self._silent.set(len((fields.get("units") or {}).get("silent") or ()))
+        self._silent.set(_whole(_table(fields.get("units"))).get("silent_count", 0))
         for state in ("waiting", "streaming", "silent"):
             self._source.labels(self._probe, state).set(fields.get("source") == state)
 

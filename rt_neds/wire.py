@@ -28,6 +28,7 @@ LEAP_MESSAGES = 60_000
 """What leaps further ahead is believed once the next message agrees: one absurd number in one
 message must not leave all that follow behind the watermark."""
 MAX_VALUES = 1 << 16  # of a behaviour in one message
+MAX_NAMED = 50  # units that a status names: all of a probe's would be more than it may be long
 MIN_RATE, MAX_RATE = 1e3, 1e7  # no probe is slower; a bin of such a one would have no samples
 MAX_SAMPLE = 1 << 50  # a thousand years at 30 kHz; leaves room for arithmetic in int64
 

@@ -183,6 +183,12 @@ def test_surprise_is_told_once_it_is_known():
         assert told() == pytest.approx(expected, nan_ok=True)
 
 
+def test_silent_units_are_counted_though_the_status_names_some_of_them():
+    metrics, units = Metrics("p"), {"silent": ["a", "b"], "silent_count": 1800}
+    metrics.take(Note("status", {"pid": 1, "uptime_ns": 1, "units": units}))
+    assert metrics.registry.get_sample_value("rtneds_units_silent", {"probe": "p"}) == 1800
+
+
 def test_mistakes_are_told(capsys, monkeypatch):
     for wrong in ("9469", "x:y", "h:99999", ""):
         with pytest.raises(ConfigError, match="expected HOST:PORT"):

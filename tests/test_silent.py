@@ -1,7 +1,9 @@
 """Units that fall silent: noticed as the rule says, taken for missing alike by all, and said."""
 
 import itertools
+import uuid
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,7 @@ from rt_neds.stream.fused import FusedStep
 from rt_neds.stream.graph import GraphStep
 from rt_neds.stream.publisher import Note
 from rt_neds.stream.silent import LEAST_S, LONGEST_S, TIMES, FallenSilent
+from rt_neds.wire import MAX_NAMED, pack_map, unpack_map
 from tests.making import tiny_config, write_session
 from tests.naive import fallen_silent, longest_silence
 from tests.test_fused import NAMES, SCHEME, SIZES, random_model, random_stream, shown_to_torch
@@ -207,11 +210,27 @@ def test_a_lost_unit_is_flagged_named_and_missing_until_it_fires_again(trained):
             np.testing.assert_allclose(f.values_V, by_bin[f.bin], atol=1e-4)
 
 
-def test_health_names_them():
+def test_a_status_in_which_all_units_are_silent_can_still_be_read(trained):
+    path, _, bundle = trained
+    spec = load_spec(bundle)
+    config = ServeConfig(probe="p", bundle="b")
+    source = ListSource(batches(load_session(path), 20.0, epoch=1))
+    loop = assemble(config, spec, build_model(bundle, spec), source, ListSink(), None)
+    ids = [str(uuid.uuid4()) for _ in range(6000)]
+    loop._decoder.session = msgspec.structs.replace(spec.sessions[0], units=ids)
+    loop._silent.now_N = np.ones(len(ids), bool)
+    _, packed = pack_map("status", "p", loop.status(0))
+    told = unpack_map(packed)["units"]
+    assert told["silent"] == ids[:MAX_NAMED]
+    assert told["silent_count"] == len(ids)
+
+
+def test_health_names_some_and_counts_them():
     health, now = Health(), 10**9
-    units = {"bundle": 400, "missing": 0, "unknown": 0, "silent": ["a", "b", "c", "d"]}
+    units = {"bundle": 400, "missing": 0, "unknown": 0}
+    units |= {"silent": ["a", "b", "c", "d"], "silent_count": 300}
     health.take(Note("status", {"source": "streaming", "uptime_ns": 1, "units": units}), now)
     health.take(decoded_frame(1, Flag.MISSING_UNITS), now)
     assert [f.says for f in health.findings(now)] == [
-        "4 of 400 units have fallen silent (a, b, c ...)"
+        "300 of 400 units have fallen silent (a, b, c ...)"
     ]

@@ -22,6 +22,7 @@ from rt_neds.stream.live import LiveBehaviours
 from rt_neds.stream.receiver import Announcement
 from rt_neds.stream.silent import FallenSilent
 from rt_neds.stream.validity import Validity
+from rt_neds.wire import MAX_NAMED
 
 NOTE_NS = 1_000_000_000
 WAIT_MS = 100
@@ -244,7 +245,7 @@ class Loop:
             "published": self._published,
             "realtime": self._validity.realtime,
             "clock": self._validity.clock(),
-            "units": {**self._units, "silent": self._fallen_silent()},
+            "units": {**self._units, **self._fallen_silent()},
             "live": self._live.counters if self._live is not None else {},
             "drift": self._decoder.drift(),
             "source_counters": self._source.counters,
@@ -252,11 +253,13 @@ class Loop:
             "frame_counters": self._validity.counters,
         }
 
-    def _fallen_silent(self) -> list[str]:
-        """Ids of units that have fallen silent."""
+    def _fallen_silent(self) -> dict[str, Any]:
+        """Ids of units that have fallen silent, as many as a status names, and their number."""
         now_N = self._silent.now_N if self._silent is not None else None
         units = self._decoder.session.units
-        return [] if now_N is None else [units[n] for n in np.flatnonzero(now_N)]
+        silent = [] if now_N is None else np.flatnonzero(now_N).tolist()
+        named = [units[n] for n in silent[:MAX_NAMED]]
+        return {"silent": named, "silent_count": len(silent)}
 
 
 def run_together(

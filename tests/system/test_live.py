@@ -287,7 +287,8 @@ def test_watch_reports_what_it_saw(tiny, tmp_path):
     assert seen["frames"] == len(frames) == 100
     assert seen["holes"] == 0
     assert seen["receive_to_publish_ms"]["p50"] > 0
-    assert seen["status"]["units"] == {"bundle": 6, "missing": 0, "unknown": 0, "silent": []}
+    none = {"missing": 0, "unknown": 0, "silent": [], "silent_count": 0}
+    assert seen["status"]["units"] == {"bundle": 6, **none}
     # Whether the last status came before the source had been silent for a second is chance.
     says = " ".join(finding["says"] for finding in seen["findings"])
     assert ("no spikes" in says) == (seen["status"]["source"] != "streaming"), seen
