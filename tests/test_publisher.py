@@ -5,9 +5,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rt_neds.children import free_port
+from rt_neds.frames import DecodedFrame
 from rt_neds.stream.publisher import DecodedListener, Publisher
 from rt_neds.stream.raw import RawListener
 
@@ -57,4 +59,34 @@ def test_a_listener_that_does_not_read_loses_frames_and_nobody_else_does():
     came = sum(1 for _ in iter(lambda: next(iter(deaf.read(1000)), None), None))
     assert came < 32_000
     for one in (good, deaf, publisher):
+        one.close()
+
+
+def test_a_listener_hears_no_probe_whose_name_only_begins_alike():
+    """ZeroMQ passes on every topic that begins with what was asked for."""
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    publisher, listener = Publisher(endpoint, "imec1"), DecodedListener(endpoint, "imec1")
+
+    def frame(probe, bin_):
+        return DecodedFrame(probe, 1, bin_, 0, np.zeros(1, np.float32), 0, 0, 0, 0, 0, "m", {})
+
+    deadline = time.monotonic() + 60
+    while listener.read(10) is None:  # until it has connected
+        assert time.monotonic() < deadline
+        publisher.note("status", {})
+    while listener.read(200) is not None:
+        pass
+    neighbour = publisher.beside("imec10")
+    heard = []
+    for n in range(3):
+        neighbour.write(frame("imec10", n))
+        neighbour.note("status", {"n": -1})
+        publisher.write(frame("imec1", n))
+        publisher.note("status", {"n": n})
+    while (message := listener.read(1000)) is not None:
+        heard.append(message)
+    assert [m.fields["n"] for m in heard[1::2]] == [0, 1, 2]
+    assert [(m.probe, m.bin) for m in heard[::2]] == [("imec1", n) for n in range(3)]
+    assert listener.malformed == 0
+    for one in (listener, publisher):
         one.close()

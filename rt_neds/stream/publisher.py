@@ -9,10 +9,18 @@ from typing import Any
 
 import zmq
 
+from rt_neds.clock import monotonic_ns
 from rt_neds.errors import StreamError, WireError
 from rt_neds.frames import DecodedFrame
 from rt_neds.stream.sender import bind
-from rt_neds.wire import MAX_HEADER_BYTES, pack_decoded, pack_map, unpack_decoded, unpack_map
+from rt_neds.wire import (
+    MAX_HEADER_BYTES,
+    pack_decoded,
+    pack_map,
+    topic,
+    unpack_decoded,
+    unpack_map,
+)
 
 LINGER_MS = 1000
 RECONNECT_MS = 10
@@ -109,8 +117,9 @@ class DecodedListener:
         self._socket.set(zmq.RCVHWM, 100_000)
         self._socket.set(zmq.RECONNECT_IVL, RECONNECT_MS)
         self._socket.set(zmq.MAXMSGSIZE, 64 * MAX_HEADER_BYTES)
-        for kind in kinds:
-            self._socket.subscribe(f"{kind}/{probe}".encode())
+        self._kinds = {topic(kind, probe): kind for kind in kinds}
+        for asked in self._kinds:
+            self._socket.subscribe(asked)
         try:
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
@@ -122,13 +131,19 @@ class DecodedListener:
 
     def read(self, timeout_ms: int) -> DecodedFrame | Note | None:
         """The next message, or None if none came in time."""
-        if not self._socket.poll(timeout_ms):
-            return None
-        frames = self._socket.recv_multipart()
+        ends_ns = monotonic_ns() + timeout_ms * 1_000_000
+        while self._socket.poll(timeout_ms):
+            frames = self._socket.recv_multipart()
+            # Topics are heard by how they begin: imec1 is sent what is for imec10, too.
+            if kind := self._kinds.get(frames[0]):
+                return self._unpack(kind, frames)
+            timeout_ms = max(0, (ends_ns - monotonic_ns()) // 1_000_000)
+        return None
+
+    def _unpack(self, kind: str, frames: list[bytes]) -> DecodedFrame | Note | None:
         try:
             if len(frames) != 2:
                 raise WireError(f"{len(frames)} frames; two were expected")
-            kind = frames[0].partition(b"/")[0].decode(errors="replace")
             if kind == "decoded":
                 return unpack_decoded(frames[1])
             return Note(kind, unpack_map(frames[1]))
