@@ -197,7 +197,7 @@ def test_the_board_knows_how_long_there_was_nothing_and_which_bins_are_missing()
     assert board.last("b") is None
 
 
-BIN_NS = 20_000_000
+BIN_NS, HELD_NS = 20_000_000, 300_000_000
 LONG_AGO_NS = 700_000_000
 OUTPUTS = [{"name": "x", "kind": "poisson", "classes": [], "offset": 0, "size": 1}]
 SCHEMA = {"bin_ms": 20.0, "rate": 3e4, "outputs": OUTPUTS}
@@ -235,7 +235,9 @@ class Gated:
         self.pairs, board, self.counts = datagrams(2), Board(["p"], 3), Counts(["p"])
         board.also["gate"] = self.counts.status
         workers = [ours for ours, _ in self.pairs]
-        self.gate = Gate("nowhere", {"p": BIN_NS}, workers, board, self.counts, triggers)
+        self.gate = Gate(
+            "nowhere", {"p": BIN_NS}, {"p": HELD_NS}, workers, board, self.counts, triggers
+        )
         self.board = board
 
     def sink(self, place, writer):
@@ -273,7 +275,7 @@ def decoded(bin_, ended_ago_ns, flags=0, epoch=1):
 
 
 @pytest.mark.parametrize("flags", [0, 2, 8, 125, 128, 253, 255])
-@pytest.mark.parametrize("ended_ago_ns", [None, -LONG_AGO_NS, LONG_AGO_NS])
+@pytest.mark.parametrize("ended_ago_ns", [None, -LONG_AGO_NS, HELD_NS, LONG_AGO_NS])
 def test_when_a_frame_goes_out_and_whether_that_is_late_is_the_gates_to_say(
     gated, flags, ended_ago_ns
 ):

@@ -236,6 +236,8 @@ class Gate:
         Address to bind.
     bin_ns : mapping of str to int
         Width of each probe's bins; what waits for the active worker does so for half of one.
+    lateness_ns : mapping of str to int
+        For which each probe's bins are held open on purpose.
     workers : sequence of socket
         One for each worker.
     board : Board
@@ -253,6 +255,7 @@ class Gate:
         self,
         endpoint: str,
         bin_ns: Mapping[str, int],
+        lateness_ns: Mapping[str, int],
         workers: Sequence[socket.socket],
         board: Board,
         counts: Counts,
@@ -260,7 +263,8 @@ class Gate:
     ) -> None:
         self._triggers = triggers
         self._schemas: dict[tuple[int, int], dict[str, Any]] = {}  # by probe and writer
-        self._probes, self._bin_ns = list(bin_ns), list(bin_ns.values())
+        self._probes = list(bin_ns)
+        self._in_time_ns = [width + lateness_ns[probe] for probe, width in bin_ns.items()]
         self._board, self._counts, self._workers = board, counts, list(workers)
         self._publisher = Publisher(endpoint, self._probes[0])
         self._turns = [Turns(width // 2, board.last(probe)) for probe, width in bin_ns.items()]
@@ -316,7 +320,7 @@ class Gate:
         """Say when it goes out and, by the worker's own rule, whether that is late."""
         body, now = frame.parts[1], monotonic_ns()
         _STAMP.pack_into(body, body.rindex(_PUBLISHED) + len(_PUBLISHED), now)
-        if not frame.ended_ns or now - frame.ended_ns <= self._bin_ns[which]:
+        if not frame.ended_ns or now - frame.ended_ns <= self._in_time_ns[which]:
             return
         at = body.rindex(_FLAGS) + len(_FLAGS)
         at += body[at] == _UINT8  # 128 and more take a byte of their own
