@@ -205,7 +205,7 @@ def load_session(path: str | Path) -> Session:
         rate=rate,
         unit_ids=unit_ids,
         records_S=_records(path, data.spikes, len(unit_ids), rate),
-        domain_K2=np.rint(domain * rate).astype(np.int64),
+        domain_K2=np.maximum(np.rint(domain * rate).astype(np.int64), 0),  # bins count from 0
         _data=data,
     )
 
