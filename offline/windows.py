@@ -313,8 +313,7 @@ def _split_intervals(session: Session, data: DataConfig) -> list[NDArray[np.int6
 
 def _time_split(session: Session, data: DataConfig) -> list[NDArray[np.int64]]:
     """Cut recorded time (not wall time: recordings can have holes) by the fractions."""
-    domain_K2 = np.maximum(session.domain_K2, 0)
-    lengths = np.diff(domain_K2, axis=1)[:, 0]
+    lengths = np.diff(session.domain_K2, axis=1)[:, 0]
     cuts = np.concatenate([[0.0], np.cumsum(data.fractions)]) * lengths.sum()
     gap = round(data.gap_s * session.rate)
     before = np.concatenate([[0], np.cumsum(lengths)])
@@ -322,7 +321,7 @@ def _time_split(session: Session, data: DataConfig) -> list[NDArray[np.int64]]:
     for code in range(3):
         low = cuts[code] + (gap if code else 0)
         kept = []
-        for (start, end), done in zip(domain_K2, before, strict=False):
+        for (start, end), done in zip(session.domain_K2, before, strict=False):
             a, b = start + max(0, low - done), min(end, start + cuts[code + 1] - done)
             if b > a:
                 kept.append((a, b))
