@@ -233,7 +233,7 @@ def _provenance(spec: BundleSpec) -> str:
     }
     left = spec.training.get("by_regression") or {}
     if names := sorted({name for of_session in left.values() for name in of_session}):
-        facts["left to regression"] = f"{', '.join(names)} (docs/decisions/0031)"
+        facts["left to regression"] = f"{', '.join(names)} (docs/decisions/0033)"
     rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
     return f"<h2>What was evaluated</h2><dl>{rows}</dl>"
 
