@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -88,7 +89,10 @@ def save_checkpoint(
         tensors.update({f"optimiser.{index}.{name}": value for name, value in moments.items()})
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     part = folder / (NAME + ".part")
-    save_file(tensors, part, {"numbers": json.dumps(numbers)})
+    try:
+        save_file(tensors, part, {"numbers": json.dumps(numbers)})
+    except SafetensorError as error:  # which is all that it says of a full disk
+        raise OSError(errno.EIO, str(error), str(part)) from None
     part.replace(folder / NAME)
 
 
@@ -114,12 +118,18 @@ def load_checkpoint(
     """
     if not (folder / NAME).is_file():
         raise ConfigError(f"no checkpoint in {folder}; leave out --resume to begin anew")
-    with safe_open(folder / NAME, "pt") as file:
-        numbers = json.loads(file.metadata()["numbers"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(folder / NAME, "pt") as file:
+            numbers = json.loads(file.metadata()["numbers"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"{folder / NAME} is damaged ({error}); leave out --resume to begin anew"
+        ) from None
     if numbers["config"] != json.loads(json.dumps(config)):
         raise ConfigError(
-            f"{folder.parent} was trained with another configuration; use that one to resume"
+            f"{folder.parent} was trained with another configuration or on other sessions; use "
+            "those to resume"
         )
 
     def part(prefix: str) -> dict[str, Tensor]:

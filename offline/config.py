@@ -52,8 +52,21 @@ class BehaviourConfig(msgspec.Struct, frozen=True, kw_only=True):
     live: bool = False
 
     def __post_init__(self) -> None:
+        of = ", ".join(self.sources) or "no source"
+        if self.is_trial_variable and self.kind != "categorical":
+            raise ValueError(
+                f'{of}: one value a trial; kind = "categorical" and classes are needed'
+            )
         if (self.kind == "categorical") != (len(self.classes) > 1):
-            raise ValueError("classes: two or more for a categorical behaviour, none for another")
+            raise ValueError(
+                f"{of}: classes: two or more for a categorical behaviour, none for another"
+            )
+        if len(set(self.classes.values())) < len(self.classes):
+            raise ValueError(f"{of}: classes {self.classes}; each stands for a value of its own")
+        if len(self.sources) != 1 and not (self.sources and self.transform == "speed"):
+            raise ValueError(f"{of}: one source is needed, or several and transform = 'speed'")
+        if self.weight < 0:
+            raise ValueError(f"{of}: weight is {self.weight}; 0 or more is needed")
 
     @property
     def sources(self) -> list[str]:
@@ -61,7 +74,7 @@ class BehaviourConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_trial_variable(self) -> bool:
-        return self.sources[0].startswith("trials.")
+        return any(source.startswith("trials.") for source in self.sources)
 
 
 class DataConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -234,6 +247,10 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
     threads: int = 0
 
     def __post_init__(self) -> None:
+        if min(self.weight_decay, self.spikes_weight) < 0 or self.clip <= 0:
+            raise ValueError("weight_decay >= 0, spikes_weight >= 0 and clip > 0 are needed")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed {self.seed}; 0 <= seed < 2**63 is needed")
         if self.steps < 1 or self.batch < 1 or self.validate_every < 1:
             raise ValueError("steps, batch and validate_every must be at least 1")
         if min(self.sessions, self.accumulate) < 1 or self.batch % self.sessions:

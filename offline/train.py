@@ -90,6 +90,10 @@ def train(
     """
     out, started = Path(out), time.monotonic()
     settings = config.training
+    if init is not None and (out / "bundle").resolve() == Path(init).resolve():
+        raise ConfigError(
+            f"{init} is what this run begins with, and would leave; name another --out"
+        )
     processes = join(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -106,7 +110,8 @@ def train(
     average = RunningAverage(model)
     optimiser = make_optimiser(model, settings)
     state: dict[str, Any] = {"model": model, "averaged": average.mean, "optimiser": optimiser}
-    state["config"] = msgspec.to_builtins(config)
+    units = {subject.id: len(subject.units) for subject in subjects}
+    state["config"] = {"config": msgspec.to_builtins(config), "sessions": units}
     step, best = 0, Best({n: t.clone() for n, t in average.mean.state_dict().items()})
     if resume:
         step, best = load_checkpoint(out / "checkpoint", **state)
@@ -176,11 +181,27 @@ def open_sessions(
     processes.wait()
     subjects = [kept(path, config, cache) for path in paths]
     refuse_twins(subjects)
+    refuse_untaught(subjects, config)
     for name, behaviour in config.behaviour.items():
         if not any(name in subject.present for subject in subjects):
             for source in behaviour.sources:
                 load_session(paths[0]).column(source)  # says what is there instead
     return subjects
+
+
+def refuse_untaught(subjects: list[Subject], config: TrainConfig) -> None:
+    """ConfigError for a behaviour of which nothing could be learned, as if it had been."""
+    for m, (name, behaviour) in enumerate(config.behaviour.items(), start=1):
+        having = [subject for subject in subjects if name in subject.present]
+        if having and not any(
+            (subject.binned.scored_TM[:, m] & subject.binned.of_split("train")).any()
+            for subject in having
+        ):
+            of = " and ".join(behaviour.scored) if behaviour.is_trial_variable else "its values"
+            raise ConfigError(
+                f"behaviour.{name}: nothing of {', '.join(behaviour.sources)} can be scored in the "
+                f"training split of {having[0].id}; look at {of} there, or leave it out"
+            )
 
 
 def open_log(out: Path, resume: bool, processes: Processes) -> TextIO:
@@ -396,6 +417,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.config is None:
         raise ConfigError("train needs --config FILE; see the folder configs/ for complete ones")
     config = load_config(args.config, TrainConfig, args.set)
+    if (bundle := Path(args.out) / "bundle").exists() and not args.resume:
+        raise ConfigError(f"{bundle} is there already; name another --out, or add --resume")
     try:
         summary = train(
             config, args.sessions, args.out, init=args.init, resume=args.resume, quiet=args.quiet
@@ -411,6 +434,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(
             f"{summary['bundle']}: {summary['parameters'] / 1e6:.2f} M parameters, "
             f"{summary['steps']} steps in {summary['seconds']} s; "
-            f"validation at step {summary['best_step']}: {scores}"
+            f"validation at step {summary['best_step']}: {scores or 'none, the last step is kept'}"
         )
     return summary

@@ -25,6 +25,8 @@ from rt_neds.stream.binner import as_pairs, count_spikes
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+MOST_OTHER_VALUES = 0.2
+"""Share of a behaviour's values that may be of no class while some class never occurs."""
 
 
 @dataclass
@@ -229,6 +231,7 @@ def _continuous(
     else:
         value = columns[0]
     if config.kind == "categorical":  # classes are counted in their order, whatever stands for them
+        _refuse_other_values(session, value[valid], config)
         number_T, known_T = _classes(value, config)
         return number_T.astype(np.float32), valid & known_T
     return value.astype(np.float32), valid
@@ -240,6 +243,26 @@ def _classes(
     """Number of each value's class, and whether it stands for one."""
     is_class = stored[..., None] == np.array(list(config.classes.values()))
     return is_class.argmax(axis=-1), is_class.any(axis=-1)
+
+
+def _refuse_other_values(
+    session: Session, stored: NDArray[np.float64], config: BehaviourConfig
+) -> None:
+    """SessionError if classes stand for other values than those that are there.
+
+    A few values may be of no class (no choice was made), and a class may not have come up yet: but
+    not both, and many of them.
+    """
+    stored = stored[np.isfinite(stored)]
+    number, known = _classes(stored, config)
+    absent = set(range(len(config.classes))) - set(number[known].tolist())
+    if len(stored) and absent and np.mean(~known) > MOST_OTHER_VALUES:
+        named = ", ".join(f"{name} = {value:g}" for name, value in config.classes.items())
+        there = ", ".join(f"{value:g}" for value in np.unique(stored)[:5])
+        raise SessionError(
+            f"{session.path}: {config.sources[0]} is {there}; classes {named} were expected: name "
+            "the values that are there"
+        )
 
 
 def _speed(
@@ -263,6 +286,7 @@ def _trial_variable(
     session: Session, config: BehaviourConfig, bins: int, width: int
 ) -> tuple[NDArray, NDArray, NDArray, NDArray]:
     stored = session.numbers(config.sources[0])
+    _refuse_other_values(session, stored, config)
     columns = (*config.scored, config.known_from, "end")
     seconds_4K = np.stack([session.numbers(f"trials.{column}") for column in columns])
     told_4K = np.isfinite(seconds_4K)

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from rt_neds import __version__
 from rt_neds.errors import RtNedsError
@@ -113,18 +113,30 @@ def _ended_gently() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line, as all of our errors are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; {self.prog} --help says more\n")
+
+
 def command(name: str) -> tuple[Any, argparse.ArgumentParser]:
     """The module of a command, and what reads its arguments."""
     module_name, help_text = COMMANDS[name]
     module = importlib.import_module(module_name)
-    parser = argparse.ArgumentParser(prog=f"rt-neds {name}", description=help_text)
+    parser = Parser(prog=f"rt-neds {name}", description=help_text)
     module.add_arguments(parser)
     if getattr(module, "TAKES_CONFIG", False):
         parser.add_argument("--config", metavar="FILE", help="TOML with the whole run")
         parser.add_argument(
             "--set", action="append", default=[], metavar="section.key=value", help="override a key"
         )
-    parser.add_argument("--json", metavar="FILE", help="write the result there; - for the screen")
+    if getattr(module, "HAS_RESULT", True):
+        parser.add_argument(
+            "--json", metavar="FILE", help="write the result there; - for the screen"
+        )
+    else:
+        parser.set_defaults(json=None)
     parser.add_argument("--quiet", action="store_true", help="no progress, no chatter")
     return module, parser
 

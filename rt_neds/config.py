@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -48,6 +49,7 @@ def load_config(path: str | Path | None, kind: type[T], overrides: Iterable[str]
 def parse_config(table: dict[str, Any], kind: type[T], where: str) -> T:
     """Turn an already parsed table into ``kind``; ``where`` names it in messages."""
     _refuse_unknown_keys(table, kind, where, "")
+    _refuse_nonfinite(table, where, "")
     try:
         return msgspec.convert(table, kind)
     except (msgspec.ValidationError, ValueError) as error:
@@ -111,6 +113,18 @@ def _refuse_unknown_keys(table: dict[str, Any], kind: type, where: str, prefix: 
                 if isinstance(child, dict):
                     inner = f"{prefix}{key}." + (f"{name}." if name else "")
                     _refuse_unknown_keys(child, struct, where, inner)
+
+
+def _refuse_nonfinite(value: Any, where: str, key: str) -> None:
+    """NaN is neither more nor less than any limit, and nobody can wait or train for ever."""
+    if isinstance(value, dict):
+        for name, child in value.items():
+            _refuse_nonfinite(child, where, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for child in value:
+            _refuse_nonfinite(child, where, key)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: {key} is {value}; a finite number was expected")
 
 
 def _structs_in(hint: Any) -> list[tuple[type, bool]]:

@@ -274,6 +274,8 @@ def tell(probe: str, connect: str, listen: str, stop: Callable[[], bool]) -> Non
 
 # -- command -------------------------------------------------------------------------------------
 
+HAS_RESULT = False
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--probe", required=True, help="name of the probe, such as imec0")

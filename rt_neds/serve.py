@@ -335,6 +335,7 @@ def _wait_for_announcement(receiver: Any, stop: Callable[[], bool]) -> None:
 
 
 TAKES_CONFIG = True
+HAS_RESULT = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

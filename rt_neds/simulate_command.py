@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from rt_neds.errors import ConfigError
@@ -17,6 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    if Path(args.out).exists():
+        raise ConfigError(f"{args.out} is there already; name another file, or remove it")
     try:
         summary = simulate_file(args.out, units=args.units, minutes=args.minutes, seed=args.seed)
     except OSError as error:

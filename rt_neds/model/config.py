@@ -55,6 +55,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"memory is {self.memory}; it needs at least 2 bins, or 0 for none")
         if self.dim % (2 * self.heads):
             raise ValueError(f"dim {self.dim} must be an even multiple of heads {self.heads}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; 0 <= dropout < 1 is needed")
         if not self.history or min(self.history) < 1:
             raise ValueError("history needs widths of at least one bin")
 

@@ -12,7 +12,7 @@ import zmq
 from rt_neds.clock import monotonic_ns
 from rt_neds.errors import StreamError, WireError
 from rt_neds.frames import DecodedFrame
-from rt_neds.stream.sender import bind
+from rt_neds.stream.sender import bind, check_port
 from rt_neds.wire import (
     MAX_HEADER_BYTES,
     pack_decoded,
@@ -121,6 +121,7 @@ class DecodedListener:
         for asked in self._kinds:
             self._socket.subscribe(asked)
         try:
+            check_port(endpoint)
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
             self._socket.close()

@@ -13,6 +13,7 @@ from rt_neds.clock import monotonic_ns, same_rate
 from rt_neds.errors import StreamError, WireError
 from rt_neds.frames import SPIKE_DTYPE, SpikeBatch
 from rt_neds.stream.live import LiveBehaviours
+from rt_neds.stream.sender import check_port
 from rt_neds.wire import (
     MAX_SPIKES,
     follows,
@@ -104,6 +105,7 @@ class Receiver:
         for name in self._topics:
             self.socket.subscribe(name)
         try:
+            check_port(endpoint)
             self.socket.connect(endpoint)
         except zmq.ZMQError as error:
             self.socket.close()

@@ -22,6 +22,9 @@ from rt_neds.wire import (
 LINGER_MS = 60_000
 """What was sent must arrive, even at a receiver that is busy; over at once if none is left."""
 
+STRAGGLERS_S = 0.3
+"""Three times as long as ZeroMQ waits before it tries to connect again."""
+
 
 class Sender:
     """Publishes the spikes of one probe.
@@ -52,15 +55,19 @@ class Sender:
         bind(self._socket, endpoint)
 
     def wait_for_subscriber(self, seconds: float) -> bool:
-        """Wait until somebody subscribes to the spikes; False if nobody did in time."""
+        """Wait until somebody subscribes to the spikes; False if nobody did in time.
+
+        Others who wait for us, such as ``record``, connect a little sooner or later than the first.
+        """
         deadline = time.monotonic() + seconds
-        wants = topic("spikes", self._probe)
+        wants, heard = topic("spikes", self._probe), False
         while (left := deadline - time.monotonic()) > 0:
-            if self._socket.poll(max(1, int(left * 1000))):
-                message = self._socket.recv()
-                if message[:1] == b"\x01" and wants.startswith(message[1:]):
-                    return True
-        return False
+            if not self._socket.poll(max(1, int(left * 1000))):
+                break
+            message = self._socket.recv()
+            if message[:1] == b"\x01" and wants.startswith(message[1:]):
+                heard, deadline = True, time.monotonic() + STRAGGLERS_S
+        return heard
 
     def announce(self, *, epoch: int, rate: float, session: str, units: Sequence[str]) -> None:
         """Say whose spikes these are and what the unit numbers mean."""
@@ -88,8 +95,16 @@ class Sender:
         self._context.term()
 
 
+def check_port(endpoint: str) -> None:
+    """StreamError for a port that is none: ZeroMQ would take what is left of it in 16 bits."""
+    port = endpoint.rpartition(":")[2]
+    if port.isdigit() and not 0 < int(port) < 1 << 16:
+        raise StreamError(f"{endpoint}: port {port}; 1 to 65535 was expected")
+
+
 def bind(socket: zmq.Socket, endpoint: str) -> None:
     """Bind a socket, or say in one line why not."""
+    check_port(endpoint)
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as error:

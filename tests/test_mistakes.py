@@ -1,0 +1,135 @@
+"""A user's mistakes are told in one line before the work, and nothing is lost by them."""
+
+from __future__ import annotations
+
+import h5py
+import numpy as np
+import pytest
+
+from offline.config import TrainConfig
+from offline.train import train
+from rt_neds.cli import main
+from rt_neds.config import load_config
+from rt_neds.errors import ConfigError, SessionError, StreamError
+from rt_neds.stream.sender import check_port
+from tests.making import stopped_at_eight, tiny_config, write_session
+
+BEHAVIOUR = {
+    "speed": {"source": "wheel.wheel_speed"},
+    "choice": {
+        "source": "trials.choice",
+        "kind": "categorical",
+        "classes": {"left": 1, "right": 0},
+    },
+}
+
+
+def choice(**changes):
+    return {**BEHAVIOUR, "choice": {**BEHAVIOUR["choice"], **changes}}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("training.learning_rate=nan", "training.learning_rate is nan; a finite number"),
+        ("data.bin_ms=inf", "data.bin_ms is inf"),
+        ("training.weight_decay=-1", "weight_decay >= 0"),
+        ("training.clip=-1", "clip > 0"),
+        ("training.seed=-1", "0 <= seed"),
+        ("model.dropout=1.0", "0 <= dropout < 1"),
+        ("masking.schemes={decoding=nan}", "masking.schemes.decoding is nan"),
+        ("behaviour.a.source=trials.choice", 'trials.choice: one value a trial; kind = "cat'),
+        ("behaviour.a.source=[]", "one source is needed"),
+        ('behaviour.a={source=["w.x", "w.y"]}', "w.x, w.y: one source is needed"),
+        ("behaviour.a={source='w.x', weight=-1}", "weight is -1"),
+        (
+            "behaviour.a={source='trials.c', kind='categorical', classes={l=1, r=1}}",
+            "each stands for a value of its own",
+        ),
+    ],
+)
+def test_settings_that_cannot_work(change, says):
+    base = "masking.schemes={neuron=1.0}"
+    with pytest.raises(ConfigError) as told:
+        load_config(None, TrainConfig, [base, change])
+    assert says in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_classes_that_stand_for_other_values_than_are_there(tmp_path):
+    path = write_session(tmp_path / "s.h5")
+    with pytest.raises(SessionError, match="trials.choice is 0, 1; classes left = -1, right = 1"):
+        train(
+            tiny_config(behaviour=choice(classes={"left": -1, "right": 1})), [str(path)], tmp_path
+        )
+
+
+def test_a_behaviour_of_which_nothing_can_be_learned(tmp_path):
+    path = write_session(tmp_path / "s.h5")
+    swapped = choice(scored=["feedback_time", "stim_on_time"])
+    with pytest.raises(ConfigError, match="behaviour.choice: nothing of trials.choice can be"):
+        train(tiny_config(behaviour=swapped), [str(path)], tmp_path / "a")
+    with h5py.File(path, "r+") as file:
+        file["wheel/wheel_speed"][:] = np.nan
+    with pytest.raises(ConfigError, match="behaviour.speed: nothing of wheel.wheel_speed"):
+        train(tiny_config(), [str(path)], tmp_path / "b")
+
+
+def test_a_run_goes_on_with_its_own_sessions_only(tmp_path, monkeypatch):
+    mine = write_session(tmp_path / "s.h5")
+    other = write_session(tmp_path / "t.h5", units=9, session_id="other")
+    with stopped_at_eight(monkeypatch):
+        train(tiny_config(), [str(mine)], tmp_path / "run")
+    with pytest.raises(ConfigError, match="or on other sessions"):
+        train(tiny_config(), [str(other)], tmp_path / "run", resume=True)
+    (checkpoint,) = (tmp_path / "run" / "checkpoint").iterdir()
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="is damaged"):
+        train(tiny_config(), [str(mine)], tmp_path / "run", resume=True)
+
+
+def test_what_is_there_is_not_overwritten(tiny, tmp_path, capsys):
+    path, run, _ = tiny
+    before = (run / "bundle" / "bundle.json").read_bytes()
+    with pytest.raises(ConfigError, match="name another --out"):
+        train(tiny_config(), [str(path)], run, init=run / "bundle")
+    (tmp_path / "c.toml").write_text("")
+    again = ["train", "--config", str(tmp_path / "c.toml"), "--sessions", str(path)]
+    again += ["--set", "masking.schemes={neuron=1.0}", "--out", str(run)]
+    assert main(again) == 2
+    assert main(["simulate", "--out", str(path)]) == 2
+    for line in capsys.readouterr().err.splitlines():
+        assert "is there already; name another" in line
+    assert (run / "bundle" / "bundle.json").read_bytes() == before
+
+
+def test_a_report_that_cannot_be_written_is_told_before_the_work(tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    path, run, _ = tiny
+    argv = ["evaluate", "--bundle", str(run / "bundle"), "--session", str(path)]
+    assert main([*argv, "--report", str(tmp_path / "file"), "--json", str(tmp_path / "e.json")])
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [["serve", "--badflag"], ["replay"], ["serve", "--device", "x"]])
+def test_wrong_options_are_one_line(argv, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert f"rt-neds {argv[0]} --help says more" in told
+
+
+def test_ports_that_are_none():
+    for endpoint in ("tcp://127.0.0.1:99999", "tcp://127.0.0.1:0"):
+        with pytest.raises(StreamError, match="1 to 65535 was expected"):
+            check_port(endpoint)
+    for endpoint in ("tcp://127.0.0.1:5570", "ipc:///tmp/x", "tcp://*:5580"):
+        check_port(endpoint)
+
+
+def test_a_setting_says_where_it_is(tmp_path):
+    (tmp_path / "c.toml").write_text("[training]\nlearning_rate = inf\n")
+    with pytest.raises(ConfigError, match=r"c\.toml: training\.learning_rate is inf"):
+        load_config(tmp_path / "c.toml", TrainConfig)
