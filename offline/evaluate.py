@@ -263,19 +263,24 @@ def baseline_values(
     return guesses
 
 
+SIMULATED = ("wheel.wheel_speed", "whisker.whisker_motion_energy", "trials.choice")
+"""What the ideal observer of a simulated session estimates; another table's column is not that."""
+
+
 def ideal_values(
     binned: BinnedSession, behaviour: Behaviour, config: TrainConfig, at_S: NDArray[np.int64]
 ) -> NDArray | None:
     """Estimates of the ideal observer, where a simulated session carries them."""
-    source = config.behaviour[behaviour.name].sources[0].rpartition(".")[2]
-    if not binned.session.has(f"ideal.{source}"):
+    of = config.behaviour[behaviour.name]
+    source, name = of.sources[0], of.sources[0].rpartition(".")[2]
+    if source not in SIMULATED or of.transform != "none" or not binned.session.has(f"ideal.{name}"):
         return None
-    series = binned.session.series(f"ideal.{source}")
+    series = binned.session.series(f"ideal.{name}")
     last = np.searchsorted(series.samples_L, (at_S + 1) * binned.width, side="right") - 1
     value_S = series.values_L[np.maximum(last, 0)]
     if behaviour.kind != "categorical":
         return value_S[:, None]
-    codes = list(config.behaviour[behaviour.name].classes.values())
+    codes = list(of.classes.values())
     if sorted(codes) != [0.0, 1.0]:
         return None
     return np.stack([value_S if code == 1.0 else 1.0 - value_S for code in codes], axis=1)
