@@ -116,22 +116,21 @@ def scores_KT(
     key = (task.test.path, tuple(train_K), tuple(test_K), bool(past), bins, changes)
     if key not in _scores:
         init = pretrained(past, load, task.seed) if past else None
-        score_KT = _trained(whole, train_K, val_K, test_K, init, changes)
-        _scores[key] = at_equal_odds(score_KT, whole.side_K[train_K])
+        logit_KT = _trained(whole, train_K, val_K, test_K, init, changes)
+        _scores[key] = at_equal_odds(logit_KT, whole.side_K[train_K])
     return _scores[key]
 
 
-def at_equal_odds(score_KT: NDArray[np.float64], side_K: NDArray) -> NDArray[np.float64]:
+def at_equal_odds(logit_KT: NDArray[np.float64], side_K: NDArray) -> NDArray[np.float64]:
     """Scores without the odds that the labels alone give; the regressions weigh classes alike, too.
 
     Eight labels of which six are right are no reason to decide for right. The odds are those that a
-    network begins with (decision 0027).
+    network begins with (decision 0027), which are in its logits before they are calibrated.
     """
     right, left = (np.count_nonzero(side_K == side) for side in (1, -1))
-    if right == 0 or left == 0:
-        return score_KT
-    logit_KT = 2 * np.arctanh(np.clip(score_KT, -1 + 1e-12, 1 - 1e-12))
-    return np.tanh((logit_KT - np.log((right + IMAGINED) / (left + IMAGINED))) / 2)
+    if right and left:
+        logit_KT = logit_KT - np.log((right + IMAGINED) / (left + IMAGINED))
+    return np.tanh(logit_KT / 2)
 
 
 def _trained(
@@ -142,6 +141,7 @@ def _trained(
     init: Path | None,
     changes: tuple[str, ...],
 ) -> NDArray[np.float64]:
+    """Logits of right, of every test trial and bin, not calibrated."""
     side_K = whole.side_K
     if len(np.unique(side_K[train_K])) < 2:
         return np.zeros((len(test_K), whole.counts_KTN.shape[1]))
@@ -151,12 +151,15 @@ def _trained(
         write_trials(path, whole.path.stem, whole.counts_KTN, side_K, splits)
         tuning = ["training.frozen_steps=60", "training.trunk_rate=0.3"] if init else []
         config = config_of(*tuning, *changes)
-        bundle = train(config, [str(path)], Path(folder) / "run", init=init)["bundle"]
+        summary = train(config, [str(path)], Path(folder) / "run", init=init)
+        bundle = summary["bundle"]
         binned = bin_session(load_session(path), config.data, config.behaviour)
         model = build_model(bundle, load_spec(bundle))
         T, every = whole.counts_KTN.shape[1], round(EVERY_S / BIN_S)
         spans = [(int(k) * every, int(k) * every + T) for k in test_K]
         window = config.data.window_bins
         raw_SC = decode_spans(model, binned, spans, wanted=["side"], window=window)["side"]
-    e_SC = np.exp(raw_SC - raw_SC.max(axis=1, keepdims=True))
-    return (2 * e_SC[:, RIGHT] / e_SC.sum(axis=1) - 1).reshape(len(test_K), T).astype(float)
+    # As it was before it was calibrated, which divided all by a temperature, odds too.
+    temperature = next(iter(summary["temperature"].values()), {}).get("side", 1.0)
+    logit_S = temperature * (raw_SC[:, RIGHT] - raw_SC[:, 1 - RIGHT])
+    return logit_S.reshape(len(test_K), T).astype(float)

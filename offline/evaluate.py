@@ -32,7 +32,7 @@ from rt_neds.config import parse_config
 from rt_neds.errors import BundleError, ConfigError
 from rt_neds.model.neds import NEDS
 from rt_neds.model.readout import Behaviour
-from rt_neds.result import refuse_unwritable
+from rt_neds.result import make_folder
 from rt_neds.session import Session, load_session
 from rt_neds.stream.decoder import outputs_of
 
@@ -116,9 +116,8 @@ def evaluate(
     BundleError, SessionError, ConfigError
     """
     paths = [session_paths] if isinstance(session_paths, (str, Path)) else list(session_paths)
-    if report is not None:  # told before the work
-        Path(report).mkdir(parents=True, exist_ok=True)
-        refuse_unwritable(str(Path(report) / "report.html"))
+    if report is not None:
+        make_folder(report)  # told before the work
     spec = load_spec(bundle)
     model = build_model(bundle, spec)
     evaluations = [

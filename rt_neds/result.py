@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -36,6 +37,23 @@ def refuse_unwritable(target: str | None) -> None:
     path = Path(target)
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ConfigError(f"cannot write {target}; name a file in a folder that exists")
+
+
+def make_folder(folder: str | Path) -> None:
+    """Make a folder that results go into, or say in one line that they cannot.
+
+    Raises
+    ------
+    ConfigError
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write into {folder} ({error.strerror}); name another folder"
+        ) from None
 
 
 def clean(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -230,6 +231,35 @@ def test_only_what_draws_is_run_with_each_seed(steinmetz, trials, monkeypatch):
     assert found["rrr"].shape == (1, 18)
 
 
+def test_odds_are_taken_from_logits_as_they_were_before_they_were_calibrated(
+    steinmetz, monkeypatch
+):
+    import steinmetz_network as network
+
+    asked = []
+
+    def trained(config, paths, out, init):
+        asked.append(paths)
+        return {"bundle": "B", "temperature": {"s": {"side": 2.5}}}
+
+    raw_SC = np.random.default_rng(0).normal(size=(2 * 20, 2))
+    for name, fake in {
+        "train": trained,
+        "bin_session": lambda *rest: None,
+        "load_spec": lambda *rest: None,
+        "build_model": lambda *rest: None,
+        "decode_spans": lambda *rest, **named: {"side": raw_SC},
+    }.items():
+        monkeypatch.setattr(network, name, fake)
+    K = np.arange(4)
+    whole = SimpleNamespace(
+        side_K=np.array([1, -1, 1, 1]), counts_KTN=np.ones((4, 20, 3)), path=Path("s.h5")
+    )
+    logit_KT = network._trained(whole, K[:2], K[2:3], K[2:], None, ())
+    np.testing.assert_allclose(logit_KT.ravel(), 2.5 * (raw_SC[:, 1] - raw_SC[:, 0]))
+    assert len(asked) == 1
+
+
 def test_decisions_do_not_lean_to_the_class_that_labels_had_more_of(steinmetz):
     import steinmetz_network as network
 
@@ -238,8 +268,9 @@ def test_decisions_do_not_lean_to_the_class_that_labels_had_more_of(steinmetz):
     prior = 10 / 6  # four trials of each class are imagined beside these
     odds = probability / (1 - probability) / prior
     expected = 2 * odds / (1 + odds) - 1
-    came = network.at_equal_odds(2 * probability - 1, side_K)
+    logit = np.log(probability / (1 - probability))
+    came = network.at_equal_odds(logit, side_K)
     np.testing.assert_allclose(came, expected, atol=1e-12)
-    alike = network.at_equal_odds(np.array([[-1.0, 0.4, 1.0]]), np.array([1, -1]))
+    alike = network.at_equal_odds(np.array([[-50.0, np.log(0.7 / 0.3), 50.0]]), np.array([1, -1]))
     np.testing.assert_allclose(alike, [[-1.0, 0.4, 1.0]], atol=1e-9)
     assert network.at_equal_odds(np.zeros((1, 1)), np.ones(8)) == 0  # one class: nothing is known
