@@ -284,6 +284,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_numbers(args.speed, args.batch_ms, args.from_s, args.to_s, args.wait)
     if args.live and (args.session is None or args.sender != "rtneds"):
         raise ConfigError("--live sends behaviours of a --session beside our own stream only")
+    if args.bundle and not args.live:
+        raise ConfigError("--bundle says what --live NAME means; name one, or leave it out")
     if args.capture is not None:
         return _run_capture(args)
     if args.probe is None:

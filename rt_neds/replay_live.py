@@ -75,7 +75,7 @@ class States:
     """
 
     def __init__(self, session: Session, name: str, config: Mapping[str, Any], epoch: int) -> None:
-        source = config["source"] if isinstance(config["source"], str) else config["source"][0]
+        source = _source_of(config)
         class_of = {float(number): label for label, number in config["classes"].items()}
         if source.startswith("trials."):
             self._events = _of_trials(session, source, class_of, config["known_from"])
@@ -90,6 +90,11 @@ class States:
             self._next += 1
             if sample >= first:
                 yield TaskEvent(self._epoch, sample, self._name, value)
+
+
+def _source_of(config: Mapping[str, Any]) -> str:
+    source = config["source"]
+    return str(source if isinstance(source, str) else source[0])
 
 
 def _of_trials(
@@ -160,7 +165,7 @@ def tracks_of(
         if series is None and config["kind"] == "categorical":
             found.append(States(session, name, config, epoch))
         else:
-            found.append(Track(session, name, series or config["source"], epoch))
+            found.append(Track(session, name, series or _source_of(config), epoch))
     return found
 
 

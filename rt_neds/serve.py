@@ -297,6 +297,11 @@ def decode(
             say(f"serving {one.probe}: {one.source} -> {one.publish}, bundle {spec.name}")
             if trouble := getattr(receiver, "trouble", ""):
                 say(f"waiting: {trouble}")
+            elif announced is None and not any(receiver.counters.values()):
+                say(
+                    f"waiting: nothing of {one.probe} comes from {one.source}; start the sender, "
+                    "or check its address and the probe's name"
+                )
             return loop
 
         for one, receiver in zip(configs, receivers, strict=True):

@@ -58,6 +58,15 @@ def test_states_of_trials(tmp_path, monkeypatch, messages, known_from):
     assert len(shown) >= len(expected) - 1
 
 
+def test_a_source_may_be_a_list_of_one(tmp_path, monkeypatch):
+    session = load_session(write_session(tmp_path / "s.h5", seconds=20))
+    of = {"source": ["wheel.wheel_speed"], "kind": "continuous", "transform": "none"}
+    training = {"config": {"behaviour": {"speed": of}}}
+    monkeypatch.setattr("rt_neds.bundle.load_spec", lambda _: SimpleNamespace(training=training))
+    (track,) = tracks_of(session, {"speed": None}, "B", 1)
+    assert len(list(track.due(0, session.end))) == 1000
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_states_over_time_on_edges_of_bins_and_beside_them(tmp_path, monkeypatch, seed):
     path, out = write_session(tmp_path / "s.h5", seconds=20), tmp_path / "o.h5"

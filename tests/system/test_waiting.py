@@ -1,0 +1,24 @@
+"""Who waits for a sender that is not there says so, once, and for what."""
+
+import subprocess
+import sys
+import time
+
+from rt_neds.children import free_port
+
+
+def test_serve_says_that_nothing_comes(tiny):
+    source = f"rtneds://127.0.0.1:{free_port()}"
+    argv = ["serve", "--probe", "imec9", "--bundle", str(tiny[1] / "bundle"), "--source", source]
+    argv += ["--publish", f"tcp://127.0.0.1:{free_port()}"]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "rt_neds.cli", *argv], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        lines, deadline = [], time.monotonic() + 120
+        while time.monotonic() < deadline and not any("waiting" in line for line in lines):
+            lines.append(child.stderr.readline())
+    finally:
+        child.terminate()
+        child.communicate(timeout=60)
+    assert f"waiting: nothing of imec9 comes from {source}; start the sender" in lines[-1]
