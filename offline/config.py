@@ -202,7 +202,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
         Sessions a step's windows are of, drawn anew each time; each gives as many.
     accumulate : int
         Parts a process does its windows of a step in, to save memory; it changes nothing else.
-    precision : {"32", "bf16"}
+    precision : {"fp32", "bf16"}
         ``bf16``: products of matrices in bfloat16. Weights, sums and validation stay float32.
     learning_rate : float
         Highest of the one-cycle schedule.
@@ -232,7 +232,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
     batch: int = 16
     sessions: int = 1
     accumulate: int = 1
-    precision: Literal["32", "bf16"] = "32"
+    precision: Literal["fp32", "bf16"] = "fp32"
     learning_rate: float = 2e-3
     warmup: float = 0.15
     weight_decay: float = 0.01

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,9 @@ def _write(pynwb: Any, nwb: Any, out: Path) -> None:
 
 # -- command -------------------------------------------------------------------------------------
 
+AGE = re.compile(r"P(?=[\dT])(\d+[YMWD])*(T(\d+[HMS])+)?(/(P(\d+[YMWD])+)?)?")
+"""A duration, or with a stroke from one to another, or from one on."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("capture", metavar="DIR", help="folder that rt-neds record wrote")
@@ -264,6 +268,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     given = {key: value for key, value in about.items() if value is not None}
     if given and args.subject is None:
         raise ConfigError(f"{', '.join(given)} of no subject; add --subject ID")
+    if args.age is not None and not AGE.fullmatch(args.age):
+        raise ConfigError(f"age {args.age!r}; expected a duration of ISO 8601, such as P90D or P3M")
     subject = None if args.subject is None else {"subject_id": args.subject, **given}
     summary = export(Path(args.capture), Path(args.out), subject)
     if not args.quiet:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import importlib
+import math
 import os
 import signal
 import sys
@@ -114,10 +115,21 @@ def _ended_gently() -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells what is wrong in one line, as all of our errors are."""
+    """Tells what is wrong in one line, as all of our errors are; a number is a finite one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("type", float, _finite)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; {self.prog} --help says more\n")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} where a finite number was expected")
+    return number
 
 
 def command(name: str) -> tuple[Any, argparse.ArgumentParser]:

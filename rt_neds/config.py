@@ -53,7 +53,8 @@ def parse_config(table: dict[str, Any], kind: type[T], where: str) -> T:
     try:
         return msgspec.convert(table, kind)
     except (msgspec.ValidationError, ValueError) as error:
-        raise ConfigError(f"{where}: {error}; correct that value") from None
+        said = _of_one_table(table, kind) or _in_our_words(error)
+        raise ConfigError(f"{where}: {said}; correct that value") from None
 
 
 def config_path(name: str) -> Path:
@@ -125,6 +126,27 @@ def _refuse_nonfinite(value: Any, where: str, key: str) -> None:
             _refuse_nonfinite(child, where, key)
     elif isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: {key} is {value}; a finite number was expected")
+
+
+def _of_one_table(table: dict[str, Any], kind: type) -> str:
+    """What is wrong in a table of tables by name, and in which: msgspec does not say."""
+    for key, hint in typing.get_type_hints(kind).items():
+        for struct, is_table_of_structs in _structs_in(hint):
+            children = table.get(key)
+            if not is_table_of_structs or not isinstance(children, dict):
+                continue
+            for name, child in children.items():
+                try:
+                    msgspec.convert(child, struct)
+                except (msgspec.ValidationError, ValueError) as error:
+                    return _in_our_words(error, f"{key}.{name}")
+    return ""
+
+
+def _in_our_words(error: Exception, table: str = "") -> str:
+    text, _, path = str(error).partition(" - at `$")
+    key = (table + path.rstrip("`")).lstrip(".")
+    return f"{key}: {text}" if key else text
 
 
 def _structs_in(hint: Any) -> list[tuple[type, bool]]:

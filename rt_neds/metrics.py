@@ -6,7 +6,6 @@ Frames and triggers are counted as they are heard; what only ``serve`` knows com
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 from rt_neds.clock import monotonic_ns
 from rt_neds.errors import ConfigError, StreamError
 from rt_neds.frames import DecodedFrame, Flag
+from rt_neds.stopping import asked_to_stop
 from rt_neds.stream.publisher import DecodedListener, Note
 from rt_neds.trigger_config import flag_name
 from rt_neds.wire import DEFAULT_DECODED
@@ -289,14 +289,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    stopped = False
-
-    def on_signal(*_: object) -> None:
-        nonlocal stopped
-        stopped = True
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    stop = asked_to_stop()
     if not args.quiet:
         print(f"metrics of {args.probe} at http://{args.listen}/metrics", file=sys.stderr)
-    tell(args.probe, args.connect, args.listen, lambda: stopped)
+    tell(args.probe, args.connect, args.listen, stop)

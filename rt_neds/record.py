@@ -6,7 +6,6 @@ One thread listens and stamps, another writes, so that a slow disk spoils no sta
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 from rt_neds.capture import CaptureWriter, Stream, pack_record
 from rt_neds.errors import ConfigError, WireError
+from rt_neds.stopping import asked_to_stop
 from rt_neds.wire import DEFAULT_DECODED, DEFAULT_SPIKES
 
 FLUSH_S = 1.0
@@ -235,14 +235,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.seconds is not None and args.seconds <= 0:
         raise ConfigError(f"seconds {args.seconds:g}; more than 0 was expected")
     deadline = None if args.seconds is None else time.monotonic() + args.seconds
-    stopped = False
-
-    def on_signal(*_: object) -> None:
-        nonlocal stopped
-        stopped = True
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    stop = asked_to_stop()
     say = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
     summary = record(
         args.probe,
@@ -252,7 +245,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         max_file=round(limits[0]),
         max_total=round(limits[1]),
         min_free=round(limits[2]),
-        stop=lambda: stopped or (deadline is not None and time.monotonic() > deadline),
+        stop=lambda: stop() or (deadline is not None and time.monotonic() > deadline),
         say=say,
     )
     say(

@@ -6,7 +6,6 @@ A session is cut into messages; a capture has them already, and they go out as t
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from rt_neds.clock import monotonic_ns
 from rt_neds.errors import ConfigError, StreamError
 from rt_neds.frames import SpikeBatch
 from rt_neds.priority import quiet_machine
+from rt_neds.replay_capture import check_speed, replay_capture, until
 from rt_neds.replay_live import States, Track, named, tracks_of
 from rt_neds.replay_rigs import (
     DEFAULT_BROADCASTER,
@@ -31,7 +31,6 @@ from rt_neds.wire import DEFAULT_SPIKES, MAX_MESSAGE_S
 
 ANNOUNCE_NS = 1_000_000_000
 BATCH_MS = 1.0
-SLOWEST = 1e-6
 LONGEST_S = 1e8
 """Three years: far more than any recording, and in samples still an int64."""
 
@@ -82,8 +81,7 @@ def check_numbers(
     speed: float, batch_ms: float | None, from_s: float, to_s: float | None, wait_s: float
 ) -> None:
     """ConfigError for numbers by which nothing can be sent, or nothing that is taken."""
-    if speed != 0 and not SLOWEST <= speed < math.inf:
-        raise ConfigError(f"speed {speed:g}; 0, or at least {SLOWEST:g}, was expected")
+    check_speed(speed)
     most_ms = 1000 * MAX_MESSAGE_S
     if batch_ms is not None and not 0 < batch_ms < most_ms:
         raise ConfigError(
@@ -343,8 +341,6 @@ def _send_session(session: Session, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run_capture(args: argparse.Namespace) -> dict[str, Any]:
-    from rt_neds.replay_capture import replay_capture, until
-
     capture = Capture(args.capture)
     shaped = (args.probe, args.batch_ms, args.from_s or None, args.to_s)
     if shaped != (None,) * 4 or args.sender != "rtneds" or args.channels != 1:

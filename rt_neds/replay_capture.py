@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -11,9 +12,9 @@ from rt_neds.errors import ConfigError, StreamError
 from rt_neds.stream.raw import RawSender
 from rt_neds.wire import DEFAULT_SPIKES
 
+SLOWEST = 1e-6
 SETTLE_NS = 200_000_000
 """After the first subscription came: time for the others of the same subscriber."""
-SLOWEST = 1e-6
 
 
 def replay_capture(
@@ -43,12 +44,11 @@ def replay_capture(
     Raises
     ------
     ConfigError
-        Nothing of the spike stream is in it.
+        Nothing of the spike stream is in it, or a speed that is none.
     StreamError
         Address in use, or nobody subscribed in time.
     """
-    if speed != 0 and not speed >= SLOWEST:
-        raise ConfigError(f"speed {speed}; 0, or at least {SLOWEST:g}, was expected")
+    check_speed(speed)
     probe = capture.about["probe"]
     sender = RawSender(bind, probe, lossless=speed == 0)
     sent = behind = zero_ns = started = 0
@@ -85,6 +85,12 @@ def replay_capture(
         "damage": capture.damage,
         "unread_bytes": capture.unread_bytes,
     }
+
+
+def check_speed(speed: float) -> None:
+    """ConfigError for a speed at which nothing is sent."""
+    if speed != 0 and not SLOWEST <= speed < math.inf:
+        raise ConfigError(f"speed {speed:g}; 0, or at least {SLOWEST:g}, was expected")
 
 
 def until(capture: Capture) -> str:

@@ -8,7 +8,6 @@ they publish goes through a gate (:mod:`rt_neds.stream.gate`).
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from rt_neds.errors import ConfigError
 from rt_neds.priority import WATCHER, give_back, quiet_machine, take_priority
 from rt_neds.serve_config import ServeConfig, each_probe, source_endpoint
 from rt_neds.spikeglx_wire import is_spikeglx
+from rt_neds.stopping import asked_to_stop
 from rt_neds.wire import DEFAULT_DECODED
 
 if TYPE_CHECKING:
@@ -382,21 +382,14 @@ def run(args: argparse.Namespace) -> None:
     if args.probe is not None:
         given["probe"] = " ".join(args.probe)
     config = msgspec.structs.replace(load_config(args.config, ServeConfig, args.set), **given)
-    stopped = False
-
-    def on_signal(*_: object) -> None:
-        nonlocal stopped
-        stopped = True
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    stop = asked_to_stop()
     say = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
     from rt_neds.supervise import CAN_FORK
 
     if CAN_FORK:
-        serve_supervised(config, lambda: stopped, say)
+        serve_supervised(config, stop, say)
         return
     if config.standby:
         raise ConfigError("standby on a system that cannot fork; it needs Linux: serve without it")
     say("this system cannot fork: nobody will replace this process if it dies or hangs")
-    serve(config, lambda: stopped, say)
+    serve(config, stop, say)

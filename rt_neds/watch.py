@@ -15,10 +15,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from rt_neds.errors import ConfigError
+from rt_neds.errors import ConfigError, StreamError
 from rt_neds.frames import DecodedFrame
 from rt_neds.health import Health, counter
 from rt_neds.latency import Latency
+from rt_neds.stopping import asked_to_stop
 from rt_neds.stream.publisher import DecodedListener, Note
 from rt_neds.wire import DEFAULT_DECODED
 
@@ -218,22 +219,31 @@ def watch(probe: str, connect: str, seconds: float | None, quiet: bool) -> dict[
     -------
     dict
         See :meth:`View.summary`.
+
+    Raises
+    ------
+    StreamError
+        Nothing was heard in all that time.
     """
     view, listener, console = View(probe), DecodedListener(connect, probe), Console()
+    stop = asked_to_stop()
     deadline = None if seconds is None else time.monotonic() + seconds
     shown = 0.0
     try:
         with Live(console=console, auto_refresh=False, screen=False) as live:
-            while deadline is None or time.monotonic() < deadline:
+            while not stop() and (deadline is None or time.monotonic() < deadline):
                 view.take(listener.read(50))
                 now = time.monotonic()
                 if not quiet and console.is_terminal and now - shown > 1 / REFRESH_HZ:
                     live.update(view.render(console.width), refresh=True)
                     shown = now
-    except KeyboardInterrupt:
-        pass
     finally:
         listener.close()
+    if view.schema is None and not view.frames:
+        raise StreamError(
+            f"nothing of {probe} came from {connect}; is rt-neds serve --probe {probe} running "
+            "and publishing there?"
+        )
     return view.summary()
 
 
@@ -252,8 +262,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     summary = watch(args.probe, args.connect, args.seconds, args.quiet)
     if not args.quiet:
         p = summary["receive_to_publish_ms"]
-        print(
-            f"{summary['frames']} frames, {summary['holes']} missing; "
-            f"receive to publish p50 {p['p50']:.2f} ms, p99.9 {p['p99_9']:.2f} ms"
-        )
+        took = f"; receive to publish p50 {p['p50']:.2f} ms, p99.9 {p['p99_9']:.2f} ms"
+        some = bool(summary["frames"])
+        print(f"{summary['frames']} frames, {summary['holes']} missing{took * some}")
     return summary

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offline.captured import Contents
-from offline.nwb import export
+from offline.nwb import AGE, export
 from rt_neds import cli
 from rt_neds.capture import Capture, Stream
 from rt_neds.frames import SPIKE_DTYPE, DecodedFrame, SpikeBatch
@@ -259,6 +259,20 @@ def test_without_announcement_units_are_called_by_their_numbers(tmp_path):
     names, _, place_S, dropped = Contents(Capture(tmp_path / "c")).spikes()
     assert [names[place] for place in place_S] == ["7", "3"]
     assert dropped == 1
+
+
+@pytest.mark.parametrize("age", ["90 days", "P", "PT", "P90", "90D", "P1D/2D"])
+def test_an_age_that_is_none(tmp_path, capsys, age):
+    out = str(tmp_path / "x.nwb")
+    assert cli.main(["export", str(tmp_path), "--out", out, "--subject", "m", "--age", age]) == 2
+    told = capsys.readouterr().err
+    assert f"age {age!r}" in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("age", ["P90D", "P3M2W", "P1DT12H", "PT36H", "P90D/P120D", "P90D/"])
+def test_an_age(age):
+    assert AGE.fullmatch(age)
 
 
 def test_pynwb_reads_what_was_written_and_the_inspector_finds_nothing_critical(capture, tmp_path):

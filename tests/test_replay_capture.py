@@ -81,7 +81,6 @@ def test_of_a_damaged_capture_it_sends_what_can_be_read_and_says_so(tmp_path, ca
         (MESSAGES, ["--as", "openephys"], "leave them out"),
         (MESSAGES, ["--probe", "imec1"], "leave them out"),
         (MESSAGES, ["--speed", "-1"], "was expected"),
-        (MESSAGES, ["--speed", "nan"], "was expected"),
         (MESSAGES, ["--wait", "0.1"], "nobody subscribed to spikes/imec0"),
         (MESSAGES, ["--bind", "nonsense"], "cannot bind"),
     ],

@@ -45,6 +45,16 @@ def test_tables_become_series_and_trials(session, tmp_path):
     assert came.column("trials.side").tolist() == ["right", "left"]
 
 
+def test_rows_that_say_nothing_of_the_recording_are_counted(session, tmp_path, capsys):
+    (tmp_path / "wheel.csv").write_text("time,speed\n-1,0\n1,1\n2,2\n")
+    (tmp_path / "trials.csv").write_text(TRIALS)
+    argv = ["prepare", "session", str(session), "--out", str(tmp_path / "o.h5"), "--tables"]
+    assert main([*argv, str(tmp_path / "wheel.csv"), str(tmp_path / "trials.csv")]) == 0
+    told = capsys.readouterr().err
+    assert "wheel: 3 rows, 1 of them outside what was recorded" in told
+    assert "trials: 2 rows; 1 left out, of no start or end" in told
+
+
 def test_what_was_a_session_is_the_same_by_way_of_csv(tmp_path):
     whole = load_session(write_session(tmp_path / "whole.h5"))
     series, trials = whole.data.wheel, whole.data.trials

@@ -53,15 +53,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     with telling(args.quiet) as tell:
         data = _data(args, tell)
-        add_tables(data, args.tables)
-        summary = write_session(args.out, data)
+        tables = add_tables(data, args.tables)
+        summary = {**write_session(args.out, data), "tables": tables}
     if not args.quiet:
         print(
             f"{summary['out']}: {summary['units']} units, {summary['spikes']} spikes in "
             f"{summary['recorded_s']:.1f} s, {summary['trials']} trials",
             file=sys.stderr,
         )
+        for name, of in tables.items():
+            print(f"  {name}: {_rows(**of)}", file=sys.stderr)
     return summary
+
+
+def _rows(rows: int, without_times: int, outside: int) -> str:
+    words = f"{rows} rows"
+    if outside:
+        words += f", {outside} of them outside what was recorded"
+    if without_times:
+        words += f"; {without_times} left out, of no start or end"
+    return words
 
 
 def _data(args: argparse.Namespace, tell: Any) -> Any:

@@ -27,7 +27,7 @@ from rt_neds.errors import SessionError
 NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
-def add_tables(data: Data, paths: Iterable[str | Path]) -> None:
+def add_tables(data: Data, paths: Iterable[str | Path]) -> dict[str, dict[str, int]]:
     """Put what some CSV files hold into a session, in place.
 
     An empty cell is a value that is not known. Words are kept as words in a table of intervals.
@@ -39,12 +39,19 @@ def add_tables(data: Data, paths: Iterable[str | Path]) -> None:
         With ``domain``.
     paths : iterable of path
 
+    Returns
+    -------
+    dict of str to dict
+        Of each group: ``rows`` it has, ``without_times`` of its file that it has not, and
+        ``outside`` what was recorded of those that it has.
+
     Raises
     ------
     SessionError
         A file cannot be read as such a table, its name is taken, or most of it lies outside what
         was recorded.
     """
+    taken = {}
     for path in map(Path, paths):
         name = path.stem
         if not NAME.fullmatch(name):
@@ -52,6 +59,7 @@ def add_tables(data: Data, paths: Iterable[str | Path]) -> None:
         if hasattr(data, name):
             raise SessionError(f"{path}: the session has {name} already; call the file otherwise")
         columns = read_csv(path)
+        read = len(next(iter(columns.values())))
         if {"start", "end"} <= columns.keys():
             group = _intervals(path, columns)
             begins_R = group.start
@@ -63,8 +71,11 @@ def add_tables(data: Data, paths: Iterable[str | Path]) -> None:
                 f"{path} has the columns {', '.join(columns)}; expected time, or start and end, in "
                 "seconds of the probe's clock"
             )
-        _check_times(path, begins_R, data.domain)
+        inside = _check_times(path, begins_R, data.domain)
         setattr(data, name, group)
+        rows = len(begins_R)
+        taken[name] = {"rows": rows, "without_times": read - rows, "outside": rows - inside}
+    return taken
 
 
 def read_csv(path: Path) -> dict[str, NDArray[Any]]:
@@ -158,8 +169,8 @@ def _check_numbers(path: Path, columns: dict[str, NDArray[Any]], names: list[str
             raise SessionError(f"{path}: {word!r} in the column {name}; numbers were expected")
 
 
-def _check_times(path: Path, time_R: NDArray[np.float64], domain: Any) -> None:
-    """Most of it was recorded: milliseconds, samples and other clocks are told by that."""
+def _check_times(path: Path, time_R: NDArray[np.float64], domain: Any) -> int:
+    """How many were recorded. Most: milliseconds, samples and other clocks are told by that."""
     start, end = float(np.min(domain.start)), float(np.max(domain.end))
     inside = int(np.count_nonzero((time_R >= start) & (time_R <= end)))
     if 2 * inside < len(time_R):
@@ -168,3 +179,4 @@ def _check_times(path: Path, time_R: NDArray[np.float64], domain: Any) -> None:
             f"lie within the recording of {start:g} to {end:g} s; expected seconds of the probe's "
             "clock (not samples or milliseconds), and no more than was recorded"
         )
+    return inside

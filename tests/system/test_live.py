@@ -277,12 +277,10 @@ def test_watch_reports_what_it_saw(tiny, tmp_path):
             [sys.executable, "-m", "rt_neds.cli", "watch", "--probe", "imec0", "--connect",
              f"tcp://127.0.0.1:{rig.decoded}", "--json", "-", "--quiet"],
             stdout=subprocess.PIPE, text=True,
-            # Whoever runs the tests in the background may have it ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         wait_for_connections(rig.decoded, 2)
         frames, _, _ = rig.replay(path, tmp_path, "--to", "2")
-        watching.send_signal(signal.SIGINT)
+        watching.send_signal(signal.SIGTERM)
         seen = json.loads(watching.communicate(timeout=60)[0])
     assert seen["frames"] == len(frames) == 100
     assert seen["holes"] == 0
