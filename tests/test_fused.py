@@ -201,10 +201,10 @@ def test_does_not_drift():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("size", "bins"), [("small", 1_000_000), ("base", 100_000), ("large", 20_000)]
-)
-def test_hours_of_a_served_size_stay_equal_to_forward(size, bins):
+@pytest.mark.timeout(4 * 3600)
+@pytest.mark.parametrize("size", list(SERVED))
+def test_a_million_bins_of_a_served_size_stay_equal_to_forward(size):
+    bins = 1_000_000
     torch.manual_seed(0)
     model = round_trunk(NEDS(ModelConfig(**SERVED[size]), BEHAVIOURS, {"a": 400}).eval())
     rng = np.random.default_rng(0)
