@@ -1,4 +1,4 @@
-"""Acting on triggers, beside the hot path: LSL markers, TTL lines, digital outputs.
+"""Acting on triggers, beside the hot path.
 
 Whoever decides hands over a few bytes and never waits. Each thing to be done has a thread of its
 own, so that one which does not answer keeps no other waiting; what waits is bounded, and what comes
@@ -9,195 +9,43 @@ What is pulsed is put low at the start: a line must not stay high because somebo
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import zmq
 
 from rt_neds.bundle import BundleSpec
 from rt_neds.clock import monotonic_ns
 from rt_neds.condition import parse_condition, value_names
+from rt_neds.devices import (
+    Device,
+    Marker,
+    MarkerStream,
+    Nido,
+    NoAnswerError,
+    TooLateError,
+    Ttl,
+    UnansweredError,
+)
 from rt_neds.errors import ConfigError
 from rt_neds.serve_config import ServeConfig
 from rt_neds.stream.board import shared
 from rt_neds.stream.decoder import schema_outputs
 from rt_neds.stream.trigger import HANDED, Triggers
-from rt_neds.trigger_config import NidoConfig, Rule, TtlConfig, rules_of
+from rt_neds.trigger_config import Rule, refuse_shared_lines, rules_of
 
-ANSWER_S = 0.2
 RETRY_S = 1.0
 KEEP_S = 4.0
-"""SpikeGLX closes a connection that says nothing for ten seconds."""
 WAITING = 16
 LISTEN_S = 0.1
 END_S = 1.0
 
 _ROW = np.dtype([(name, "<i8") for name in ("done", "late", "failed", "dropped", "took_ns")])
-
-
-class NoAnswerError(Exception):
-    """The other side is not there, or refuses; the message is for a person."""
-
-
-class Device(Protocol):
-    """One thing that can be done.
-
-    Attributes
-    ----------
-    pulse_s : float
-        After so long ``off`` follows; 0 for never.
-    """
-
-    pulse_s: float
-
-    def on(self) -> None:
-        """Do it; NoAnswerError if it cannot be done within ``ANSWER_S`` or so."""
-
-    def off(self) -> None:
-        """Undo it."""
-
-    def keep(self) -> None:
-        """Called every ``KEEP_S``."""
-
-    def close(self) -> None:
-        """Let go."""
-
-
-class Ttl:
-    """A TTL line of Open Ephys: text to its Network Events plugin, which answers each."""
-
-    def __init__(self, config: TtlConfig) -> None:
-        self.pulse_s = config.pulse_ms / 1000
-        self._to, self._line = config.to, config.line
-        self._socket: zmq.Socket | None = None
-
-    def on(self) -> None:
-        self._ask(1)
-
-    def off(self) -> None:
-        self._ask(0)
-
-    def keep(self) -> None:
-        """Nothing to do: ZeroMQ connects again by itself."""
-
-    def close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-
-    def _ask(self, state: int) -> None:
-        try:
-            if self._socket is None:
-                self._socket = zmq.Context.instance().socket(zmq.REQ)
-                self._socket.set(zmq.LINGER, 0)
-                self._socket.connect(self._to)
-            self._socket.send(f"TTL Line={self._line} State={state}".encode(), zmq.NOBLOCK)
-            if not self._socket.poll(round(ANSWER_S * 1000)):
-                raise NoAnswerError(
-                    f"{self._to} does not answer: is Network Events in the signal chain?"
-                )
-            answer = self._socket.recv().decode(errors="replace")
-        except zmq.ZMQError as error:
-            raise NoAnswerError(f"{self._to}: {error}") from None
-        if not answer.startswith("TTLHandled"):
-            raise NoAnswerError(f"{self._to} answers {answer[:60]!r}; TTLHandled was expected")
-
-
-class Nido:
-    """Digital lines of an NI device: one line of text to SpikeGLX, which answers ``OK``."""
-
-    def __init__(self, config: NidoConfig) -> None:
-        self.pulse_s = config.pulse_ms / 1000
-        host, _, port = config.to.rpartition(":")
-        self._to, self._address = config.to, (host.strip("[]"), int(port))
-        self._lines, self._bits = config.lines, config.bits
-        self._socket: socket.socket | None = None
-
-    def on(self) -> None:
-        self._ask(f"NIDOSET {self._lines} {self._bits}")
-
-    def off(self) -> None:
-        self._ask(f"NIDOSET {self._lines} 0")
-
-    def keep(self) -> None:
-        self._ask("NOOP")
-
-    def close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-
-    def _ask(self, command: str) -> None:
-        try:
-            if self._socket is None:
-                self._socket = socket.create_connection(self._address, ANSWER_S)
-                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._socket.settimeout(ANSWER_S)
-            self._socket.sendall(command.encode() + b"\n")
-            answer = b""
-            while not answer.endswith(b"\n") and len(answer) < 1024:
-                came = self._socket.recv(1024)
-                if not came:
-                    raise NoAnswerError(f"SpikeGLX at {self._to} closed the connection")
-                answer += came
-        except OSError as error:
-            raise NoAnswerError(
-                f"SpikeGLX at {self._to} does not answer ({error}): is its command server on?"
-            ) from None
-        if answer.strip() != b"OK":
-            words = answer.decode(errors="replace").strip()
-            raise NoAnswerError(f"SpikeGLX at {self._to} answers {words[:80]!r} to {command}")
-
-
-class MarkerStream:
-    """The LSL marker stream of a probe, for all its rules; open from the first use on."""
-
-    def __init__(self, probe: str) -> None:
-        self._name = f"rt-neds-{probe}"
-        self._outlet: Any = None
-        self._making = threading.Lock()
-
-    def outlet(self) -> Any:
-        """The stream; NoAnswerError if LSL cannot be used."""
-        with self._making:
-            if self._outlet is None:
-                try:
-                    import pylsl
-
-                    # A source id that is always the same: who listens finds it again.
-                    about = (1, pylsl.IRREGULAR_RATE, pylsl.cf_string, self._name)
-                    info = pylsl.StreamInfo(self._name, "Markers", *about)
-                    self._outlet = pylsl.StreamOutlet(info)
-                except (ImportError, RuntimeError) as error:
-                    raise NoAnswerError(f"LSL cannot be used: {error}") from None
-            return self._outlet
-
-
-class Marker:
-    """A text in the LSL marker stream of a probe."""
-
-    pulse_s = 0.0
-
-    def __init__(self, stream: MarkerStream, text: str) -> None:
-        self._stream, self._text = stream, text
-
-    def on(self) -> None:
-        self._stream.outlet().push_sample([self._text])
-
-    def off(self) -> None:
-        """Open the stream, so that whoever records can find it before the first marker."""
-        self._stream.outlet()
-
-    def keep(self) -> None:
-        """Nothing to do."""
-
-    def close(self) -> None:
-        """Nothing to do: the stream is there as long as the process."""
 
 
 class Hand(threading.Thread):
@@ -210,7 +58,7 @@ class Hand(threading.Thread):
     device : Device
     row : record of int64
         Counts: ``done``; ``late``, not done because it was; ``failed``; ``dropped``, too many
-        waited; and ``took_ns`` from the last decision until it was done.
+        waited, or the line was high; and ``took_ns`` from the last decision until it was done.
     say : callable
         Takes a line for a person.
     """
@@ -221,6 +69,8 @@ class Hand(threading.Thread):
         self._changed = threading.Condition()
         self._waiting: deque[tuple[int, int]] = deque()
         self._ending = self._in_trouble = False
+        self._high = False
+        self._unsure = False  # whether it was done, or will be once who was asked wakes up
         self._off_at = time.monotonic()  # at once: it may have been left on
 
     def give(self, decided_ns: int, until_ns: int) -> None:
@@ -242,15 +92,13 @@ class Hand(threading.Thread):
         keep_at = time.monotonic() + KEEP_S
         while True:
             wanted = self._wait(min(self._off_at, keep_at))
-            now = time.monotonic()
+            if time.monotonic() >= self._off_at:
+                self._put_low()
             if wanted is not None:
                 self._act(*wanted)
             elif self._ending:
                 break
-            elif now >= self._off_at:
-                done = self._try(self._device.off)
-                self._off_at = float("inf") if done else time.monotonic() + RETRY_S
-            elif now >= keep_at:
+            elif time.monotonic() >= keep_at:
                 self._try(self._device.keep)
             keep_at = time.monotonic() + KEEP_S
         if self._off_at < float("inf") and self._device.pulse_s:
@@ -264,32 +112,54 @@ class Hand(threading.Thread):
             )
             return self._waiting.popleft() if self._waiting else None
 
-    def _act(self, decided_ns: int, until_ns: int) -> None:
-        if monotonic_ns() > until_ns:
-            self._row["late"] += 1
-            return
-        if not self._try(self._device.on):
-            self._row["failed"] += 1
-            self._off_at = time.monotonic()  # who did not answer may have done it
-            return
-        self._row["took_ns"] = monotonic_ns() - decided_ns
-        self._row["done"] += 1
-        if self._device.pulse_s:
-            self._off_at = time.monotonic() + self._device.pulse_s
+    def _put_low(self) -> None:
+        if self._try(self._device.off):
+            self._off_at = time.monotonic() + RETRY_S
+        else:
+            self._off_at, self._high, self._unsure = float("inf"), False, False
 
-    def _try(self, do: Callable[[], None]) -> bool:
+    def _act(self, decided_ns: int, until_ns: int) -> None:
+        if self._unsure:  # more of it would all be done at once when who was asked wakes up
+            self._row["failed"] += 1
+            return
+        if self._high:  # no edge would be seen
+            self._row["dropped"] += 1
+            return
+        error = self._try(lambda: self._device.on(until_ns))
+        if isinstance(error, TooLateError):
+            self._row["late"] += 1
+        elif error is not None:
+            self._row["failed"] += 1
+            self._unsure = isinstance(error, UnansweredError)
+            self._off_at = time.monotonic()
+        else:
+            self._row["took_ns"] = monotonic_ns() - decided_ns
+            self._row["done"] += 1
+            if self._device.pulse_s:
+                self._high, self._off_at = True, time.monotonic() + self._device.pulse_s
+
+    def _try(self, do: Callable[[], None]) -> Exception | None:
+        """Do it, or say in words why not; no error may end this thread, nor what says it."""
         try:
             do()
-        except NoAnswerError as error:
-            self._device.close()
+        except TooLateError as error:
+            return error
+        except Exception as error:
+            with contextlib.suppress(Exception):
+                self._device.close()
+            words = str(error) if isinstance(error, NoAnswerError) else repr(error)
             if not self._in_trouble:
-                self._say(f"{self.name}: {error}")
+                self._tell(words)
             self._in_trouble = True
-            return False
+            return error
         if self._in_trouble:
-            self._say(f"{self.name}: answers again")
+            self._tell("answers again")
         self._in_trouble = False
-        return True
+        return None
+
+    def _tell(self, words: str) -> None:
+        with contextlib.suppress(Exception):
+            self._say(f"{self.name}: {words}")
 
 
 class Actuators:
@@ -304,10 +174,11 @@ class Actuators:
     Raises
     ------
     ConfigError
-        LSL is asked for and pylsl is not there.
+        LSL is asked for and pylsl is not there, or two rules have a line in common.
     """
 
     def __init__(self, rules: Sequence[Rule], say: Callable[[str], None]) -> None:
+        refuse_shared_lines(rules)
         self._say = say
         self._things: list[tuple[Rule, str, Device]] = []
         streams: dict[str, MarkerStream] = {}

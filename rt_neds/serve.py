@@ -8,6 +8,7 @@ they publish goes through a gate (:mod:`rt_neds.stream.gate`).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -373,6 +374,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def tell(line: str) -> None:
+    """Say a line to whoever started us; one that cannot be said must not end what decodes."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
+
+
 def run(args: argparse.Namespace) -> None:
     options = (
         *("probe", "bundle", "source", "detector", "live", "publish", "session", "device"),
@@ -383,7 +390,7 @@ def run(args: argparse.Namespace) -> None:
         given["probe"] = " ".join(args.probe)
     config = msgspec.structs.replace(load_config(args.config, ServeConfig, args.set), **given)
     stop = asked_to_stop()
-    say = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
+    say = (lambda line: None) if args.quiet else tell
     from rt_neds.supervise import CAN_FORK
 
     if CAN_FORK:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated, NamedTuple
 
 import msgspec
 
+from rt_neds.errors import ConfigError
 from rt_neds.frames import Flag
 
 NETWORK_EVENTS = "tcp://127.0.0.1:5556"
@@ -16,7 +18,10 @@ LONGEST_MS = 86_400_000.0
 """A day."""
 
 Line = Annotated[int, msgspec.Meta(ge=1, le=256)]
-Bits = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+Bits = Annotated[int, msgspec.Meta(ge=1, lt=1 << 32)]
+NI_LINES = re.compile(r"/?(\w+)/port(\d+)(?:/line(\d+)(?::(\d+))?)?", re.ASCII | re.IGNORECASE)
+PORT_LINES = 8
+"""Lines of a port that SpikeGLX's bits reach; a port named without lines has them all."""
 
 
 class TtlConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,12 +34,13 @@ class TtlConfig(msgspec.Struct, frozen=True, kw_only=True):
     to : str
         Address of the plugin.
     pulse_ms : float
-        How long the line stays high.
+        How long the line stays high. The GUI stamps both edges with the first sample of a block:
+        what is shorter than its blocks may have no length.
     """
 
     line: Line
     to: str = NETWORK_EVENTS
-    pulse_ms: float = 10.0
+    pulse_ms: float = 50.0
 
     def __post_init__(self) -> None:
         check_ms("pulse_ms", self.pulse_ms, 1, LONGEST_PULSE_MS)
@@ -69,6 +75,12 @@ class NidoConfig(msgspec.Struct, frozen=True, kw_only=True):
         host, _, port = self.to.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
             raise ValueError(f"to {self.to!r}; expected HOST:PORT such as {SPIKEGLX}")
+        reach = sum({1 << (PORT_LINES * port + line) for _, port, line in ni_lines(self.lines)})
+        if reach and not self.bits & reach:
+            raise ValueError(
+                f"bits {self.bits} raise none of {self.lines}; line L of port P is "
+                f"2 to the power of {PORT_LINES} P + L"
+            )
 
 
 class TriggerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,6 +121,13 @@ class TriggerConfig(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("hold_ms", "refractory_ms", "max_age_ms"):
             check_ms(name, getattr(self, name))
         flags_of(self.refuse)
+        for name, pulsed in (("ttl", self.ttl), ("nido", self.nido)):
+            if pulsed is not None and pulsed.pulse_ms > self.refractory_ms:
+                raise ValueError(
+                    f"refractory_ms {self.refractory_ms:g} and {name}.pulse_ms "
+                    f"{pulsed.pulse_ms:g}; a firing within a pulse has no edge: make "
+                    "refractory_ms as long"
+                )
 
 
 class Rule(NamedTuple):
@@ -124,6 +143,36 @@ def rules_of(triggers: Mapping[str, Mapping[str, TriggerConfig]]) -> list[Rule]:
     """Number the rules of each probe."""
     named = [(name, probe, c) for probe, rules in triggers.items() for name, c in rules.items()]
     return [Rule(number, *one) for number, one in enumerate(named)]
+
+
+def ni_lines(lines: str) -> set[tuple[str, int, int]]:
+    """Device, port and line of each line named; empty where they are named in another way."""
+    found = set()
+    for piece in lines.split(","):
+        match = NI_LINES.fullmatch(piece.strip())
+        if match is None:
+            return set()
+        device, port, first, last = match.groups()
+        ends = (0, PORT_LINES - 1) if first is None else (int(first), int(last or first))
+        found |= {(device.lower(), int(port), n) for n in range(min(ends), max(ends) + 1)}
+    return found
+
+
+def refuse_shared_lines(rules: Sequence[Rule]) -> None:
+    """ConfigError where two rules would end, or overwrite, each other's pulses."""
+    owners: dict[tuple[object, ...], str] = {}
+    for rule in rules:
+        ttl, nido = rule.config.ttl, rule.config.nido
+        lines: list[tuple[object, ...]] = [("ttl", ttl.to, ttl.line)] if ttl else []
+        if nido:
+            of: set[object] = {*ni_lines(nido.lines)} or {nido.lines}
+            lines += [("nido", nido.to, line) for line in of]
+        for line in lines:
+            if owners.setdefault(line, rule.name) != rule.name:
+                raise ConfigError(
+                    f"trigger {rule.name}: its {line[0]} has a line of trigger {owners[line]}; "
+                    "give each its own, or make one rule with or"
+                )
 
 
 def flag_name(flag: Flag) -> str:

@@ -8,10 +8,18 @@ import time
 import pytest
 import zmq
 
+from rt_neds import actuators as actuators_module
 from rt_neds.actuators import WAITING, Actuators
+from rt_neds.children import free_port
 from rt_neds.errors import ConfigError
 from rt_neds.stream.trigger import HANDED
-from rt_neds.trigger_config import NidoConfig, TriggerConfig, TtlConfig, rules_of
+from rt_neds.trigger_config import (
+    NidoConfig,
+    TriggerConfig,
+    TtlConfig,
+    refuse_shared_lines,
+    rules_of,
+)
 
 WAIT_S = 20.0
 
@@ -29,6 +37,7 @@ class NetworkEvents(threading.Thread):
     def __init__(self, port=0):
         super().__init__(daemon=True)
         self.heard, self.at, self.done = [], [], threading.Event()
+        self.acquires, self.held_up, self.answer = True, threading.Event(), ""
         self.socket = zmq.Context.instance().socket(zmq.REP)
         self.socket.set(zmq.LINGER, 0)
         self.socket.bind(f"tcp://127.0.0.1:{port or '*'}")
@@ -39,11 +48,16 @@ class NetworkEvents(threading.Thread):
         while not self.done.is_set():
             if self.socket.poll(20):
                 text = self.socket.recv().decode()
+                while self.held_up.is_set() and not self.done.is_set():
+                    time.sleep(0.005)
+                if text == "IsAcquiring":
+                    self.socket.send_string(str(int(self.acquires)))
+                    continue
                 self.heard.append(text)
                 self.at.append(time.monotonic())
                 words = dict(word.split("=") for word in text.split()[1:])
                 answer = f"TTLHandled: Line={words['Line']} State={words['State']}"
-                self.socket.send_string(answer)
+                self.socket.send_string(self.answer or answer)
         self.socket.close()
 
     def close(self):
@@ -58,14 +72,20 @@ class CommandServer(socketserver.ThreadingTCPServer):
 
     def __init__(self, answer=b"OK\n"):
         self.heard, self.connections, self.answer = [], 0, answer
+        self.open = []
         super().__init__(("127.0.0.1", 0), CommandHandler)
         self.address = f"127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def hang_up(self):
+        for connection in self.open:
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 class CommandHandler(socketserver.StreamRequestHandler):
     def handle(self):
         self.server.connections += 1
+        self.server.open.append(self.connection)
         for line in self.rfile:
             self.server.heard.append(line.decode())
             self.wfile.write(self.server.answer)
@@ -77,8 +97,8 @@ def act():
     running = []
 
     def act(said=None, **options):
-        rules = rules_of({"p": {"go": TriggerConfig(when="a > 1", **options)}})
-        actuators = Actuators(rules, (said if said is not None else []).append)
+        say = said if callable(said) else (said if said is not None else []).append
+        actuators = Actuators(rules_of({"p": {"go": rule(**options)}}), say)
         actuators.start()
         running.append(actuators)
         return actuators
@@ -86,6 +106,10 @@ def act():
     yield act
     for actuators in running:
         actuators.end()
+
+
+def rule(**options):
+    return TriggerConfig(when="a > 1", refractory_ms=10_000.0, **options)
 
 
 def fire(actuators, rule=0, left_s=WAIT_S):
@@ -180,6 +204,131 @@ def test_what_comes_too_late_is_not_done(act):
     server.close()
 
 
+def test_who_can_be_reached_only_when_it_is_too_late_is_not_asked(act):
+    port = free_port()
+    actuators = act(ttl=TtlConfig(line=1, to=f"tcp://127.0.0.1:{port}"))
+    until(lambda: actuators._hands[0][1]._in_trouble)  # the first attempt to put it low is over
+    fire(actuators, left_s=0.03)
+    time.sleep(0.06)
+    server = NetworkEvents(port)
+    until(lambda: server.heard)
+    time.sleep(0.3)
+    assert server.heard == ["TTL Line=1 State=0"]
+    status = actuators.status("p")["go.ttl"]
+    assert (status["done"], status["late"] + status["failed"]) == (0, 1)
+    server.close()
+
+
+def test_who_is_held_up_does_one_thing_late_and_puts_the_line_low_at_once(act):
+    server = NetworkEvents()
+    actuators = act(ttl=TtlConfig(line=1, to=server.address, pulse_ms=10.0))
+    until(lambda: server.heard)
+    server.held_up.set()  # as a dialog or an open menu does with the GUI
+    for n in range(6):
+        fire(actuators)
+        until(lambda n=n: actuators.status("p")["go.ttl"]["failed"] == n + 1)
+    time.sleep(1.5)
+    server.held_up.clear()
+    until(lambda: "TTL Line=1 State=1" in server.heard)
+    until(lambda: server.heard[-1] == "TTL Line=1 State=0")
+    assert server.heard.count("TTL Line=1 State=1") == 1
+    up = server.heard.index("TTL Line=1 State=1")
+    assert server.at[up + 1] - server.at[up] < 0.1  # it waited there already
+    until(lambda: not actuators._hands[0][1]._unsure)
+    fire(actuators)
+    until(lambda: actuators.status("p")["go.ttl"]["done"] == 1)
+    server.close()
+
+
+def test_what_a_gui_that_does_not_acquire_would_not_do_is_not_done(act, monkeypatch):
+    monkeypatch.setattr(actuators_module, "KEEP_S", 0.1)
+    server, said = NetworkEvents(), []
+    server.acquires = False
+    actuators = act(said, ttl=TtlConfig(line=1, to=server.address))
+    until(lambda: server.heard)
+    fire(actuators)
+    until(lambda: actuators.status("p")["go.ttl"]["failed"] == 1)
+    assert "does not acquire" in said[0]
+    assert "TTL Line=1 State=1" not in server.heard
+    until(lambda: len(said) == 2)
+    n = len(server.heard)
+    server.acquires = True
+    until(lambda: len(server.heard) == n + 1)  # what was not put low then is put low now
+    assert server.heard[-1] == "TTL Line=1 State=0"
+    fire(actuators)
+    until(lambda: actuators.status("p")["go.ttl"]["done"] == 1)
+    server.close()
+
+
+def test_a_plugin_that_does_something_else_is_not_believed(act):
+    server, said = NetworkEvents(), []
+    server.answer = "TTLHandled: Channel=1 on=0"
+    actuators = act(said, ttl=TtlConfig(line=3, to=server.address))
+    fire(actuators)
+    until(lambda: actuators.status("p")["go.ttl"]["failed"] == 1)
+    assert "0.2.1 or newer" in said[0]
+    server.close()
+
+
+def test_a_firing_while_the_line_is_high_is_counted_as_none(act):
+    server = NetworkEvents()
+    actuators = act(ttl=TtlConfig(line=1, to=server.address, pulse_ms=300.0))
+    fire(actuators)
+    until(lambda: actuators.status("p")["go.ttl"]["done"] == 1)
+    fire(actuators)
+    until(lambda: actuators.status("p")["go.ttl"]["dropped"] == 1)
+    until(lambda: server.heard[-1] == "TTL Line=1 State=0")
+    assert server.heard.count("TTL Line=1 State=1") == 1
+    server.close()
+
+
+def test_a_connection_that_spikeglx_closed_costs_no_pulse(act):
+    server = CommandServer()
+    nido = NidoConfig(lines="Dev6/port0/line0", bits=1, to=server.address, pulse_ms=5.0)
+    actuators = act(nido=nido)
+    until(lambda: len(server.heard) == 1)
+    server.hang_up()
+    time.sleep(0.1)
+    fire(actuators)
+    until(lambda: actuators.status("p")["go.nido"]["done"] == 1)
+    assert actuators.status("p")["go.nido"]["failed"] == 0
+    assert server.connections == 2
+    server.shutdown()
+    server.server_close()
+
+
+def test_nothing_that_goes_wrong_ends_a_thread(act):
+    def full(line):
+        raise OSError("no space left on device")
+
+    server = NetworkEvents()
+    actuators = act(full, ttl=TtlConfig(line=1, to="tcp://127.0.0.1:1"))
+    fire(actuators)
+    until(lambda: actuators.status("p")["go.ttl"]["failed"] == 1)
+    actuators._hands[0][1]._device._to = server.address
+    until(lambda: server.heard)
+    odd = act(nido=NidoConfig(lines="x", bits=1, to="a..b:4142"))  # a name that cannot be encoded
+    fire(odd)
+    until(lambda: odd.status("p")["go.nido"]["failed"] == 1)
+    server.close()
+
+
+def test_two_rules_do_not_share_a_line():
+    def both(**options):
+        left, right = ({key: make(n) for key, make in options.items()} for n in (0, 1))
+        return rules_of({"p": {"left": rule(**left), "right": rule(**right)}})
+
+    refuse_shared_lines(both(ttl=lambda n: TtlConfig(line=1 + n)))
+    refuse_shared_lines(both(nido=lambda n: NidoConfig(lines=f"Dev6/port0/line{n}", bits=1 + n)))
+    with pytest.raises(ConfigError, match="trigger right: its ttl has a line of trigger left"):
+        refuse_shared_lines(both(ttl=lambda n: TtlConfig(line=1)))
+    ranges = {0: "Dev6/port0/line0:3", 1: "dev6/port0/line3"}
+    with pytest.raises(ConfigError, match="trigger right: its nido has a line of trigger left"):
+        refuse_shared_lines(both(nido=lambda n: NidoConfig(lines=ranges[n], bits=8)))
+    with pytest.raises(ConfigError, match="trigger right: its nido has a line of trigger left"):
+        refuse_shared_lines(both(nido=lambda n: NidoConfig(lines="stimulator", bits=1)))
+
+
 def test_a_pulse_is_ended_before_the_end(act):
     server = NetworkEvents()
     actuators = act(ttl=TtlConfig(line=1, to=server.address, pulse_ms=10_000.0))
@@ -198,7 +347,7 @@ def test_what_waits_is_bounded_and_handing_over_never_waits(act):
         fire(actuators)
     assert actuators.status("p")["go.nido"]["dropped"] >= 30
 
-    rules = rules_of({"p": {"go": TriggerConfig(when="a > 1", ttl=TtlConfig(line=1))}})
+    rules = rules_of({"p": {"go": rule(ttl=TtlConfig(line=1))}})
     apart = Actuators(rules, print)
     apart.connect()  # and nobody at the other end
     for _ in range(100_000):

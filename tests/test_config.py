@@ -87,7 +87,7 @@ def test_every_configuration_that_comes_with_us_is_complete(name):
     ],
 )
 def test_times_that_nobody_can_wait_for_are_told_in_one_line(key, value):
-    given = ("trigger.r.when=x > 1", "trigger.r.ttl.line=1")
+    given = ("trigger.r.when=x > 1", "trigger.r.ttl.line=1", "trigger.r.refractory_ms=1000")
     name = key.rpartition(".")[2]
     with pytest.raises(
         ConfigError, match=rf"{name} (.*; .* can be had.*; correct that|is \w+; a finite number)"
