@@ -5,7 +5,7 @@ Shape suffixes: S scored bins, C numbers of an output, V values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,21 +46,37 @@ class Decoded:
 
 
 def decoded(
-    model: NEDS, subject: Subject, window: int, split: Split, device: torch.device | str
+    model: NEDS,
+    subject: Subject,
+    window: int,
+    split: Split,
+    device: torch.device | str,
+    live: Collection[str] = (),
 ) -> Iterator[Decoded]:
     """Each behaviour of a split that has two scored bins or more.
 
-    ``window`` is how many bins a network sees together which sees the future too.
+    ``window`` is how many bins a network sees together which sees the future too. Behaviours that
+    are ``live`` are shown beside the spikes, and the others decoded.
     """
     binned = subject.binned
     spans = binned.spans(split)
-    if not spans or not binned.present:
+    wanted = [name for name in binned.present if name not in live]
+    if not spans or not wanted:
         return
     kept = np.concatenate([np.arange(a, b) for a, b in spans])
-    raws = decode_spans(model, binned, spans, wanted=binned.present, window=window, device=device)
+    scale_of = {b.name: s for b, s in zip(model.behaviours, subject.scales, strict=True)}
+    raws = decode_spans(
+        model,
+        binned,
+        spans,
+        wanted=wanted,
+        window=window,
+        device=device,
+        live={name: scale_of[name] for name in live},
+    )
     for m, behaviour in enumerate(model.behaviours, start=1):
         scored = binned.scored_TM[kept, m]
-        if behaviour.name not in binned.present or np.count_nonzero(scored) < 2:
+        if behaviour.name not in wanted or np.count_nonzero(scored) < 2:
             continue
         raw_SC, bins_S = raws[behaviour.name][scored], kept[scored]
         yield Decoded(

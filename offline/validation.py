@@ -80,13 +80,22 @@ def mean_score(val: Scores) -> float:
 def _behaviours(
     model: NEDS, subject: Subject, config: TrainConfig, split: Split, device: torch.device
 ) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
-    """Each behaviour decoded from the spikes: scores, and losses of trials or windows."""
+    """Each behaviour decoded as it will be: scores, and losses of trials or windows.
+
+    What is observed live is decoded from the spikes alone, for where it is not; all else with that
+    shown.
+    """
     scores: dict[str, float] = {}
     losses: dict[str, NDArray[np.float64]] = {}
     if not config.masking.schemes.get("decoding"):
         return scores, losses
     window = config.data.window_bins
-    for of in decoded(model, subject, window, split, device):
+    live = [b.name for b in model.behaviours if b.live and b.name in subject.present]
+    found = list(decoded(model, subject, window, split, device, live))
+    if live:
+        from_spikes = decoded(model, subject, window, split, device)
+        found += [of for of in from_spikes if of.behaviour.name in live]
+    for of in found:
         name, true_S, value_S = of.behaviour.name, of.true_S, of.value_SV[:, 0]
         # Classes are scored against a uniform guess, which one class alone leaves as it is.
         if of.behaviour.kind != "categorical" and is_constant(true_S):

@@ -68,3 +68,25 @@ def test_without_a_spike_there_are_no_bits_per_spike(tmp_path):
     binned.session.records_S["sample"][np.isin(bin_S, np.flatnonzero(binned.of_split("val")))] = -1
     binned.session.records_S.sort(order="sample")
     assert asked() == {"speed", "choice"}
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_behaviour_is_judged_with_what_will_be_observed_shown(tmp_path, live):
+    behaviour = {**TINY["behaviour"], "speed": {**TINY["behaviour"]["speed"], "live": live}}
+    config = tiny_config(behaviour=behaviour, masking=DECODING)
+    subject = prepare(write_session(tmp_path / "s.h5"), config)
+    torch.manual_seed(0)
+    model = build(config, [subject]).eval()
+
+    def validated():
+        return validate(model, [subject], config, "val", torch.device("cpu"))
+
+    before = validated()
+    subject.binned.values_TM[:, 1] *= -1.0
+    after = validated()
+    assert set(before.scores["tiny"]) == {"speed", "choice"}
+    changed = before.scores["tiny"]["choice"] != after.scores["tiny"]["choice"]
+    assert changed == live
+    np.testing.assert_equal(
+        (before.losses["tiny"]["choice"] == after.losses["tiny"]["choice"]).all(), not live
+    )
