@@ -223,7 +223,7 @@ class Worker:
         step = max(1, _int(args[5])) if len(args) > 5 else 1
         most = min(max(0, _int(args[3])), round(MAX_FETCH_S * self._probe.rate))
         first, samples_SC = self._run.fetch(max(0, _int(args[2])), most)
-        if channels is not None:
+        if channels is not None and len(samples_SC):  # an empty reply counts all channels
             samples_SC = samples_SC[:, channels]
         if step > 1 and len(samples_SC):
             samples_SC = _downsampled(samples_SC, step)

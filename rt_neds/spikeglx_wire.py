@@ -201,9 +201,9 @@ class ReplyReader:
         if len(tail) < len(_OK):
             return None
         count = channels * samples
-        samples_SC = np.frombuffer(self._buffer, "<i2", count, self._begin).reshape(-1, channels)
+        values = np.frombuffer(self._buffer, "<i2", count, self._begin)
         self._begin = behind + len(_OK)
-        return self._finish(Reply(first=first, samples_SC=samples_SC))
+        return self._finish(Reply(first=first, samples_SC=values.reshape(samples, channels)))
 
     def _finish(self, reply: Reply) -> Reply:
         if self._begin != self._end:
@@ -216,7 +216,8 @@ def _parse_header(line: bytes, asked: Fetch) -> tuple[int, int, int]:
     if match is None:
         raise Malformed("header", f"{line[:60]!r} where BINARY_DATA was expected")
     channels, samples, first = map(int, match.groups())
-    if channels != asked.channels or samples > asked.most:
+    # SpikeGLX leaves channels out only of samples that there are: without any it counts them all.
+    if (samples and channels != asked.channels) or samples > asked.most:
         raise Malformed("shape", f"{channels} channels, {samples} samples; asked were {asked}")
     if not asked.first <= first < MAX_SAMPLE:
         raise Malformed("shape", f"samples from {first}; asked were those from {asked.first}")

@@ -155,7 +155,7 @@ class Server:
 
     def reply(self, first, most, channels="-1#"):
         part = self.data[first : min(self.count, first + most)]
-        if channels != "-1#":
+        if channels != "-1#" and len(part):  # an empty reply counts all channels
             part = part[:, sorted({int(c) for c in channels.split("#") if c})]
         head = f"BINARY_DATA {part.shape[1]} {len(part)} uint64({first})\n".encode()
         return head, part.astype("<i2").tobytes()

@@ -140,10 +140,12 @@ def test_channels_of_the_field_potential_are_not_fetched(serve):
     data = naive.recording(12_000, AP)
     with_lf = np.insert(data, [AP] * AP, 0, axis=1)
     with_lf[:, AP : 2 * AP] = -400  # would be spikes
-    source, server, _ = serve(with_lf, steps=(500,))
+    source, server, _ = serve(with_lf, steps=(500, 0))
     server.count = 1
     got = read_until(source, len(data) - LAG)
     agree(frames_of(got)[0], expected(data, [(1, len(data))]))
+    assert source.counters["empty"] > 10
+    assert source.counters["connections"] == 1
 
 
 def test_whoever_comes_into_a_run_begins_at_the_newest_sample(serve):
@@ -369,6 +371,39 @@ def test_a_restart_that_nobody_saw_is_noticed_by_the_clock(serve, monkeypatch):
     got = read_until(source, len(data) - LAG)
     assert source.counters["epochs"] == 2
     assert got[0].first == 0
+
+
+def test_a_probe_that_resumes_while_nobody_looks_is_the_same_run(serve, monkeypatch):
+    """It counted on by little, but no new run can have come so far in so short a time."""
+    monkeypatch.setattr(module, "UNWATCHED_NS", 100_000_000)
+    data = naive.recording(330_000, AP)
+    source, server, _ = serve(data, steps=(300, 0))
+    server.count = 300_000
+    read_until(source, 306_000)
+    time.sleep(0.5)
+    server.count += 900
+    read_until(source, len(data) - LAG)
+    assert source.counters["epochs"] == 1
+    assert source.counters["lost"] == 0
+
+
+def test_a_probe_that_stalls_while_the_connection_breaks_is_the_same_run(serve, monkeypatch):
+    monkeypatch.setattr(module, "UNWATCHED_NS", 100_000_000)
+    monkeypatch.setattr(module, "BACKOFF_NS", 150_000_000)
+    data = naive.recording(30_000, AP)
+    source, server, _ = serve(data, steps=(300,))
+    server.count = 1
+    read_until(source, 9_000)
+    server.steps = (0,)
+    server.faults = dict.fromkeys(range(server.fetched + 1, server.fetched + 4), naive.hangs_up)
+    deadline = time.monotonic() + PATIENCE_S
+    while source.counters["disconnected"] < 3 or source.socket is source._idle:
+        assert time.monotonic() < deadline
+        source.read(20)
+    server.steps = (300,)
+    read_until(source, len(data) - LAG)
+    assert source.counters["epochs"] == 1
+    assert source.counters["lost"] == 0
 
 
 def test_a_stall_of_the_probe_is_the_same_run(serve):

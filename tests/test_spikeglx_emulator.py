@@ -218,6 +218,8 @@ def test_channels_are_a_set_in_ascending_order(emulator, recording):
     np.testing.assert_array_equal(some_SC, all_SC[:, [3, 7, 32]])
     assert Client(server).fetch(500, 40, "3#33#") == "ERROR Channel 33 out of range [0..32]."
     assert Client(server).fetch(500, 40, "#") == "ERROR Bad channel string format."
+    _, none_SC = Client(server).fetch(10**9, 40, "3#7#")
+    assert none_SC.shape == (0, recording.probe.channels)
     _, means_SC = Client(server).fetch(500, 40, "0#1#", 16)
     expected = [np.trunc(all_SC[a : a + 16, :2].mean(axis=0)) for a in (0, 16, 32)]
     np.testing.assert_array_equal(means_SC, expected)

@@ -151,6 +151,14 @@ def test_each_fault_has_its_kind(asked, data, kind):
     assert caught.value.kind == kind
 
 
+@pytest.mark.parametrize("channels", [0, 5, 9, 99999])
+def test_a_reply_without_samples_may_count_any_channels(channels):
+    reply, left = give(
+        reader_for(ASKED), b"BINARY_DATA %d 0 uint64(1000)\nOK\n" % channels, [1] * 99
+    )
+    assert (len(reply.samples_SC), reply.first, left) == (0, 1000, b"")
+
+
 def test_bytes_that_nothing_asked_for():
     reader = reader_for(None)
     give(reader, b"half a li")

@@ -368,12 +368,16 @@ class SpikeGLXSource:
     def _is_same_run(self, count: int, now: int) -> bool:
         """Whether a run with so many samples can be the one we know.
 
-        One that began since counts less than ours would by now, by all that ours had counted.
+        A probe may stall: that a count grew by little, or not at all, makes it no other run's. But
+        one that began since counts no more than the time since then, and less than ours would have
+        by now, by all that ours had counted.
         """
-        if count < self._next:
+        if count < max(self._next, self._head):
             return False
-        unseen = (now - self._head_ns - UNWATCHED_NS) / 1e9 * self._rate
-        return count > self._head + unseen
+        unseen = (now - self._head_ns) / 1e9 * self._rate
+        if count == self._head or count > unseen:
+            return True
+        return count > self._head + unseen - UNWATCHED_NS / 1e9 * self._rate
 
     # -- samples ---------------------------------------------------------------------------------
 
