@@ -192,13 +192,22 @@ class Health:
             yield Finding("wrong", says, do)
 
     def _grown(self) -> Iterator[Finding]:
-        before = self._recent[0][1] if self._recent else self.status
         for path, grown in GREW.items():
-            grew = counter(self.status, path) - counter(before, path)
-            if grew > 0:
+            if (grew := self._grew(path)) > 0:
                 yield replace(grown, says=f"{grown.says.format(n=grew)} just now")
+        other = self._grew("source_counters.other_stream")
+        if other > 0 and not self._grew("source_counters.spikes"):
+            yield Finding(
+                "wrong",
+                f"no spike came just now, but {other} messages of other streams of Open Ephys",
+                "name the probe's stream in the source, ?stream=NAME",
+            )
         if missed := sum(bins for _, bins in self._missed):
             yield Finding("doubtful", f"{missed} bins were not heard just now")
+
+    def _grew(self, path: str) -> int:
+        before = self._recent[0][1] if self._recent else self.status
+        return counter(self.status, path) - counter(before, path)
 
     def _live(self) -> Iterator[Finding]:
         for name, now in (self.status.get("live") or {}).items():

@@ -273,7 +273,7 @@ def electrode_of(unit: str) -> tuple[str, int]:
 
 
 class Address(NamedTuple):
-    """Where Open Ephys is, and which of its streams is wanted (empty: the first that comes)."""
+    """Where Open Ephys is, and which of its streams is wanted (empty: whichever is ours)."""
 
     host: str
     port: int

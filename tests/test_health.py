@@ -94,6 +94,18 @@ def test_what_grew_is_said_for_ten_seconds_and_then_no_more(path):
     assert health.findings(after * S) == []
 
 
+@pytest.mark.parametrize(
+    ("spikes", "other", "told"), [(0, 900, True), (1, 900, False), (0, 0, False)]
+)
+def test_messages_of_other_streams_and_no_spikes_are_told(spikes, other, told):
+    health = Health()
+    for second, grown in enumerate((0, 1)):
+        counts = {"spikes": 7 + grown * spikes, "other_stream": 5 + grown * other}
+        health.take(status(second, source_counters=counts), second * S)
+    words = "no spike came just now, but 900 messages of other streams of Open Ephys"
+    assert (words in said(health, S)) is told
+
+
 def test_another_process_counts_anew():
     health = Health()
     health.take(status(500, source_counters={"lost": 2}), S)

@@ -409,6 +409,49 @@ def test_one_of_several_streams_is_taken(port):
     source.close()
 
 
+def test_events_of_other_streams_do_not_choose_the_stream(port):
+    """The Event Broadcaster sends all streams of the GUI; spikes come of the probe's alone."""
+    source = OpenEphysSource(f"openephys-events://127.0.0.1:{port}", known(["E0"]))
+    messages = []
+    for k in range(100):
+        messages.append(naive.broadcast_ttl(0, k % 2, 250 * k, stream="ProbeA-LFP"))
+        messages.append(naive.broadcast_spike("E0", 3000 * k, stream="ProbeA-AP"))
+    got = fed(source, messages)
+    samples = np.concatenate([batch.records_S["sample"] for batch in got])
+    assert samples.tolist() == list(range(0, 300_000, 3000))
+    assert source.counters["other_stream"] == 100
+    assert got[-1].end == 297_000 - 1500  # the events lag behind and hold nothing back
+    assert accounted(source)
+    source.close()
+
+
+def test_the_stream_is_that_of_electrodes_that_the_bundle_knows(port):
+    source = OpenEphysSource(f"openephys://127.0.0.1:{port}", known(["E0"]))
+    messages = [
+        naive.ttl(1, 0, 1, 10, stream="NI"),
+        naive.spike(2, "X0", 20, stream="ProbeB"),
+        naive.spike(3, "E0", 30, stream="ProbeA"),
+        naive.data(4, 0, 0, BLOCK, stream="ProbeA"),
+        naive.ttl(5, 0, 0, 40, stream="NI"),
+    ]
+    got = fed(source, messages)
+    assert [batch.records_S["sample"].tolist() for batch in got] == [[30]]
+    assert (source.counters["other_stream"], source.counters["lost"]) == (3, 0)
+    source.close()
+
+
+def test_where_no_electrode_is_known_a_stream_is_taken_after_all(port):
+    """So that both names are told, instead of nothing being decoded without a word."""
+    source = OpenEphysSource(f"openephys-events://127.0.0.1:{port}", known(["E0"]))
+    start = time.monotonic_ns()
+    for k in range(400):
+        source.take(naive.broadcast_spike("CH1", 3000 * k), start + k * 100_000_000)
+        while source.read(0) is not None:
+            pass
+    assert source.announced.units == ("CH1",)
+    source.close()
+
+
 # -- time and life -------------------------------------------------------------------------------
 
 

@@ -46,6 +46,8 @@ MESSAGES_PER_READ = 4096
 MAX_CHANNELS = 8
 MAX_STRANGERS = 4096
 UNKNOWN = 0xFFFFFFFF
+STRANGE_NS = 2_000_000_000
+"""So long spikes that the bundle does not know do not say which stream is ours."""
 STOCK_S = 30.0
 """How often electrodes are compared with the units of the bundle, where any is unknown."""
 SILENCE_NS = 250_000_000
@@ -92,7 +94,8 @@ class OpenEphysSource:
         been heard are then no longer announced.
     counters : dict of str to int
         Every message is exactly one of ``spikes``, ``events``, ``blocks``, ``other_stream``,
-        ``repeated`` and ``malformed_*``. ``lost``: message numbers that never came readable.
+        ``repeated`` and ``malformed_*``; all but the last two are ``other_stream`` until it is
+        known which is ours. ``lost``: message numbers that never came readable.
         ``discarded``: spikes of an acquisition that ended before anything of it was complete.
         ``loss_unknown``: 1 where messages are not counted, or samples were unsubscribed.
 
@@ -112,7 +115,8 @@ class OpenEphysSource:
         self.counters = dict.fromkeys(COUNTERS, 0)
         self._known = known
         self._lateness_ms = lateness_ms
-        self._stream = self.address.stream
+        self._stream = self.address.stream or None
+        self._strange_ns = 0  # when the first spike or block came, while no stream was ours
         self._parse = parse_broadcast if self.address.broadcaster else parse
         self._numbered = not self.address.broadcaster
         self.counters["loss_unknown"] = int(not self._numbered)
@@ -171,9 +175,7 @@ class OpenEphysSource:
             return
         if not self._follow_numbers(message, received_ns):
             return
-        if not self._stream:
-            self._stream = message.stream
-        if message.stream != self._stream:
+        if not self._is_ours(message, received_ns):
             self.counters["other_stream"] += 1
             return
         self._last_message_ns = received_ns
@@ -214,6 +216,22 @@ class OpenEphysSource:
             self._lose(number - self._last_number - 1)
         self._last_number = number or 0
         return True
+
+    def _is_ours(self, message: Message, received_ns: int) -> bool:
+        """Whether it is of our stream: where none is named, the first that shows to be it.
+
+        Events of every stream of the GUI may come, and show nothing. Samples come of the stream
+        that was chosen in the plugin, and spikes of an electrode that the bundle knows are ours.
+        """
+        if self._stream is None and not isinstance(message, Event):
+            self._strange_ns = self._strange_ns or received_ns
+            if (
+                isinstance(message, Block)
+                or message.electrode in self._electrodes
+                or received_ns - self._strange_ns > STRANGE_NS
+            ):
+                self._stream = message.stream
+        return message.stream == self._stream
 
     def _lose(self, messages: int) -> None:
         if messages:
