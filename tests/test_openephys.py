@@ -215,6 +215,34 @@ def test_an_acquisition_that_goes_back_without_counting_anew_is_another(source):
     assert source.counters["epochs"] == 2
 
 
+AWAY = {  # by the host's clock and by the numbers, in seconds; pace; epochs
+    "another acquisition, further on than ours was": (40.0, 4.0, 1, 2),
+    "the same, which went on": (40.0, 40.0, 1, 1),
+    "the same, heard late": (20.0, 0.0, 1, 1),
+    "the same, some of it lost and the rest late": (5.0, 1.5, 1, 1),
+    "a replay at half speed": (40.0, 20.0, 2, 1),
+}
+
+
+@pytest.mark.parametrize("channels", [0, 1])
+@pytest.mark.parametrize("name", AWAY)
+def test_an_acquisition_that_began_anew_unseen_is_told_by_the_clock(source, channels, name):
+    away_s, jump_s, pace, epochs = AWAY[name]
+    number, got = 0, []
+    for k in range(2000):  # blocks of 10 ms, and an outage after 15 s
+        back = k >= 1500
+        now = 10**12 + round(1e9 * (0.01 * k * pace + away_s * back))
+        first = 300 * k + round(jump_s * RATE) * back
+        number += 100 if k == 1500 and jump_s else 0
+        blocks = [naive.data(number + 2, 0, first, 300)] * channels
+        for frames in [naive.spike(number + 1, "E1", first + 99), *blocks]:
+            source.take(frames, now)
+        number += 1 + channels
+        got.extend(source._ready)
+        source._ready.clear()
+    assert source.counters["epochs"] == len({batch.epoch for batch in got}) == epochs
+
+
 def test_whoever_joins_late_misses_bins_but_publishes_none_that_is_wrong(session, port):
     endpoint = f"tcp://127.0.0.1:{port}"
     emulator = Emulator(endpoint, "ProbeA", session.unit_ids, session.rate, lossless=True)

@@ -46,6 +46,8 @@ MESSAGES_PER_READ = 4096
 MAX_CHANNELS = 8
 MAX_STRANGERS = 4096
 UNKNOWN = 0xFFFFFFFF
+BEHIND_NS = 5_000_000_000
+"""Numbers that jump ahead, and so far behind the clock, are those of another acquisition."""
 STRANGE_NS = 2_000_000_000
 """So long spikes that the bundle does not know do not say which stream is ours."""
 STOCK_S = 30.0
@@ -182,7 +184,9 @@ class OpenEphysSource:
         if isinstance(message, Block):
             self._take_block(message, received_ns)
             return
-        if self._watermark.breaks(message.sample):
+        if self._watermark.breaks(message.sample) or (
+            self._watermark.jumps(message.sample) and self._is_behind(message.sample, received_ns)
+        ):
             self._begin(received_ns, whole=False)
         if isinstance(message, Event):
             self.counters["events"] += 1
@@ -251,9 +255,20 @@ class OpenEphysSource:
         self._stock_at = None
         self._watermark.begin(whole=whole)
 
+    def _is_behind(self, sample: int, received_ns: int) -> bool:
+        """Whether the acquisition that we know was at ``sample`` long ago, by the clock.
+
+        What was lost on the way takes its time; one that began anew has counted for less. Who only
+        stalls, or is heard late, is behind as well, but then nothing is left out: nobody asks here.
+        """
+        due_ns = self._fit.host_ns(sample, received_ns)
+        return self._fit.realtime and due_ns is not None and received_ns - due_ns > BEHIND_NS
+
     def _take_block(self, block: Block, received_ns: int) -> None:
         self.counters["blocks"] += 1
-        if self._watermark.block_breaks(block.first):
+        if self._watermark.block_breaks(block.first) or (
+            self._watermark.block_jumps(block.first) and self._is_behind(block.end, received_ns)
+        ):
             self._begin(received_ns, whole=False)
         self._channels.add(block.channel)
         if len(self._channels) > MAX_CHANNELS and not self.counters["loss_unknown"]:
@@ -269,6 +284,7 @@ class OpenEphysSource:
             whole = self._watermark.whole
             self._watermark = Watermark(block.rate, self._lateness_ms)
             self._watermark.begin(whole=whole)
+        self._fit.observe(block.end, received_ns)
         self._complete(self._watermark.see_block(block.first, block.end), received_ns)
 
     def _hold(self, spike: Spike, received_ns: int) -> None:

@@ -97,6 +97,14 @@ class Watermark:
         began, ended = self._block
         return first != began and not ended <= first <= ended + self._leap
 
+    def jumps(self, sample: int) -> bool:
+        """Whether so much is left out before a spike or event that it may be of another."""
+        return not self.by_data and 0 <= self.newest < sample - self._back
+
+    def block_jumps(self, first: int) -> bool:
+        """Whether anything is left out before a block."""
+        return self._block is not None and first > self._block[1]
+
     def see(self, sample: int) -> list[Span]:
         """Take in a spike or an event."""
         if self.by_data:
