@@ -6,7 +6,8 @@ that read spikes. Three protocols, each with spikes up to 100, 200, 300 and 400 
     folds           each session by itself, contiguous fifths in trial order, scores pooled
     equal_contrast  the same scores on trials in which both contrasts were equal, sessions pooled
     transfer        sessions 10 to 12, contiguous 60/10/30 % of trials, after sessions 1 to 9; with
-                    the last 8, 16, 32 or all trials of the 60 %
+                    the last 8, 16, 32 or all trials of the 60 %. Sessions 10 and 11 are of the
+                    mouse of 8 and 9, on later days; only session 12 is of a new one
 
     python benchmarks/steinmetz.py --data ../recordings/steinmetz --seeds 0 1 2
 
@@ -95,8 +96,8 @@ class Task:
     """What a method may read.
 
     ``validation`` chooses settings; where it is None, folds of ``train`` do. The sides of ``test``
-    are not to be read. ``past`` are whole sessions of other animals, to pretrain on. ``seed`` is
-    for methods that draw.
+    are not to be read. ``past`` are other whole sessions, to pretrain on, some of them of the same
+    animal on earlier days. ``seed`` is for methods that draw.
     """
 
     train: Trials

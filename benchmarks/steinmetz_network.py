@@ -1,4 +1,4 @@
-"""Our network as a method of the Steinmetz protocols: from scratch, or after other animals.
+"""Our network as a method of the Steinmetz protocols: from scratch, or after other sessions.
 
 It decides at every bin, so one network answers for 100, 200, 300 and 400 ms: its answer at a time
 is what it says in the last bin before it. Trials are laid a second apart, further than it sees.
