@@ -15,24 +15,35 @@ from rt_neds.serve_config import ServeConfig, source_endpoint
 from rt_neds.spikeglx_wire import is_spikeglx
 
 
-def open_source(config: ServeConfig, spec: Any, detector: Any = None) -> Any:
-    """The source that a URL names; rigs do not say which session is on, so we do."""
+def open_source(
+    config: ServeConfig, spec: Any, detector: Any = None, before: list[Any] | None = None
+) -> Any:
+    """The source that a URL names; rigs do not say which session is on, so we do.
+
+    ``before`` is what it had announced to the process whose place we take: session, rate, units.
+    """
     from rt_neds.stream.receiver import Announcement, Receiver
 
-    endpoint = source_endpoint(config.source)
-    if not is_rig(config.source):
-        from rt_neds.stream.live import live_of
+    endpoint, heard = source_endpoint(config.source), None
+    if before is not None:
+        heard = Announcement(before[0], before[1], tuple(before[2]))
+    if is_openephys(config.source):
+        from rt_neds.stream.openephys import OpenEphysSource
 
-        return Receiver(endpoint, config.probe, live_of(spec.behaviours, config.live))
-    session = spec.session(config.session or None)
+        session = spec.session(config.session or None)
+        known = Announcement(session.id, session.rate, tuple(session.units))
+        return OpenEphysSource(endpoint, known, config.lateness_ms, heard)
+    source: Any
     if is_spikeglx(config.source):
         from rt_neds.stream.spikeglx import SpikeGLXSource
 
-        return SpikeGLXSource(endpoint, session.id, detector)
-    from rt_neds.stream.openephys import OpenEphysSource
+        source = SpikeGLXSource(endpoint, spec.session(config.session or None).id, detector)
+    else:
+        from rt_neds.stream.live import live_of
 
-    known = Announcement(session.id, session.rate, tuple(session.units))
-    return OpenEphysSource(endpoint, known, config.lateness_ms)
+        source = Receiver(endpoint, config.probe, live_of(spec.behaviours, config.live))
+    source.announced = heard
+    return source
 
 
 def is_rig(url: str) -> bool:
@@ -73,10 +84,12 @@ def assemble(
     announced: Any,
     say: Callable[[str], None] = lambda line: None,
     restarts: int = 0,
+    kept: Any = None,
 ) -> Any:
     """Put the parts of the loop together for what the source announced.
 
-    ``restarts`` is how many processes ended before this one took their place.
+    ``restarts`` is how many processes ended before this one took their place, ``kept`` the
+    :class:`rt_neds.stream.silent.KeptSilence` in which they counted.
     """
     import torch
 
@@ -139,7 +152,11 @@ def assemble(
             "unknown": int((rows < 0).sum()),
         },
         silent=FallenSilent(
-            session.longest_silence, spec.bin_ms / 1000, max(spec.model.history), missing_N
+            session.longest_silence,
+            spec.bin_ms / 1000,
+            max(spec.model.history),
+            missing_N,
+            kept.of(session) if kept is not None else None,
         ),
         live=source.live if config.live else None,
     )

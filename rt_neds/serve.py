@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -203,10 +203,13 @@ def serve_supervised(
     if config.standby:
         board.also["gate"] = counts.status
 
+    kept = [_kept_silence(loaded) for _ in range(2 if config.standby else 1)]
+
     def alone(line: Lifeline) -> None:
         publisher = Publisher(config.publish, probes[0])
         accounted = Accounted(publisher, board, line.writer, probes[0])
-        decode(loaded, Triggered(accounted, loaded.triggers, probes[0]), line.stop, say, line)
+        sink = Triggered(accounted, loaded.triggers, probes[0])
+        decode(loaded, sink, line.stop, say, line, kept[0])
         flush_sockets()
 
     def gate(line: Lifeline) -> None:
@@ -221,7 +224,7 @@ def serve_supervised(
     def behind_gate(which: int) -> Callable[[Lifeline], None]:
         def work(line: Lifeline) -> None:
             sink = GateSink(pairs[which][1], probes, board, line.writer, probes[0])
-            decode(loaded, sink, line.stop, say, line)
+            decode(loaded, sink, line.stop, say, line, kept[which])
 
         return work
 
@@ -252,12 +255,20 @@ def _tell_of_triggers(loaded: Loaded, board: Any) -> None:
         board.also["actuators"] = loaded.actuators.status
 
 
+def _kept_silence(loaded: Loaded) -> dict[str, Any]:
+    """Where one worker after the other counts how long units have been silent, by probe."""
+    from rt_neds.stream.silent import KeptSilence
+
+    return {one.probe: KeptSilence(loaded.specs[one.bundle].sessions) for one in loaded.configs}
+
+
 def decode(
     loaded: Loaded,
     sink: Any,
     stop: Callable[[], bool],
     say: Callable[[str], None],
     line: Lifeline | None = None,
+    kept: Mapping[str, Any] | None = None,
 ) -> None:
     """Decode into a sink until told to stop; closes it in the end.
 
@@ -269,17 +280,20 @@ def decode(
         As in :func:`serve`.
     line : Lifeline, optional
         What to know of those who decoded before us, and to tell those after us.
+    kept : mapping of str to KeptSilence, optional
+        By probe, where they and we count the silence of units.
 
     Raises
     ------
     StreamError
     """
     from rt_neds.stream.loop import run_together
-    from rt_neds.stream.receiver import Announcement, waiting_for
+    from rt_neds.stream.receiver import waiting_for
 
-    configs, specs = loaded.configs, loaded.specs
+    configs, specs, heard = loaded.configs, loaded.specs, line.heard if line is not None else {}
     receivers = [
-        open_source(one, specs[one.bundle], loaded.detectors.get(one.probe)) for one in configs
+        open_source(one, specs[one.bundle], loaded.detectors.get(one.probe), heard.get(one.probe))
+        for one in configs
     ]
     try:
 
@@ -292,9 +306,8 @@ def decode(
                 if announced is not None:
                     line.remember(one.probe, [announced.session, announced.rate, announced.units])
             spec, model = specs[one.bundle], loaded.models[one.bundle]
-            loop = assemble(
-                one, spec, model, receiver, sink.beside(one.probe), announced, say, restarts
-            )
+            mine, silence = sink.beside(one.probe), kept[one.probe] if kept else None
+            loop = assemble(one, spec, model, receiver, mine, announced, say, restarts, silence)
             say(f"serving {one.probe}: {one.source} -> {one.publish}, bundle {spec.name}")
             if trouble := getattr(receiver, "trouble", ""):
                 say(f"waiting: {trouble}")
@@ -305,10 +318,7 @@ def decode(
                 )
             return loop
 
-        for one, receiver in zip(configs, receivers, strict=True):
-            if line is not None and one.probe in line.heard and receiver.announced is None:
-                session, rate, units = line.heard[one.probe]
-                receiver.announced = Announcement(session, rate, tuple(units))
+        for receiver in receivers:
             _wait_for_announcement(receiver, stop)
         loops = [start(which) for which in range(len(configs))]
         wait = waiting_for(receivers)

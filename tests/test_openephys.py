@@ -9,12 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rt_neds.stream.openephys as module
-from rt_neds.assemble import unit_map
+from rt_neds.assemble import open_source, unit_map
+from rt_neds.bundle import load_spec
 from rt_neds.children import free_port
 from rt_neds.clock import ClockFit
 from rt_neds.errors import ConfigError, StreamError
 from rt_neds.openephys_emulator import Emulator, next_port, pieces, send_session
 from rt_neds.replay import batches
+from rt_neds.serve_config import ServeConfig
 from rt_neds.session import load_session
 from rt_neds.stream.binner import Binner
 from rt_neds.stream.openephys import MAX_CHANNELS, UNKNOWN, OpenEphysSource
@@ -402,6 +404,44 @@ def test_a_renamed_electrode_is_unknown_and_its_unit_missing(source):
     assert source.announced.units == ("E0", "E1", "E3", "E4")
     got = fed(source, second(40, "renamed"))
     assert got[-1].records_S["unit"].tolist() == [0, 1, UNKNOWN, 2, 3]
+
+
+def hear(source, seconds, names):
+    """Batches of some seconds in each of which every electrode has one spike, at 25 kHz."""
+    got = []
+    for k in seconds:
+        first, number = k * 25_000, (len(names) + 1) * k + 1
+        spikes = [naive.spike(number + i, name, first) for i, name in enumerate(names)]
+        last = naive.data(number + len(names), 0, first, 25_000, rate=25_000.0)
+        got += fed(source, [*spikes, last])
+        source.read(0)
+    return got
+
+
+def test_who_takes_a_workers_place_knows_which_electrodes_are_missing(tiny, port):
+    spec = load_spec(tiny[1] / "bundle")
+    names = spec.sessions[0].units
+    config = ServeConfig(probe="p", bundle="b", source=f"openephys://127.0.0.1:{port}")
+    heard = [spec.sessions[0].id, 25_000.0, [*names[:2], *names[3:]]]
+    source = open_source(config, spec, before=heard)
+    assert [source.announced.session, source.announced.rate] == heard[:2]
+    assert list(source.announced.units) == heard[2]
+    got = hear(source, range(3), heard[2][:-1])
+    assert got[-1].records_S["unit"].tolist() == [0, 1, 2, 3]
+    # A unit that it found is not lost because it paused; one that is there again is announced.
+    hear(source, range(3, 40), names[:-1])
+    assert list(source.announced.units) == names
+    source.close()
+
+
+def test_a_worker_that_had_found_no_electrode_missing_tells_nothing(tiny, port):
+    spec = load_spec(tiny[1] / "bundle")
+    session, names = spec.sessions[0], spec.sessions[0].units
+    config = ServeConfig(probe="p", bundle="b", source=f"openephys://127.0.0.1:{port}")
+    source = open_source(config, spec, before=[session.id, 25_000.0, names])
+    hear(source, range(40), [*names[1:], "strange"])
+    assert list(source.announced.units) == names[1:]
+    source.close()
 
 
 def test_electrodes_of_which_none_is_known_end_the_run_with_both_names(source):

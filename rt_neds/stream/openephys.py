@@ -87,6 +87,8 @@ class OpenEphysSource:
         the one assumed until a block says another.
     lateness_ms : float
         See :class:`Watermark`.
+    before : Announcement, optional
+        What a source in a process that has ended had come to announce.
 
     Attributes
     ----------
@@ -110,10 +112,18 @@ class OpenEphysSource:
         An address that is none.
     """
 
-    def __init__(self, url: str, known: Announcement, lateness_ms: float = 0.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        known: Announcement,
+        lateness_ms: float = 0.0,
+        before: Announcement | None = None,
+    ) -> None:
         self.address = parse_url(url)
-        self.announced: Announcement = known
-        self._said = known
+        if before is not None:
+            known = replace(known, rate=before.rate)
+        self.announced: Announcement = before or known
+        self._said = self.announced
         self.counters = dict.fromkeys(COUNTERS, 0)
         self._known = known
         self._lateness_ms = lateness_ms
@@ -134,7 +144,8 @@ class OpenEphysSource:
         self._last_message_ns = 0
         self._electrodes = {electrode_of(unit)[0] for unit in known.units} | set(known.units)
         self._sorted = {name for name, number in map(electrode_of, known.units) if number}
-        self._heard: set[str] = set()
+        # Who announced all units may not have heard any.
+        self._heard = set(self.announced.units) if self.announced != known else set()
         self._strangers: set[str] = set()
         self._stock_at: int | None = None
         self._renumber()
@@ -366,7 +377,8 @@ class OpenEphysSource:
             return
         if self._stock_at is None:
             self._stock_at = end + round(STOCK_S * self._known.rate)
-        if end < self._stock_at or not self._strangers:
+        fits = not self._strangers and self.announced.units == self._known.units
+        if end < self._stock_at or fits:
             return
         self._stock_at = end + round(STOCK_S * self._known.rate)
         units = [

@@ -17,7 +17,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from rt_neds.bundle import BundleSession
 from rt_neds.frames import BinnedFrame
+from rt_neds.stream.board import shared
 
 TIMES = 5.0
 """How many times its longest silence in training: with three, units of recordings that were as they
@@ -51,6 +53,33 @@ def count_silence(counts_N, limit_N, silent_bins_N):  # type: ignore[no-untyped-
     return changed
 
 
+class KeptSilence:
+    """How long units have been silent, for whoever takes a worker's place.
+
+    To be made before workers are forked, one for each that may be alive at once: they count in it.
+
+    Parameters
+    ----------
+    sessions : sequence of BundleSession
+        All whose units may come.
+    """
+
+    def __init__(self, sessions: Sequence[BundleSession]) -> None:
+        self._number = {session.id: number for number, session in enumerate(sessions, start=1)}
+        most = max(len(session.longest_silence) for session in sessions)
+        memory = shared(1 + most, np.dtype(np.int64))
+        self._whose, self._silent_bins = memory[:1], memory[1:]
+
+    def of(self, session: BundleSession) -> NDArray[np.int64]:
+        """The counts of a session's units; zeros unless those counted last are the same."""
+        number = self._number[session.id]
+        if self._whose[0] != number:
+            self._whose[0] = 0  # nobody's, should we end now
+            self._silent_bins[:] = 0
+            self._whose[0] = number
+        return self._silent_bins[: len(session.longest_silence)]
+
+
 class FallenSilent:
     """Counts the silence of each unit of a stream.
 
@@ -64,6 +93,8 @@ class FallenSilent:
         Bins that the read-in looks back; a limit is never shorter.
     missing_N : ndarray of bool, optional
         Units that are not in the stream, and so cannot fall silent.
+    silent_bins_N : ndarray of int64, optional
+        For how many bins each has been silent; counted on in place. Zeros unless given.
 
     Attributes
     ----------
@@ -77,6 +108,7 @@ class FallenSilent:
         bin_s: float,
         history: int,
         missing_N: NDArray[np.bool_] | None = None,
+        silent_bins_N: NDArray[np.int64] | None = None,
     ) -> None:
         longest_N = np.asarray(longest_s, np.float64)
         limit_N = np.ceil(np.maximum(TIMES * longest_N, LEAST_S) / bin_s).astype(np.int64)
@@ -86,8 +118,11 @@ class FallenSilent:
             never_N |= missing_N
         limit_N[never_N] = np.iinfo(np.int64).max
         self._limit_N = limit_N
-        self._silent_bins_N = np.zeros(len(limit_N), np.int64)
+        if silent_bins_N is None:
+            silent_bins_N = np.zeros(len(limit_N), np.int64)
+        self._silent_bins_N = silent_bins_N
         self.now_N: NDArray[np.bool_] | None = None
+        self._look()
 
     def go_on_from(self, before: FallenSilent) -> None:
         """Go on with the same session's units where another ended."""

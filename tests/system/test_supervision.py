@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from rt_neds.serve_config import ServeConfig
 from rt_neds.session import load_session
 from rt_neds.stream.publisher import DecodedListener
 from rt_neds.stream.sender import Sender
+from rt_neds.stream.silent import LONGEST_S
 from rt_neds.supervise import CAN_FORK, GIVE_UP
 from tests.test_loop import ListSink, ListSource
 
@@ -227,6 +230,32 @@ def test_a_standby_takes_over_and_no_bin_is_missed(tiny):
         for frame in rig.frames[60 + FULL :]:
             assert not frame.flags & (Flag.RESTARTED | Flag.WARMING | Flag.GAP)
             np.testing.assert_allclose(frame.values_V, undisturbed[frame.bin], atol=1e-5)
+
+
+@pytest.mark.parametrize("standby", ["false", "true"])
+def test_a_replacement_takes_for_missing_what_had_fallen_silent(tiny, tmp_path, standby):
+    path, run, config = tiny
+    shutil.copytree(run / "bundle", tmp_path / "bundle")
+    told = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
+    units = told["sessions"][0]["units"]
+    told["sessions"][0]["longest_silence"] = [0.1, *[LONGEST_S + 1] * (len(units) - 1)]
+    (tmp_path / "bundle" / "bundle.json").write_text(json.dumps(told))
+    with Rig((path, tmp_path, config)) as rig:
+        records_S = rig.acquisition.session.records_S
+        rig.acquisition.session = replace(
+            rig.acquisition.session, records_S=records_S[records_S["unit"] != 0]
+        )
+        with serving(*rig.options, "--set", f"standby={standby}") as child:
+            wait_for_schema(rig.listener, child)
+            first = rig.hear_status(lambda s: s["units"]["silent"] == units[:1])
+            rig.hear_frames(20)  # all of whoever decodes know it
+            told_at = len(rig.frames)
+            rig.signal(first["pid"], signal.SIGKILL, 30)
+            second = rig.hear_status(lambda s: s["pid"] != first["pid"])
+            rig.signal(second["pid"], signal.SIGKILL, 30)
+            rig.hear_status(lambda s: s["supervision"]["restarts"] == 2)
+            rig.hear_frames(30)
+    assert all(frame.flags & Flag.MISSING_UNITS for frame in rig.frames[told_at:])
 
 
 def test_a_worker_that_keeps_dying_is_given_up_in_one_line(tiny):
