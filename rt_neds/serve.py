@@ -216,7 +216,8 @@ def serve_supervised(
         bin_ns = {one.probe: round(loaded.specs[one.bundle].bin_ms * 1e6) for one in loaded.configs}
         held_ns = {one.probe: round(one.lateness_ms * 1e6) for one in loaded.configs}
         workers = [ours for ours, _ in pairs]
-        gate = Gate(config.publish, bin_ns, held_ns, workers, board, counts, loaded.triggers)
+        known = loaded.triggers, line.heard, line.remember
+        gate = Gate(config.publish, bin_ns, held_ns, workers, board, counts, *known)
         with quiet_machine(config.realtime):
             gate.run(line.stop)
         flush_sockets()

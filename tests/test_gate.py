@@ -1,5 +1,6 @@
 """Each bin goes out once and in order, whatever becomes of the two workers that decode it."""
 
+import json
 from dataclasses import asdict
 
 import numpy as np
@@ -234,11 +235,22 @@ class Gated:
         monkeypatch.setattr(gate, "Publisher", lambda *_: self.passed)
         self.pairs, board, self.counts = datagrams(2), Board(["p"], 3), Counts(["p"])
         board.also["gate"] = self.counts.status
+        self.board, self._triggers = board, triggers
+        self.heard, self.told = {}, 0
+        self.replace()
+
+    def replace(self):
+        """Another gate, of which every process before it is gone."""
         workers = [ours for ours, _ in self.pairs]
+        heard = json.loads(json.dumps(self.heard))
         self.gate = Gate(
-            "nowhere", {"p": BIN_NS}, {"p": HELD_NS}, workers, board, self.counts, triggers
-        )
-        self.board = board
+            "nowhere", {"p": BIN_NS}, {"p": HELD_NS}, workers, self.board, self.counts,
+            self._triggers, heard, self.remember,
+        )  # fmt: skip
+
+    def remember(self, key, value):
+        self.heard[key] = value
+        self.told += 1
 
     def sink(self, place, writer):
         return GateSink(self.pairs[place][1], ["p"], self.board, writer, "p")
@@ -265,12 +277,12 @@ def gated(monkeypatch):
         one.close()
 
 
-def decoded(bin_, ended_ago_ns, flags=0, epoch=1):
+def decoded(bin_, ended_ago_ns, flags=0, epoch=1, x=0.9):
     now = monotonic_ns()
     stamps = dict.fromkeys(("sent", "received", "binned", "decoded", "published"), now)
     if ended_ago_ns is not None:
         stamps["ended"] = now - ended_ago_ns
-    values_V = np.array([0.9], np.float32)
+    values_V = np.array([x], np.float32)
     return DecodedFrame("p", epoch, bin_, 0, values_V, flags, 3, 0, 0, 0, "m", stamps)
 
 
@@ -307,6 +319,37 @@ def test_what_was_held_up_in_the_gate_does_not_fire(gated):
     sink.note("status", {})
     one.turn()
     assert one.passed.notes[-1][1]["gate"]["late"] == 1
+
+
+def test_a_gate_in_the_place_of_another_decides_from_its_first_frame_on(gated):
+    """It hears a schema only once a second, and an event may be under way."""
+    one = gated(p=Triggers(rules_of({"p": {"go": TriggerConfig(when="x > 0.5")}})))
+    sinks = one.sink(0, 0), one.sink(1, 1)
+
+    def decisions(*values):
+        for x in values:
+            decisions.bin += 1
+            for sink in sinks:
+                sink.write(decoded(decisions.bin, None, x=x))
+            one.turn()
+        told = [of["bin"] for kind, of in one.passed.notes if kind == "trigger"]
+        one.passed.notes.clear()
+        return told
+
+    decisions.bin = 0
+    for sink in sinks:
+        sink.note("schema", SCHEMA)
+    assert decisions(0, 1, 1) == [2]
+    one.replace()
+    assert decisions(1, 0, 1, 1) == [6]
+    one.replace()
+    one.replace()
+    assert decisions(1, 0) == []
+    for sink in sinks:
+        sink.note("schema", SCHEMA)
+    assert decisions(0, 1) == [11]
+    assert list(one.heard) == ["schema of p 0", "schema of p 1"]
+    assert one.told == 2  # what has not changed is not told again
 
 
 def test_somebody_speaks_after_the_active_worker_is_lost_while_no_spikes_come(gated):

@@ -11,6 +11,7 @@ frame goes out is known here alone, so ``published``, and whether that is late, 
 from __future__ import annotations
 
 import copy
+import itertools
 import socket
 import struct
 from collections import deque
@@ -244,6 +245,10 @@ class Gate:
     counts : Counts
     triggers : mapping of str to Triggers
         By probe. Rules are decided here and not by the workers, so that each frame decides once.
+    heard : mapping of str to list
+        What gates before this one wished to be remembered.
+    remember : callable
+        Takes a key, and what gates after this one are to know by it.
 
     Raises
     ------
@@ -260,10 +265,15 @@ class Gate:
         board: Board,
         counts: Counts,
         triggers: Mapping[str, Triggers],
+        heard: Mapping[str, list],
+        remember: Callable[[str, list], None],
     ) -> None:
-        self._triggers = triggers
-        self._schemas: dict[tuple[int, int], dict[str, Any]] = {}  # by probe and writer
+        self._triggers, self._remember = triggers, remember
         self._probes = list(bin_ns)
+        self._schemas: dict[tuple[int, int], dict[str, Any]] = {}  # by probe and writer
+        for which, place in itertools.product(range(len(bin_ns)), range(len(workers))):
+            if (before := heard.get(self._schema_key(which, place))) is not None:
+                self._schemas[which, before[0]] = before[1]
         self._in_time_ns = [width + lateness_ns[probe] for probe, width in bin_ns.items()]
         self._board, self._counts, self._workers = board, counts, list(workers)
         self._publisher = Publisher(endpoint, self._probes[0])
@@ -303,10 +313,19 @@ class Gate:
                 turns.refused = 0
             return
         if parts[0].startswith(b"schema/") and self._probes[which] in self._triggers:
-            self._schemas[which, writer] = unpack_map(parts[1])
+            self._learn(which, place, writer, unpack_map(parts[1]))
         self._publish(which, turns.meet(place, writer))
         if turns.active == place:
             self._publisher.pass_on(parts)
+
+    def _learn(self, which: int, place: int, writer: int, schema: dict[str, Any]) -> None:
+        """A schema comes once a second: whoever takes our place could decide nothing until then."""
+        if self._schemas.get((which, writer)) != schema:
+            self._schemas[which, writer] = schema
+            self._remember(self._schema_key(which, place), [writer, schema])
+
+    def _schema_key(self, which: int, place: int) -> str:
+        return f"schema of {self._probes[which]} {place}"
 
     def _publish(self, which: int, frames: list[Frame]) -> None:
         for frame in frames:
@@ -330,7 +349,7 @@ class Gate:
 
     def _decide(self, which: int, frame: Frame) -> None:
         schema, probe = self._schemas.get((which, frame.writer)), self._probes[which]
-        if schema is None:  # we took another gate's place, and have not heard it yet
+        if schema is None:  # whoever heard it was killed before telling us
             return
         triggers = self._triggers[probe]
         triggers.bind(schema)
