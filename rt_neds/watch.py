@@ -48,7 +48,8 @@ class View:
         self.holes = 0
         self.receive_to_publish = Latency()
         self.publish_to_screen = Latency()
-        self._last: DecodedFrame | None = None
+        self._last: DecodedFrame | None = None  # that was heard
+        self._shown: DecodedFrame | None = None  # that is of the schema
         self._traces: dict[str, deque[float]] = {}
         self._range: dict[str, tuple[float, float]] = {}
 
@@ -56,9 +57,18 @@ class View:
         """Take in one message."""
         self.health.take(message, time.monotonic_ns())
         if isinstance(message, Note) and message.kind == "schema":
-            self.schema = message.fields
+            self._take_schema(message.fields)
         elif isinstance(message, DecodedFrame):
             self._take_frame(message)
+
+    def _take_schema(self, schema: dict[str, Any]) -> None:
+        """When ``serve`` begins anew with another bundle, so does the screen."""
+        now = self.schema or {}
+        if any(schema[key] != now.get(key) for key in ("model", "outputs")):
+            self._shown = None
+            self._traces.clear()
+            self._range.clear()
+        self.schema = schema
 
     def _take_frame(self, frame: DecodedFrame) -> None:
         last = self._last
@@ -69,11 +79,20 @@ class View:
         stamps = frame.stamps
         self.receive_to_publish.record(stamps["published"] - stamps["received"])
         self.publish_to_screen.record(time.monotonic_ns() - stamps["published"])
+        if not self._is_of_schema(frame):
+            return
+        self._shown = frame
         for output in self.outputs():
             value = float(frame.values_V[output["offset"]])
             self._traces.setdefault(output["name"], deque(maxlen=TRACE_BINS)).append(value)
             low, high = self._range.get(output["name"], (value, value))
             self._range[output["name"]] = min(low, value), max(high, value)
+
+    def _is_of_schema(self, frame: DecodedFrame) -> bool:
+        """Not so the first frames that another bundle decodes, if its schema was not heard."""
+        values = sum(output["size"] for output in self.outputs())
+        of_model = self.schema is not None and frame.model == self.schema["model"]
+        return of_model and len(frame.values_V) == values
 
     def outputs(self) -> list[dict[str, Any]]:
         """Outputs of the schema, once it is known."""
@@ -86,12 +105,12 @@ class View:
     def _head(self) -> Text:
         if self.schema is None:
             return Text(f"{self.probe}: no serve heard yet", style="yellow")
-        if self._last is None:
+        if self._shown is None:
             return Text(f"{self.probe}: serve is ready and waits for spikes", style="yellow")
-        seconds = self._last.end / self.schema["rate"]
+        seconds = self._shown.end / self.schema["rate"]
         return Text.assemble(
             (self.probe, "bold"),
-            f"  bin {self._last.bin}  {seconds:.2f} s  {self._last.spikes} spikes  ",
+            f"  bin {self._shown.bin}  {seconds:.2f} s  {self._shown.spikes} spikes  ",
             (f"model {self.schema['model']}  {self.schema['bin_ms']:g} ms bins", "dim"),
         )
 
@@ -100,10 +119,10 @@ class View:
         table.add_column("decoded")
         table.add_column("now", justify="right", min_width=22)
         table.add_column("last seconds", ratio=1)
-        if self._last is None:
+        if self._shown is None:
             return table
         for output in self.outputs():
-            values = self._last.values_V[output["offset"] : output["offset"] + output["size"]]
+            values = self._shown.values_V[output["offset"] : output["offset"] + output["size"]]
             trace = self._traces.get(output["name"], deque())
             low, high = self._range.get(output["name"], (0.0, 1.0))
             if output["kind"] == "categorical":
