@@ -38,24 +38,24 @@ def decisions(frames, hold, refractory, oldest, refuse):
     epoch's first coming after the last of the epoch before.
     """
     out, fired_at, offset = [], None, 0
-    run, decided, before = 0, False, None
+    run, decided, before = [], False, None  # flags of the bins held
     for epoch, bin_, true, flags, age in frames:
         if before is not None and epoch != before[0]:
             offset += before[1] + 1 - bin_
-            run, decided = 0, False
+            run, decided = [], False
         elif before is not None and bin_ != before[1] + 1:
-            run = 0
+            run = []
         before = epoch, bin_
         if not true:
-            run, decided = 0, False
+            run, decided = [], False
             out.append(None)
             continue
-        run += 1
-        if decided or run < hold:
+        run.append(flags)
+        if decided or len(run) < hold:
             out.append(None)
             continue
         decided = True
-        reasons = {bit for bit in (1 << n for n in range(16)) if flags & refuse & bit}
+        reasons = {bit for bit in (1 << n for n in range(16)) for f in run if f & refuse & bit}
         if fired_at is not None and offset + bin_ - fired_at < refractory:
             reasons.add("refractory")
         if oldest and age == NO_AGE:

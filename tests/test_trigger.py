@@ -227,6 +227,21 @@ def test_a_refused_event_does_not_fire_later():
     ] * 4
 
 
+def test_what_was_held_over_bins_not_to_be_believed_does_not_fire():
+    on, off = [0, 0, 0, 0, 1], []
+    held = [Flag.STALE | Flag.LATE, Flag.UNKNOWN_UNITS, 0]
+    frames = [frame(n, on, flags) for n, flags in enumerate(held)]
+    frames += [frame(3, off, Flag.GAP), *(frame(n, on) for n in (4, 5, 6))]
+    # A hole breaks the hold, so that what came before it is held no more.
+    frames += [frame(7, off), frame(8, on, Flag.GAP), *(frame(n, on) for n in (10, 11, 12))]
+    took, _ = made(frames, when="licks > 0.5", hold_ms=60)
+    assert [(said[0]["bin"], said[0]["refused"]) for said in took if said] == [
+        (2, ["late", "stale", "unknown_units"]), (6, []), (12, []),
+    ]  # fmt: skip
+    took, _ = made(frames[:3], when="licks > 0.5", hold_ms=60, refuse=["unknown_units"])
+    assert took[2][0]["refused"] == ["unknown_units"]
+
+
 def test_whoever_decides_next_knows_what_was_decided():
     """State is in memory that forks share: here another Triggers on the same memory."""
     on = [0, 0, 0, 0, 1]
@@ -244,6 +259,15 @@ def test_whoever_decides_next_knows_what_was_decided():
     assert after.take(frame(49 - 11, [], epoch=2)) == ()
     assert after.take(frame(50 - 11, on, epoch=2))[0]["refused"] == []
     assert after.status()["go"]["fired"] == 2
+
+
+def test_whoever_decides_next_knows_what_was_held():
+    on, options = [0, 0, 0, 0, 1], {"when": "licks > 0.5", "hold_ms": 40}
+    _, before = made([frame(0, on, Flag.LATE)], **options)
+    after = Triggers(rules_of({"p": {"go": TriggerConfig(**options)}}))
+    after._state_RC, after._stream = before._state_RC, before._stream
+    after.bind(SCHEMA)
+    assert after.take(frame(1, on))[0]["refused"] == ["late"]
 
 
 def test_what_fires_is_handed_over_with_the_time_that_is_left():

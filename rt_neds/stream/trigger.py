@@ -1,9 +1,11 @@
 """Rules on decoded values: when to act, and when not to although the condition holds.
 
 An *event* is an unbroken run of bins in which a rule's condition holds. It is decided once, at the
-bin in which it has held for long enough: the rule fires, or refuses and says why. The next event
-begins when the condition has been false in between. All of this is a pure function of the frames,
-counted in bins; it lives in shared memory, so whoever decides next goes on where another stopped.
+bin in which it has held for long enough: the rule fires, or refuses and says why. What was held in
+a bin that is not to be believed is not to be believed either: flags of all held bins count. The
+next event begins when the condition has been false in between. All of this is a pure function of
+the frames, counted in bins; it lives in shared memory, so whoever decides next goes on where
+another stopped.
 
 Shape suffixes: V values, R rules, P operations of all conditions one after the other.
 """
@@ -48,7 +50,7 @@ UNLIMITED_NS = 1_000_000_000
 HANDED = struct.Struct("<qqq")  # number of the rule, when decided, no later than
 
 # Columns of a rule's state, and of the stream's.
-HELD, DECIDED, FIRED_BIN, FIRED, REFUSED, REASON, AT_NS = range(7)
+HELD, MET, DECIDED, FIRED_BIN, FIRED, REFUSED, REASON, AT_NS = range(8)
 KNOWN, EPOCH, BIN = range(3)
 
 
@@ -116,7 +118,7 @@ def decide(  # type: ignore[no-untyped-def]
         state = state_RC[r]
         decision_R[r] = -1
         if hole:
-            state[HELD] = 0
+            state[HELD] = state[MET] = 0
         if another:
             state[DECIDED] = 0
             # The first bin of an acquisition comes after the last of the one before.
@@ -142,13 +144,14 @@ def decide(  # type: ignore[no-untyped-def]
                 found = found >> 2 << 1 | ((found | found >> 1) & 1)
         begin = end
         if not usable or not found & 1:
-            state[HELD] = state[DECIDED] = 0
+            state[HELD] = state[MET] = state[DECIDED] = 0
             continue
         state[HELD] += 1
+        state[MET] |= flags
         if state[DECIDED] or state[HELD] < hold:
             continue
         state[DECIDED], any_decided = 1, True
-        reasons = flags & refuse
+        reasons = state[MET] & refuse
         if state[FIRED] and bin_ - state[FIRED_BIN] < refractory:
             reasons |= REFRACTORY
         if oldest and age_ns == NO_AGE:
@@ -182,7 +185,7 @@ class Triggers:
     ) -> None:
         self._rules, self._hand_over = list(rules), hand_over
         self._stream = shared(3, np.dtype(np.int64))
-        self._state_RC = shared(7 * len(self._rules), np.dtype(np.int64)).reshape(-1, 7)
+        self._state_RC = shared(8 * len(self._rules), np.dtype(np.int64)).reshape(-1, 8)
         self._decision_R = np.zeros(len(self._rules), np.int64)
         self._schema: Mapping[str, Any] | None = None
 
