@@ -192,7 +192,10 @@ class Health:
             yield Finding("wrong", says, do)
 
     def _grown(self) -> Iterator[Finding]:
+        of_samples = "missed" in (self.status.get("source_counters") or {})
         for path, grown in GREW.items():
+            if path == "source_counters.lost" and of_samples:
+                continue  # what SpikeGLX lost is what it missed and what was skipped, in samples
             if (grew := self._grew(path)) > 0:
                 yield replace(grown, says=f"{grown.says.format(n=grew)} just now")
         other = self._grew("source_counters.other_stream")

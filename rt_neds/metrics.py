@@ -111,7 +111,9 @@ class Metrics:
         self._spikes = make(counter, "spikes", "Spikes of the bins heard")
         self._late = make(counter, "spikes_late", "Spikes that came after their bin closed")
         self._unknown = make(counter, "spikes_unknown", "Spikes of units the bundle does not know")
-        self._lost = make(counter, "messages_lost", "Messages of the source that never came")
+        self._lost = make(
+            counter, "messages_lost", "Messages of the source that never came; of SpikeGLX, samples"
+        )
         self._triggers = make(counter, "triggers", "Events decided", "rule", "outcome")
         self._reasons = make(counter, "trigger_refusals", "Refusals by reason", "rule", "reason")
         self._counted = make(counter, "serve", "Counters of serve's status", "counter")

@@ -175,7 +175,7 @@ class View:
         status = self.health.status
         named = {
             "bins": "bin_counters.bins",
-            "lost messages": "source_counters.lost",
+            "lost": "source_counters.lost",
             "malformed": "source_counters.malformed*",
             "late spikes": "bin_counters.spikes_late",
             "unknown": "bin_counters.spikes_unknown",

@@ -106,6 +106,17 @@ def test_messages_of_other_streams_and_no_spikes_are_told(spikes, other, told):
     assert (words in said(health, S)) is told
 
 
+def test_what_spikeglx_lost_is_samples_and_said_once():
+    health = Health()
+    for second, lost in ((1, 0), (2, 7)):
+        counters = {"lost": 3 * lost, "missed": lost, "skipped": 2 * lost, "too_late": 0}
+        health.take(status(second, source_counters=counters), second * S)
+    assert [finding.says for finding in health.findings(2 * S)] == [
+        "7 samples of SpikeGLX lost just now",
+        "14 samples of SpikeGLX skipped to catch up just now",
+    ]
+
+
 def test_another_process_counts_anew():
     health = Health()
     health.take(status(500, source_counters={"lost": 2}), S)
