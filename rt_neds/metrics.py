@@ -27,6 +27,11 @@ MOST_NAMES = 256
 
 OF_A_WORKER = {"source_counters": "source", "bin_counters": "bins", "frame_counters": "validity"}
 """Tables of the status that begin anew with each worker."""
+STATES = {
+    "unknown_electrodes": "Electrodes that spike and that the bundle does not know",
+    "loss_unknown": "1 where it cannot be told whether messages of the source were lost",
+}
+"""What a source has among its counters that is not counted up."""
 
 
 class Rising:
@@ -136,6 +141,7 @@ class Metrics:
         )
         self._surprise.set(float("nan"))
         self._silent = make(gauge, "units_silent", "Units that have fallen silent")
+        self._states = {name: make(gauge, name, words) for name, words in STATES.items()}
         self._source = make(gauge, "source_state", "1 for the state of the source", "state")
         silent = make(gauge, "heard_seconds_ago", "Since anything was heard of serve")
         silent.set_function(
@@ -197,7 +203,8 @@ class Metrics:
             return
         own = {"published": fields.get("published")}
         for table, short in OF_A_WORKER.items():
-            own |= {f"{short}.{name}": n for name, n in _table(fields.get(table)).items()}
+            counts = _table(fields.get(table))
+            own |= {f"{short}.{name}": n for name, n in counts.items() if name not in STATES}
         for name, counts in _table(fields.get("live")).items():
             own |= {f"live.{name}.{what}": n for what, n in _table(counts).items()}
         shared = {f"supervision.{name}": n for name, n in _table(fields.get("supervision")).items()}
@@ -209,6 +216,9 @@ class Metrics:
         surprise = _table(fields.get("drift")).get("surprise")
         self._surprise.set(surprise if isinstance(surprise, float) else float("nan"))
         self._silent.set(_whole(_table(fields.get("units"))).get("silent_count", 0))
+        of_source = _whole(_table(fields.get("source_counters")))
+        for name, gauge in self._states.items():
+            gauge.set(of_source.get(name, 0))
         for state in ("waiting", "streaming", "silent"):
             self._source.labels(self._probe, state).set(fields.get("source") == state)
 

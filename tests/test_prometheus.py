@@ -189,6 +189,21 @@ def test_silent_units_are_counted_though_the_status_names_some_of_them():
     assert metrics.registry.get_sample_value("rtneds_units_silent", {"probe": "p"}) == 1800
 
 
+def test_states_of_a_source_are_not_added_up_when_a_worker_is_replaced():
+    metrics, value = Metrics("p"), {"unknown_electrodes": 3, "loss_unknown": 1, "spikes": 5}
+    for pid in (1, 2):
+        metrics.take(Note("status", {"pid": pid, "uptime_ns": 1, "source_counters": value}))
+    sample = metrics.registry.get_sample_value
+    assert sample("rtneds_unknown_electrodes", {"probe": "p"}) == 3
+    assert sample("rtneds_loss_unknown", {"probe": "p"}) == 1
+    counted = {"probe": "p", "counter": "source.spikes"}
+    assert sample("rtneds_serve_total", counted) == 10
+    for name in ("unknown_electrodes", "loss_unknown"):
+        assert sample("rtneds_serve_total", counted | {"counter": f"source.{name}"}) is None
+    metrics.take(Note("status", {"pid": 2, "uptime_ns": 2}))  # of a source that has none
+    assert sample("rtneds_unknown_electrodes", {"probe": "p"}) == 0
+
+
 def test_mistakes_are_told(capsys, monkeypatch):
     for wrong in ("9469", "x:y", "h:99999", ""):
         with pytest.raises(ConfigError, match="expected HOST:PORT"):
