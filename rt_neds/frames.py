@@ -17,7 +17,7 @@ SPIKE_DTYPE = np.dtype([("sample", "<i8"), ("unit", "<u4"), ("spare", "<u4")])
 
 
 class Flag(IntFlag):
-    """Reasons to distrust a decoded frame; a frame with no bit set is one to act on.
+    """Reasons to distrust a decoded frame; with no bit set nothing is known against it.
 
     Attributes
     ----------

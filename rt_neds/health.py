@@ -254,7 +254,7 @@ class Health:
         drift = self.status.get("drift") or {}
         if drift.get("drifted"):
             yield Finding(
-                "doubtful",
+                "wrong",
                 "units do not fire as the bundle expects: in the last "
                 f"{drift['seconds']:.0f} s {drift['surprise']:.1f} times as far from it as usual"
                 + (f" ({', '.join(drift['units'][:3])} the most)" if drift.get("units") else ""),

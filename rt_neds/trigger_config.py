@@ -17,11 +17,23 @@ LONGEST_PULSE_MS = 10_000.0
 LONGEST_MS = 86_400_000.0
 """A day."""
 
+DRIFTED = 1 << 19
+"""No flag of a frame, but what the status says of the last minutes; beside the bits of Flag."""
+
 Line = Annotated[int, msgspec.Meta(ge=1, le=256)]
 Bits = Annotated[int, msgspec.Meta(ge=1, lt=1 << 32)]
 NI_LINES = re.compile(r"/?(\w+)/port(\d+)(?:/line(\d+)(?::(\d+))?)?", re.ASCII | re.IGNORECASE)
 PORT_LINES = 8
 """Lines of a port that SpikeGLX's bits reach; a port named without lines has them all."""
+
+
+def flag_name(flag: Flag) -> str:
+    """A flag as the configuration names it, such as ``missing_units``."""
+    return str(flag.name).lower()
+
+
+REFUSABLE = {**{flag_name(flag): int(flag) for flag in Flag}, "drifted": DRIFTED}
+"""What ``refuse`` can name."""
 
 
 class TtlConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,7 +112,8 @@ class TriggerConfig(msgspec.Struct, frozen=True, kw_only=True):
         How old a frame may be when the rule is decided, and its decision when an actuator gets to
         it, counted from the bin's end; 0 for however old.
     refuse : list of str
-        Flags of a frame that forbid to fire (``docs/flags.md``); all of them unless told.
+        Flags of a frame that forbid to fire (``docs/flags.md``), and ``drifted``, as the status
+        says it; all of them unless told.
     lsl : str
         Text of an LSL marker; empty for none.
     ttl, nido : table
@@ -112,7 +125,7 @@ class TriggerConfig(msgspec.Struct, frozen=True, kw_only=True):
     hold_ms: float = 0.0
     refractory_ms: float = 0.0
     max_age_ms: float = 0.0
-    refuse: list[str] = msgspec.field(default_factory=lambda: [flag_name(flag) for flag in Flag])
+    refuse: list[str] = msgspec.field(default_factory=lambda: list(REFUSABLE))
     lsl: str = ""
     ttl: TtlConfig | None = None
     nido: NidoConfig | None = None
@@ -175,18 +188,12 @@ def refuse_shared_lines(rules: Sequence[Rule]) -> None:
                 )
 
 
-def flag_name(flag: Flag) -> str:
-    """A flag as the configuration names it, such as ``missing_units``."""
-    return str(flag.name).lower()
-
-
 def flags_of(names: list[str]) -> int:
     """Sum of the flags of these names; ValueError for one that is none."""
-    known = {flag_name(flag): flag for flag in Flag}
     for name in names:
-        if name not in known:
-            raise ValueError(f"refuse {name!r}; the flags are {', '.join(known)}")
-    return sum({known[name] for name in names})
+        if name not in REFUSABLE:
+            raise ValueError(f"refuse {name!r}; there are {', '.join(REFUSABLE)}")
+    return sum({REFUSABLE[name] for name in names})
 
 
 def check_ms(name: str, ms: float, least: float = 0.0, most: float = LONGEST_MS) -> None:

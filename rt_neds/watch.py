@@ -160,7 +160,7 @@ class View:
         if len(findings) > SHOWN:
             lines.append(Text(f"and {len(findings) - SHOWN} more", style="dim"))
         if not findings:
-            lines.append(Text("all well: a frame to act on", style="green"))
+            lines.append(Text("all well: nothing is known against it", style="green"))
         worst = STYLES[findings[0].level] if findings else "green"
         lines += [*self._triggers(), Text(self._counters(), style="dim")]
         return Panel(Group(*lines), title="health", border_style=worst)

@@ -321,6 +321,18 @@ def test_what_was_held_up_in_the_gate_does_not_fire(gated):
     assert one.passed.notes[-1][1]["gate"]["late"] == 1
 
 
+def test_nothing_fires_while_the_worker_whose_frames_go_out_says_that_units_drifted(gated):
+    one = gated(p=Triggers(rules_of({"p": {"go": TriggerConfig(when="x > 0.5")}})))
+    sinks = one.sink(0, 0), one.sink(1, 1)
+    for sink, surprise in zip(sinks, (2.5, 1.0), strict=True):
+        sink.note("schema", SCHEMA)
+        sink.note("status", {"drift": {"surprise": surprise, "drifted": surprise > 2}})
+        sink.write(decoded(5, None))
+    one.turn()
+    told = [of["refused"] for kind, of in one.passed.notes if kind == "trigger"]
+    assert told == [["drifted"]]
+
+
 def test_a_gate_in_the_place_of_another_decides_from_its_first_frame_on(gated):
     """It hears a schema only once a second, and an event may be under way."""
     one = gated(p=Triggers(rules_of({"p": {"go": TriggerConfig(when="x > 0.5")}})))

@@ -242,6 +242,31 @@ def test_what_was_held_over_bins_not_to_be_believed_does_not_fire():
     assert took[2][0]["refused"] == ["unknown_units"]
 
 
+def drift(surprise):
+    return {"drift": {"surprise": surprise, "drifted": surprise is not None and surprise > 2}}
+
+
+def test_nothing_fires_while_units_have_drifted_unless_told_to():
+    on, off = [0, 0, 0, 0, 1], []
+    for refuse, told in ((None, ["drifted"]), (["late"], [])):
+        options = {} if refuse is None else {"refuse": refuse}
+        _, triggers = made([], when="licks > 0.5", **options)
+        bins = iter(range(99))
+
+        def decided(triggers=triggers, bins=bins):
+            (said,) = triggers.take(frame(next(bins), on))
+            triggers.take(frame(next(bins), off))
+            return said["refused"]
+
+        for status, expected in (
+            ({}, []), (drift(None), []), (drift(1.1), []), (drift(2.5), told),
+            (drift(None), told),  # a worker that has just begun does not know
+            ({"drift": {}}, told), (drift(1.0), []),
+        ):  # fmt: skip
+            triggers.heed(status)
+            assert decided() == expected
+
+
 def test_whoever_decides_next_knows_what_was_decided():
     """State is in memory that forks share: here another Triggers on the same memory."""
     on = [0, 0, 0, 0, 1]
@@ -326,7 +351,7 @@ def test_the_sink_says_what_was_decided_after_the_frame():
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        ({"when": "a > 1", "refuse": ["lat"]}, "refuse 'lat'; the flags are gap, late, .*"),
+        ({"when": "a > 1", "refuse": ["lat"]}, "refuse 'lat'; there are gap, late, .*"),
         ({"when": "a > 1", "hold": 3}, "unknown key trigger.go.hold; did you mean .*hold_ms"),
         ({"when": "a > 1", "hold_ms": -1}, "hold_ms -1; 0 to 86400000 ms can be had"),
         ({"when": "a > 1", "ttl": {"line": 0}}, ">= 1"),

@@ -315,8 +315,11 @@ class Gate:
         if parts[0].startswith(b"schema/") and self._probes[which] in self._triggers:
             self._learn(which, place, writer, unpack_map(parts[1]))
         self._publish(which, turns.meet(place, writer))
-        if turns.active == place:
-            self._publisher.pass_on(parts)
+        if turns.active != place:
+            return
+        if parts[0].startswith(b"status/") and self._probes[which] in self._triggers:
+            self._triggers[self._probes[which]].heed(unpack_map(parts[1]))
+        self._publisher.pass_on(parts)
 
     def _learn(self, which: int, place: int, writer: int, schema: dict[str, Any]) -> None:
         """A schema comes once a second: whoever takes our place could decide nothing until then."""

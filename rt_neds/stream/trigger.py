@@ -32,14 +32,14 @@ from rt_neds.condition import (
     parse_condition,
     value_names,
 )
-from rt_neds.frames import DecodedFrame, Flag
+from rt_neds.frames import DecodedFrame
 from rt_neds.stream.board import shared
-from rt_neds.trigger_config import Rule, flag_name, flags_of
+from rt_neds.trigger_config import DRIFTED, REFUSABLE, Rule, flags_of
 
 TOO_OLD, AGE_UNKNOWN, REFRACTORY = 1 << 16, 1 << 17, 1 << 18
 """Reasons of a rule's own, beside the bits of :class:`Flag`."""
 REASONS = {
-    **{int(flag): flag_name(flag) for flag in Flag},
+    **{bit: name for name, bit in REFUSABLE.items()},
     TOO_OLD: "too_old",
     AGE_UNKNOWN: "age_unknown",
     REFRACTORY: "refractory",
@@ -51,7 +51,7 @@ HANDED = struct.Struct("<qqq")  # number of the rule, when decided, no later tha
 
 # Columns of a rule's state, and of the stream's.
 HELD, MET, DECIDED, FIRED_BIN, FIRED, REFUSED, REASON, AT_NS = range(8)
-KNOWN, EPOCH, BIN = range(3)
+KNOWN, EPOCH, BIN, DRIFT = range(4)
 
 
 @numba.njit(
@@ -184,7 +184,7 @@ class Triggers:
         self, rules: Sequence[Rule], hand_over: Callable[[bytes], None] | None = None
     ) -> None:
         self._rules, self._hand_over = list(rules), hand_over
-        self._stream = shared(3, np.dtype(np.int64))
+        self._stream = shared(4, np.dtype(np.int64))
         self._state_RC = shared(8 * len(self._rules), np.dtype(np.int64)).reshape(-1, 8)
         self._decision_R = np.zeros(len(self._rules), np.int64)
         self._schema: Mapping[str, Any] | None = None
@@ -218,6 +218,12 @@ class Triggers:
         self._values = max((o["offset"] + o["size"] for o in schema["outputs"]), default=0)
         self._schema = schema
 
+    def heed(self, status: Mapping[str, Any]) -> None:
+        """Learn from a status whether units drifted; who has just begun does not know it yet."""
+        drift = status.get("drift") or {}
+        if drift.get("surprise") is not None:
+            self._stream[DRIFT] = bool(drift["drifted"])
+
     def take(self, frame: DecodedFrame) -> Sequence[dict[str, Any]]:
         """Take a frame that has gone out; ``trigger`` messages of what it decided, rarely any."""
         if self._schema is None or len(frame.values_V) < self._values:
@@ -226,7 +232,7 @@ class Triggers:
         age = now - ended if ended is not None else NO_AGE
         any_decided = decide(
             frame.values_V,
-            frame.flags,
+            frame.flags | (DRIFTED if self._stream[DRIFT] else 0),
             frame.epoch,
             frame.bin,
             age,
@@ -307,9 +313,11 @@ class Triggered:
                 self._sink.note("trigger", decided)
 
     def note(self, kind: str, fields: dict[str, Any]) -> None:
-        """Publish a map; a schema says where the values stand."""
+        """Publish a map; a schema says where the values stand, a status whether units drifted."""
         if kind == "schema" and self._triggers is not None:
             self._triggers.bind(fields)
+        elif kind == "status" and self._triggers is not None:
+            self._triggers.heed(fields)
         self._sink.note(kind, fields)
 
     def beside(self, probe: str) -> Triggered:
