@@ -29,7 +29,7 @@ from rt_neds.model.readin import SpikeReadIn
 from rt_neds.model.readout import Scale
 from rt_neds.session import Session
 
-FORMAT = 3
+FORMAT = 4
 JSON_NAME = "session.json"
 OPEN = 16
 """Sessions whose arrays are mapped at a time: a map is a file descriptor, and those are few."""
@@ -145,7 +145,8 @@ def _key(path: Path, config: TrainConfig) -> str:
         "schemes": sorted(name for name, weight in config.masking.taught.items() if weight),
         "region": config.masking.region,
     }
-    digest = hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
+    # In the order of the configuration: arrays hold the numbers of its behaviours and classes.
+    digest = hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
     return f"{path.stem}-{digest[:16]}"
 
 

@@ -2,6 +2,7 @@
 
 import os
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -66,6 +67,21 @@ def test_it_is_made_anew_when_it_must_be_and_only_then(tmp_path):
     os.utime(path, ns=(1, 1))
     kept(path, tiny_config(), where)
     assert len(folders(where)) == 4
+
+
+def test_behaviours_and_classes_in_another_order_are_another_question(tmp_path):
+    path, behaviour = write_session(tmp_path / "s.h5"), tiny_config().behaviour
+    other_way = msgspec.structs.replace(behaviour["choice"], classes={"right": 0, "left": 1})
+    kept(path, tiny_config(), tmp_path / "cache")
+    for asked in (
+        {"choice": behaviour["choice"], "speed": behaviour["speed"]},
+        {"speed": behaviour["speed"], "choice": other_way},
+    ):
+        config = msgspec.structs.replace(tiny_config(), behaviour=asked)
+        fresh, back = prepare(path, config), kept(path, config, tmp_path / "cache")
+        np.testing.assert_array_equal(back.binned.values_TM, fresh.binned.values_TM)
+        assert back.present == fresh.present
+    assert len(folders(tmp_path / "cache")) == 3
 
 
 def test_more_sessions_than_are_mapped_at_a_time(tmp_path, monkeypatch):
