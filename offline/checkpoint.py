@@ -126,10 +126,11 @@ def load_checkpoint(
         raise ConfigError(
             f"{folder / NAME} is damaged ({error}); leave out --resume to begin anew"
         ) from None
-    if numbers["config"] != json.loads(json.dumps(config)):
+    # As text, in which order counts: the weights are known by the places of what they are of.
+    if json.dumps(numbers["config"]) != json.dumps(config):
         raise ConfigError(
-            f"{folder.parent} was trained with another configuration or on other sessions; use "
-            "those to resume"
+            f"{folder.parent} was trained with another configuration or on other sessions, or with "
+            "behaviours, classes or sessions in another order; resume with the same"
         )
 
     def part(prefix: str) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ Shape suffixes: B windows, T bins, M modalities (0 is spikes), N units.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -110,8 +111,10 @@ def train(
     average = RunningAverage(model)
     optimiser = make_optimiser(model, settings)
     state: dict[str, Any] = {"model": model, "averaged": average.mean, "optimiser": optimiser}
-    units = {subject.id: len(subject.units) for subject in subjects}
-    state["config"] = {"config": msgspec.to_builtins(config), "sessions": units}
+    state["config"] = {
+        "config": msgspec.to_builtins(config),
+        "sessions": [[subject.id, _digest(subject.units)] for subject in subjects],
+    }
     step, best = 0, Best({n: t.clone() for n, t in average.mean.state_dict().items()})
     if resume:
         step, best = load_checkpoint(out / "checkpoint", **state)
@@ -389,6 +392,10 @@ def set_rates(optimiser: torch.optim.Optimizer, step: int, settings: TrainingCon
     of_trunk, of_sessions = optimiser.param_groups
     of_sessions["lr"] = rate
     of_trunk["lr"] = rate * settings.trunk_rate if step >= settings.frozen_steps else 0.0
+
+
+def _digest(units: list[str]) -> str:
+    return hashlib.sha256(json.dumps(units).encode()).hexdigest()[:16]
 
 
 def _note(log: Any, entry: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import h5py
+import msgspec
 import numpy as np
 import pytest
 
@@ -86,6 +87,31 @@ def test_a_run_goes_on_with_its_own_sessions_only(tmp_path, monkeypatch):
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(ConfigError, match="is damaged"):
         train(tiny_config(), [str(mine)], tmp_path / "run", resume=True)
+
+
+def test_a_run_goes_on_with_all_in_the_same_order(tmp_path, monkeypatch):
+    a, b = (str(write_session(tmp_path / f"{n}.h5", session_id=n)) for n in "ab")
+    config, behaviour = tiny_config(), tiny_config().behaviour
+    with stopped_at_eight(monkeypatch):
+        train(config, [a, b], tmp_path / "run")
+    turned = [
+        {"choice": behaviour["choice"], "speed": behaviour["speed"]},
+        {
+            **behaviour,
+            "choice": msgspec.structs.replace(
+                behaviour["choice"], classes={"right": 0, "left": 1}
+            ),
+        },
+    ]
+    others = [(msgspec.structs.replace(config, behaviour=of), [a, b]) for of in turned]
+    for other, sessions in [*others, (config, [b, a])]:
+        with pytest.raises(ConfigError, match="in another order"):
+            train(other, sessions, tmp_path / "run", resume=True)
+    with h5py.File(b, "r+") as file:
+        file["units/id"][...] = file["units/id"][()][::-1]
+    with pytest.raises(ConfigError, match="in another order"):
+        train(config, [a, b], tmp_path / "run", resume=True)
+    assert not (tmp_path / "run" / "bundle").exists()
 
 
 def test_what_is_there_is_not_overwritten(tiny, tmp_path, capsys):
