@@ -67,6 +67,8 @@ class BehaviourConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"{of}: one source is needed, or several and transform = 'speed'")
         if self.weight < 0:
             raise ValueError(f"{of}: weight is {self.weight}; 0 or more is needed")
+        if self.tau_s <= 0:
+            raise ValueError(f"{of}: tau_s is {self.tau_s:g}; more than 0 is needed")
 
     @property
     def sources(self) -> list[str]:

@@ -39,7 +39,7 @@ from offline.losses import loss_of, spikes_loss
 from offline.processes import Processes, join, leave
 from offline.progress import progress
 from offline.silence import longest_silences
-from offline.validation import Validation, mean_score, validate
+from offline.validation import Validation, mean_score, refuse_nonfinite, validate
 from rt_neds.bundle import BundleSession, save_bundle
 from rt_neds.config import load_config
 from rt_neds.errors import ConfigError
@@ -129,6 +129,7 @@ def train(
         def judge() -> None:
             now = validate_all(average.mean, subjects, config, processes)
             val = as_kept(now, alone, left_to_regression(now, alone, processes))
+            refuse_nonfinite(val, step)
             score = mean_score(val)
             _note(log, {"step": step, "score": score, "val": now.scores})
             if on_validation is not None:

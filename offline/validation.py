@@ -9,6 +9,7 @@ N units, C numbers of an output.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import msgspec
@@ -25,6 +26,7 @@ from offline.masking import UNIT_SCHEMES, draw_masks
 from offline.metrics import is_constant, poisson_d2, r2
 from offline.predict import normalise
 from offline.windows import Split
+from rt_neds.errors import ConfigError
 from rt_neds.model.neds import AHEAD, NEDS, SCHEMES, SPIKES
 from rt_neds.model.readout import LOG_RATE_RANGE
 
@@ -75,6 +77,17 @@ def mean_score(val: Scores) -> float:
     """Mean over sessions and what was asked; what the kept weights are chosen by."""
     scores = [score for of in val.values() for score in of.values()]
     return float(np.mean(scores)) if scores else 0.0
+
+
+def refuse_nonfinite(val: Scores, step: int) -> None:
+    """ConfigError for a score that is no number: no step could be chosen by it."""
+    for session, of in val.items():
+        for name, score in of.items():
+            if not math.isfinite(score):
+                raise ConfigError(
+                    f"step {step}: the validation score of {name} in session {session} is {score}; "
+                    "look at its values there, lower training.learning_rate, or leave it out"
+                )
 
 
 def _behaviours(

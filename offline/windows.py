@@ -234,6 +234,11 @@ def _continuous(
         _refuse_other_values(session, value[valid], config)
         number_T, known_T = _classes(value, config)
         return number_T.astype(np.float32), valid & known_T
+    if config.kind == "poisson" and (least := value[valid].min(initial=0.0)) < 0:
+        raise SessionError(
+            f"{session.path}: {config.sources[0]} goes down to {least:g}; a count, or a rate, was "
+            'expected of kind = "poisson": use "continuous" for what can be negative'
+        )
     return value.astype(np.float32), valid
 
 

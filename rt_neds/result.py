@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import platform
 from pathlib import Path
@@ -57,12 +58,12 @@ def make_folder(folder: str | Path) -> None:
 
 
 def clean(value: Any) -> Any:
-    """The same for JSON, which knows no NaN: it becomes null."""
+    """The same for JSON, which knows neither NaN nor infinity: they become null."""
     if isinstance(value, dict):
         return {str(key): clean(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [clean(item) for item in value]
-    if isinstance(value, float) and value != value:
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import h5py
 import msgspec
 import numpy as np
@@ -12,6 +14,7 @@ from offline.train import train
 from rt_neds.cli import main
 from rt_neds.config import load_config
 from rt_neds.errors import ConfigError, SessionError, StreamError
+from rt_neds.result import write_json
 from rt_neds.stream.sender import check_port
 from tests.making import stopped_at_eight, tiny_config, write_session
 
@@ -43,6 +46,8 @@ def choice(**changes):
         ("behaviour.a.source=[]", "one source is needed"),
         ('behaviour.a={source=["w.x", "w.y"]}', "w.x, w.y: one source is needed"),
         ("behaviour.a={source='w.x', weight=-1}", "weight is -1"),
+        ("behaviour.a={source='w.x', transform='speed', tau_s=-1}", "tau_s is -1"),
+        ("behaviour.a={source='w.x', transform='speed', tau_s=0}", "tau_s is 0"),
         (
             "behaviour.a={source='trials.c', kind='categorical', classes={l=1, r=1}}",
             "each stands for a value of its own",
@@ -76,6 +81,28 @@ def test_a_behaviour_of_which_nothing_can_be_learned(tmp_path):
         train(tiny_config(), [str(path)], tmp_path / "b")
 
 
+def test_counts_that_are_negative(tmp_path):
+    path = write_session(tmp_path / "s.h5")
+    with h5py.File(path, "r+") as file:
+        file["wheel/wheel_speed"][70] = -0.5
+    licks = {"licks": {"source": "wheel.wheel_speed", "kind": "poisson"}}
+    with pytest.raises(SessionError, match="wheel.wheel_speed goes down to -0.5; a count"):
+        train(tiny_config(behaviour=licks), [str(path)], tmp_path / "run")
+
+
+def test_a_validation_score_that_is_no_number(tmp_path, monkeypatch):
+    path = str(write_session(tmp_path / "s.h5"))
+    monkeypatch.setattr("offline.validation.r2", lambda *_: float("nan"))
+    with pytest.raises(ConfigError, match="step 0: the validation score of speed in session tiny"):
+        train(tiny_config(), [path], tmp_path / "run")
+    assert not (tmp_path / "run" / "bundle").exists()
+
+
+def test_a_result_has_no_numbers_that_json_lacks(tmp_path):
+    write_json(str(tmp_path / "r.json"), {"a": [float("nan"), -float("inf"), 1.5], "b": np.inf})
+    assert json.loads((tmp_path / "r.json").read_text()) == {"a": [None, None, 1.5], "b": None}
+
+
 def test_a_run_goes_on_with_its_own_sessions_only(tmp_path, monkeypatch):
     mine = write_session(tmp_path / "s.h5")
     other = write_session(tmp_path / "t.h5", units=9, session_id="other")
@@ -98,9 +125,7 @@ def test_a_run_goes_on_with_all_in_the_same_order(tmp_path, monkeypatch):
         {"choice": behaviour["choice"], "speed": behaviour["speed"]},
         {
             **behaviour,
-            "choice": msgspec.structs.replace(
-                behaviour["choice"], classes={"right": 0, "left": 1}
-            ),
+            "choice": msgspec.structs.replace(behaviour["choice"], classes={"right": 0, "left": 1}),
         },
     ]
     others = [(msgspec.structs.replace(config, behaviour=of), [a, b]) for of in turned]
