@@ -36,6 +36,9 @@ SPIKE_SCHEMES = ("encoding", "within_spikes", *UNIT_SCHEMES, "forward", AHEAD)
 MOST_WINDOWS = 64
 """Windows of a session that the spikes are scored on."""
 
+LEAST_SCORE = -1.0
+"""That of a model that misses by twice what the mean alone does."""
+
 
 Scores = dict[str, dict[str, float]]
 """By session id and what was asked."""
@@ -74,8 +77,12 @@ def validate(
 
 
 def mean_score(val: Scores) -> float:
-    """Mean over sessions and what was asked; what the kept weights are chosen by."""
-    scores = [score for of in val.values() for score in of.values()]
+    """Mean over sessions and what was asked; what the kept weights are chosen by.
+
+    Scores have no lower end: of a wheel that hardly moves in validation R2 is a million below zero,
+    and would choose alone. As one counts at least ``LEAST_SCORE``, it says no more than others do.
+    """
+    scores = [max(score, LEAST_SCORE) for of in val.values() for score in of.values()]
     return float(np.mean(scores)) if scores else 0.0
 
 

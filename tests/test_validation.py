@@ -90,3 +90,11 @@ def test_a_behaviour_is_judged_with_what_will_be_observed_shown(tmp_path, live):
     np.testing.assert_equal(
         (before.losses["tiny"]["choice"] == after.losses["tiny"]["choice"]).all(), not live
     )
+
+
+def test_one_score_far_below_zero_does_not_choose_alone():
+    still = -1.7e7  # R2 of a wheel that hardly moves in validation
+    early = {"a": {"speed": 0.1}, "b": {"speed": still}}
+    late = {"a": {"speed": 0.6}, "b": {"speed": 2 * still}}
+    assert mean_score(late) > mean_score(early)
+    assert mean_score({"a": {"speed": 0.5}, "b": {"speed": -0.5}}) == 0.0
