@@ -148,7 +148,7 @@ def _spikes(
     model: NEDS, subject: Subject, config: TrainConfig, split: Split, device: torch.device
 ) -> dict[str, float]:
     """Bits per spike of each scheme, all units pooled, under masks that are always the same."""
-    binned, T, scores = subject.binned, config.data.window_bins, {}
+    binned, T, scores, null_N = subject.binned, config.data.window_bins, {}, null_rates(subject)
     windows = [f for a, b in binned.spans(split) for f in range(a, b, T)][:MOST_WINDOWS]
     for asked, weight in config.masking.taught.items():
         if asked not in SPIKE_SCHEMES or not weight or not windows:
@@ -185,20 +185,30 @@ def _spikes(
             asked_T = masks.ahead_BT[0] if asked == AHEAD else masks.asked_BTM[0, :, 0]
             asked_TN = asked_T[:, None] & masks.asked_BN[0]
             log_rate_TN = log_rate_BTN[0].clamp(*LOG_RATE_RANGE).cpu().numpy().astype(np.float64)
-            gain += _gain(counts_TN, log_rate_TN, subject.rate_N, asked_TN)
+            gain += _gain(counts_TN, log_rate_TN, null_N, asked_TN)
             spikes += float(counts_TN[asked_TN].sum())
         if spikes:
             scores[asked] = gain / spikes / float(np.log(2))
     return scores
 
 
+def null_rates(subject: Subject) -> NDArray[np.float64]:
+    """What knows nothing but each unit's mean rate in training expects of a bin.
+
+    Of a unit that was silent there it expects half a spike in as long: were it sure of silence,
+    one spike of that unit would be worth more than all that is learned of the others.
+    """
+    binned = subject.binned
+    bins = int((binned.of_split("train") & binned.scored_TM[:, 0]).sum())
+    return np.maximum(subject.rate_N, 0.5 / max(bins, 1))
+
+
 def _gain(
     counts_TN: NDArray[np.float32],
     log_rate_TN: NDArray[np.float64],
-    rate_N: NDArray[np.float64],
+    null_N: NDArray[np.float64],
     asked_TN: NDArray[np.bool_],
 ) -> float:
-    """Log-likelihood over that of each unit's mean rate in training."""
-    null_N = np.maximum(rate_N, 1e-9)
+    """Log-likelihood over that of each unit's usual rate."""
     gain_TN = counts_TN * (log_rate_TN - np.log(null_N)) - (np.exp(log_rate_TN) - null_N)
     return float(gain_TN[asked_TN].sum())

@@ -1,5 +1,6 @@
 """Validation: what cannot be scored is left out, so that it decides nothing."""
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -8,7 +9,7 @@ from offline.alone import as_kept, left_to_regression, regressions_validated
 from offline.batches import prepare
 from offline.beginning import build, fit_linear
 from offline.processes import Processes
-from offline.validation import mean_score, validate
+from offline.validation import mean_score, null_rates, validate
 from tests.making import TINY, tiny_config, write_session
 
 DECODING = {"schemes": {"decoding": 1.0}}
@@ -98,3 +99,20 @@ def test_one_score_far_below_zero_does_not_choose_alone():
     late = {"a": {"speed": 0.6}, "b": {"speed": 2 * still}}
     assert mean_score(late) > mean_score(early)
     assert mean_score({"a": {"speed": 0.5}, "b": {"speed": -0.5}}) == 0.0
+
+
+def test_a_unit_silent_in_training_does_not_make_the_score(tmp_path):
+    path = write_session(tmp_path / "s.h5")
+    config = tiny_config(masking={"schemes": {"encoding": 1.0, "decoding": 1.0}})
+    with h5py.File(path, "r+") as file:
+        spikes = file["spikes"]
+        silent = (spikes["unit_index"][()] == 5) & (spikes["timestamps"][()] < 42.0)
+        spikes["unit_index"][silent] = 4
+    subject = prepare(path, config)
+    assert subject.rate_N[5] == 0.0
+    null_N = null_rates(subject)
+    assert null_N[5] == pytest.approx(0.5 / 2100)
+    np.testing.assert_array_equal(null_N[:5], subject.rate_N[:5])
+    model = build(config, [subject]).eval()
+    scores = validate(model, [subject], config, "val", torch.device("cpu")).scores["tiny"]
+    assert abs(scores["encoding"]) < 1.0
