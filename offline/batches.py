@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offline.config import TrainConfig
+from offline.expectation import mean_counts_N
 from offline.linear import Fits
 from offline.masking import Masks, draw_masks
 from offline.predict import normalise, scales
@@ -43,7 +44,7 @@ class Subject:
         Of each behaviour of the configuration.
     region_N : ndarray of int64
     rate_N : ndarray of float64
-        Spikes per bin in the training split.
+        Spikes per recorded bin in the training split.
     length : int
         Number of anchors.
     reach : callable
@@ -122,7 +123,7 @@ def prepare(path: str | Path, config: TrainConfig) -> Subject:
         present=binned.present,
         scales=scales(binned, list(config.behaviour), kinds),
         region_N=regions(binned, config),
-        rate_N=mean_rates(binned),
+        rate_N=mean_counts_N(binned),
         length=len(anchors),
         reach=lambda: (binned, anchors),
     )
@@ -139,15 +140,6 @@ def regions(binned: BinnedSession, config: TrainConfig) -> NDArray[np.int64]:
             "inter_region and intra_region out of masking.schemes, or name another masking.region"
         )
     return np.unique(names_N, return_inverse=True)[1].astype(np.int64)
-
-
-def mean_rates(binned: BinnedSession) -> NDArray[np.float64]:
-    """Spikes per bin of each unit in the training split."""
-    spikes_N, bins = np.zeros(len(binned.session.unit_ids)), 0
-    for first, stop in binned.spans("train"):
-        spikes_N += binned.spikes_N(first, stop)
-        bins += stop - first
-    return spikes_N / max(bins, 1)
 
 
 def refuse_twins(subjects: list[Subject]) -> None:

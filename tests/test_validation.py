@@ -4,12 +4,14 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from temporaldata import Interval
 
 from offline.alone import as_kept, left_to_regression, regressions_validated
 from offline.batches import prepare
 from offline.beginning import build, fit_linear
 from offline.processes import Processes
 from offline.validation import mean_score, null_rates, validate
+from rt_neds.session import load_session
 from tests.making import TINY, tiny_config, write_session
 
 DECODING = {"schemes": {"decoding": 1.0}}
@@ -116,3 +118,16 @@ def test_a_unit_silent_in_training_does_not_make_the_score(tmp_path):
     model = build(config, [subject]).eval()
     scores = validate(model, [subject], config, "val", torch.device("cpu")).scores["tiny"]
     assert abs(scores["encoding"]) < 1.0
+
+
+def test_mean_rates_are_of_recorded_bins(tmp_path):
+    path = write_session(tmp_path / "s.h5", domain=[(2 * n, 2 * n + 0.8) for n in range(30)])
+    data = load_session(path)
+    for name, (start, end) in {"train": (0, 40), "val": (42, 50), "test": (50, 60)}.items():
+        domain = Interval(start=np.array([float(start)]), end=np.array([float(end)]))
+        setattr(data.data, f"x_{name}_domain", domain)
+    with h5py.File(path, "w") as file:
+        data.data.to_hdf5(file)
+    subject = prepare(path, tiny_config(data={"split": "x"}))
+    spikes = len(data.records_S[data.records_S["sample"] < 40 * data.rate])
+    assert subject.rate_N.sum() == pytest.approx(spikes / (20 * 40))
