@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Literal
 
 import msgspec
+from torch import nn
 
 from rt_neds.model.config import ModelConfig
-from rt_neds.model.neds import SCHEMES
+from rt_neds.model.neds import AHEAD, NEXT, SCHEMES, SPIKES
 
 BEHAVIOUR_SCHEMES = ("decoding", "encoding", "within_behaviour", "cross_modal")
 """Schemes that show or ask for behaviours; the others are of spikes alone."""
+
+TAKEN = (SPIKES, AHEAD, NEXT, *SCHEMES)
+"""Names of other outputs and scores; those of a ``ModuleDict``, which holds the read-outs, are
+taken, too."""
 
 
 class BehaviourConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -284,5 +289,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.model.attention != "causal" and self.masking.ahead:
             raise ValueError('masking.ahead needs model.attention = "causal"')
         for name in self.behaviour:
-            if not name.isidentifier() or name == "spikes":
-                raise ValueError(f"behaviour.{name}: use letters, digits and _, and not 'spikes'")
+            if not name.isidentifier():
+                raise ValueError(f"behaviour.{name}: use letters, digits and _")
+            if name in TAKEN or hasattr(nn.ModuleDict(), name):
+                raise ValueError(f"behaviour.{name}: that name is taken; call it my_{name}, say")

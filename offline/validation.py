@@ -37,7 +37,7 @@ MOST_WINDOWS = 64
 """Windows of a session that the spikes are scored on."""
 
 LEAST_SCORE = -1.0
-"""That of a model that misses by twice what the mean alone does."""
+"""That of a model whose squared error is twice that of the mean alone."""
 
 
 Scores = dict[str, dict[str, float]]

@@ -12,7 +12,7 @@ import pytest
 from offline.config import TrainConfig
 from offline.train import train
 from rt_neds.cli import main
-from rt_neds.config import load_config
+from rt_neds.config import load_config, parse_config
 from rt_neds.errors import ConfigError, SessionError, StreamError
 from rt_neds.result import write_json
 from rt_neds.stream.sender import check_port
@@ -79,6 +79,15 @@ def test_a_behaviour_of_which_nothing_can_be_learned(tmp_path):
         file["wheel/wheel_speed"][:] = np.nan
     with pytest.raises(ConfigError, match="behaviour.speed: nothing of wheel.wheel_speed"):
         train(tiny_config(), [str(path)], tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "name", ["spikes", "ahead", "next", "encoding", "neuron", "type", "forward", "half", "keys"]
+)
+def test_names_that_mean_something_else(name):
+    behaviour = {name: {"source": "wheel.wheel_speed"}}
+    with pytest.raises(ConfigError, match=f"behaviour.{name}: that name is taken; call it my_"):
+        parse_config({"behaviour": behaviour}, TrainConfig, "a test")
 
 
 def test_counts_that_are_negative(tmp_path):
