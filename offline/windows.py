@@ -28,6 +28,9 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 MOST_OTHER_VALUES = 0.2
 """Share of a behaviour's values that may be of no class while some class never occurs."""
 
+MOST_BINS = 100_000_000
+"""From 0 on; three weeks of bins of 20 ms. More are taken only if they were recorded."""
+
 
 @dataclass
 class BinnedSession:
@@ -157,10 +160,12 @@ def bin_session(
     Raises
     ------
     SessionError
-        If a behaviour, a trial column or the intervals of the split are not in the file.
+        If a behaviour, a trial column or the intervals of the split are not in the file, or its
+        clock began long before the recording.
     """
     width = samples_per_bin(data.bin_ms, session.rate)
     bins = -(-session.end // width)
+    _refuse_another_clock(session, bins, width)
     modalities = 1 + len(behaviour_configs)
     values_TM = np.zeros((bins, modalities), np.float32)
     shown_TM = np.zeros((bins, modalities), bool)
@@ -197,6 +202,16 @@ def behaviours_of(configs: dict[str, BehaviourConfig]) -> list[Behaviour]:
         Behaviour(name=name, kind=c.kind, classes=tuple(c.classes), unit=c.unit, live=c.live)
         for name, c in configs.items()
     ]
+
+
+def _refuse_another_clock(session: Session, bins: int, width: int) -> None:
+    """Seconds since 1970, say, would be more bins than there is memory for, nearly all empty."""
+    recorded = int(np.diff(session.domain_K2, axis=1).sum()) // width
+    if bins > MOST_BINS and bins > 100 * recorded:
+        raise SessionError(
+            f"{session.path} begins at {session.domain_K2[0, 0] / session.rate:.4g} s; seconds "
+            "since its own beginning were expected: subtract the time at which it begins"
+        )
 
 
 def _whole_bins(domain_K2: NDArray[np.int64], bins: int, width: int) -> NDArray[np.bool_]:

@@ -84,6 +84,21 @@ def test_a_trial_that_began_before_sample_0_is_cut_there(tmp_path):
     np.testing.assert_array_equal(asked[100:], plain.scored_TM[100:, 2])
 
 
+def test_a_session_in_seconds_of_a_calendar_is_refused(tmp_path):
+    def later(seconds):
+        path = write_session(tmp_path / f"{seconds:g}.h5")
+        with h5py.File(path, "r+") as file:
+            for name in ("spikes/timestamps", "spikes/domain/start", "spikes/domain/end"):
+                file[name][:] += seconds
+            for name in ("domain/start", "domain/end"):
+                file[name][:] += seconds
+        return path
+
+    assert binned(later(7200.0)).bins == 363_000
+    with pytest.raises(SessionError, match="begins at 1.7e[+]09 s; .* subtract the time at which"):
+        binned(later(1.7e9))
+
+
 def test_folds_over_trials_cover_every_trial_once(tmp_path):
     path = write_session(tmp_path / "s.h5")
     tested = np.zeros(3000, int)
