@@ -189,7 +189,7 @@ def bin_session(
             f"{session.path} has none of {', '.join(behaviour_configs)}; "
             f"it has: {', '.join(session.behaviours()) or 'no behaviour'}"
         )
-    split_T = split_bins(session, data, bins, width)
+    split_T = _of_whole_trials(split_bins(session, data, bins, width), trial_T)
     by_trial = tuple(name for name in present if behaviour_configs[name].is_trial_variable)
     return BinnedSession(
         session, width, values_TM, shown_TM, scored_TM, split_T, trial_T, tuple(present), by_trial
@@ -341,6 +341,18 @@ def split_bins(session: Session, data: DataConfig, bins: int, width: int) -> NDA
         train = np.flatnonzero(split_T == 0)
         last = round(data.train_minutes * 60 * session.rate / width)
         split_T[train[: max(0, len(train) - last)]] = -1
+    return split_T
+
+
+def _of_whole_trials(split_T: NDArray[np.int8], trial_T: NDArray[np.int32]) -> NDArray[np.int8]:
+    """The same without trials that lie in two splits: their one value would be known in both."""
+    at = np.flatnonzero((trial_T >= 0) & (split_T >= 0))
+    first_K = np.full(trial_T.max(initial=-1) + 1, len(SPLITS), np.int8)
+    last_K = np.full(len(first_K), -1, np.int8)
+    np.minimum.at(first_K, trial_T[at], split_T[at])
+    np.maximum.at(last_K, trial_T[at], split_T[at])
+    cut_K = first_K < last_K
+    split_T[at[cut_K[trial_T[at]]]] = -1
     return split_T
 
 

@@ -99,6 +99,25 @@ def test_a_session_in_seconds_of_a_calendar_is_refused(tmp_path):
         binned(later(1.7e9))
 
 
+def test_a_trial_that_a_cut_goes_through_is_in_no_split(tmp_path):
+    path = write_session(tmp_path / "s.h5", seconds=200)
+    starts = np.arange(1.0, 190.0, 8.0)
+    columns = {"start": 0.0, "end": 7.5, "stim_on_time": 0.3, "feedback_time": 7.0}
+    with h5py.File(path, "r+") as file:
+        for column, later in columns.items():
+            del file[f"trials/{column}"]
+            file[f"trials/{column}"] = starts + later
+        choice = file["trials/choice"][: len(starts)]
+        del file["trials/choice"]
+        file["trials/choice"] = choice
+    b = binned(path, gap_s=1.0)  # training ends at 140 s
+    of = [set(b.trial_T[b.of_split(s) & b.scored_TM[:, 2]]) for s in ("train", "val", "test")]
+    assert all(of)
+    assert not of[0] & of[1]
+    assert not of[1] & of[2]
+    assert set.union(*of) == set(range(len(starts))) - {17}  # decided from 137.3 to 144 s
+
+
 def test_folds_over_trials_cover_every_trial_once(tmp_path):
     path = write_session(tmp_path / "s.h5")
     tested = np.zeros(3000, int)
