@@ -314,13 +314,16 @@ def _trial_variable(
     value_T = np.zeros(bins, np.float32)
     shown_T, scored_T = np.zeros(bins, bool), np.zeros(bins, bool)
     trial_T = np.full(bins, -1, np.int32)
-    for trial, (number, known_class) in enumerate(zip(*_classes(stored, config), strict=True)):
-        if not known_class or not told_4K[:2, trial].all():
+    number_K, known_K = _classes(stored, config)
+    for trial in np.argsort(start, kind="stable"):
+        if not known_K[trial] or not told_4K[:2, trial].all():
             continue
+        number = number_K[trial]
         scored = slice(start[trial] // width, stop[trial] // width)
         value_T[scored] = number
         scored_T[scored] = True
         trial_T[scored] = trial
+        shown_T[scored] = False  # what is known there is of the trial before, not of this one
         if told_4K[2, trial]:
             # Known at a moment: shown from the first bin that ends after it.
             shown = slice(known[trial] // width, max(end[trial], known[trial]) // width)

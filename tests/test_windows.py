@@ -118,6 +118,22 @@ def test_a_trial_that_a_cut_goes_through_is_in_no_split(tmp_path):
     assert set.union(*of) == set(range(len(starts))) - {17}  # decided from 137.3 to 144 s
 
 
+def test_what_was_known_of_one_trial_is_not_shown_of_the_next(tmp_path):
+    path = write_session(tmp_path / "s.h5")
+    with h5py.File(path, "r+") as file:
+        file["trials/end"][:] = file["trials/start"][:] + 2.6  # the next one starts after 2.0
+        for column in file["trials"]:
+            if isinstance(file[f"trials/{column}"], h5py.Dataset):  # in any order
+                file[f"trials/{column}"][:] = file[f"trials/{column}"][:][::-1]
+    b = binned(path)
+    assert b.shown_TM[:, 2].any()
+    assert not (b.shown_TM[:, 2] & b.scored_TM[:, 2]).any()
+    plain = binned(write_session(tmp_path / "p.h5"))
+    asked = plain.scored_TM[:, 2]
+    np.testing.assert_array_equal(b.scored_TM[:, 2], asked)
+    np.testing.assert_array_equal(b.values_TM[asked, 2], plain.values_TM[asked, 2])
+
+
 def test_folds_over_trials_cover_every_trial_once(tmp_path):
     path = write_session(tmp_path / "s.h5")
     tested = np.zeros(3000, int)
