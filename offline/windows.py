@@ -28,6 +28,8 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 MOST_OTHER_VALUES = 0.2
 """Share of a behaviour's values that may be of no class while some class never occurs."""
 
+FLOAT32 = 1e-7
+"""Part of a number that may be lost where it is kept in float32."""
 MOST_BINS = 100_000_000
 """From 0 on; three weeks of bins of 20 ms. More are taken only if they were recorded."""
 
@@ -260,9 +262,13 @@ def _continuous(
 def _classes(
     stored: NDArray[np.float64], config: BehaviourConfig
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Number of each value's class, and whether it stands for one."""
-    is_class = stored[..., None] == np.array(list(config.classes.values()))
-    return is_class.argmax(axis=-1), is_class.any(axis=-1)
+    """Number of the class nearest to each value, and whether that is what it stands for.
+
+    Files often keep numbers in float32, in which there is no 0.2 but only something very near it.
+    """
+    codes = np.array(list(config.classes.values()))
+    number = np.abs(stored[..., None] - codes).argmin(axis=-1)
+    return number, np.isclose(stored, codes[number], rtol=FLOAT32, atol=0.0)
 
 
 def _refuse_other_values(

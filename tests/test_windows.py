@@ -1,6 +1,7 @@
 """Sessions on the grid of bins: nothing known early, split twice, or outside the domain."""
 
 import h5py
+import msgspec
 import numpy as np
 import pytest
 from temporaldata import Interval
@@ -132,6 +133,20 @@ def test_what_was_known_of_one_trial_is_not_shown_of_the_next(tmp_path):
     asked = plain.scored_TM[:, 2]
     np.testing.assert_array_equal(b.scored_TM[:, 2], asked)
     np.testing.assert_array_equal(b.values_TM[asked, 2], plain.values_TM[asked, 2])
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_classes_are_known_whatever_the_numbers_are_kept_in(tmp_path, kind):
+    path = write_session(tmp_path / "s.h5")
+    with h5py.File(path, "r+") as file:
+        right = np.arange(len(file["trials/choice"])) % 7 == 0
+        del file["trials/choice"]
+        file["trials/choice"] = np.where(right, 0.2, 0.5).astype(kind)
+    classes = {"even": 0.5, "right": 0.2}
+    block = msgspec.structs.replace(tiny_config().behaviour["choice"], classes=classes)
+    b = bin_session(load_session(path), tiny_config().data, {"block": block})
+    assert set(np.unique(b.trial_T)) == {-1, *range(len(right))}
+    assert (b.values_TM[b.scored_TM[:, 1], 1] == right[b.trial_T[b.scored_TM[:, 1]]]).all()
 
 
 def test_folds_over_trials_cover_every_trial_once(tmp_path):
