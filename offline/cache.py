@@ -29,7 +29,7 @@ from rt_neds.model.readin import SpikeReadIn
 from rt_neds.model.readout import Scale
 from rt_neds.session import Session
 
-FORMAT = 8
+FORMAT = 9
 JSON_NAME = "session.json"
 OPEN = 16
 """Sessions whose arrays are mapped at a time: a map is a file descriptor, and those are few."""

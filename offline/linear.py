@@ -231,10 +231,10 @@ def _solve(gram_JJ: NDArray, cross_JR: NDArray, penalty: float) -> NDArray[np.fl
 
 
 def _targets(value_S: NDArray, behaviour: Behaviour, scale: Scale) -> NDArray[np.float64]:
-    """What is regressed on: the value in sds, or one column per class."""
+    """What is regressed on: the value in sds, inside the range, or one column per class."""
     if behaviour.kind == "categorical":
         return np.eye(numbers_said(behaviour))[value_S.astype(int)]
-    return ((value_S.astype(np.float64) - scale.mean) / scale.sd)[:, None]
+    return np.asarray(scale.normalised(value_S.astype(np.float64)))[:, None]
 
 
 def _late(trial_S: NDArray[np.int64]) -> NDArray[np.float64]:

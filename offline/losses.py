@@ -48,9 +48,13 @@ def loss_of(
 
 
 def smeared(value_S: Tensor, scale: Scale) -> Tensor:
-    """Share of each step of the range in values smeared by a normal curve, shape (S, STEPS)."""
+    """Share of each step of the range in values smeared by a normal curve, shape (S, STEPS).
+
+    A value outside the range counts as the end of it, as it does where it is observed live.
+    """
     values_C = torch.from_numpy(scale.values_C).to(value_S.device)
-    away_SC = (value_S[:, None] - values_C) / (SMEAR * scale.step)
+    inside_S = value_S.clamp(scale.low, scale.high)
+    away_SC = (inside_S[:, None] - values_C) / (SMEAR * scale.step)
     return torch.softmax(-0.5 * away_SC**2, dim=1)
 
 

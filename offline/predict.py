@@ -31,6 +31,9 @@ WINDOWS = 32
 FORECAST_WINDOW, FORECAST_BINS = 100, 10
 """MtM's forward prediction: bins 90 to 99 of a window from bins 0 to 89."""
 
+RARE = 0.0005
+"""Share of values, at each end, that do not make the range of a behaviour by themselves."""
+
 
 def scales(binned: BinnedSession, names: Sequence[str], kinds: Sequence[str]) -> list[Scale]:
     """Scale of each continuous behaviour over the scored training bins; 0 and 1 for others."""
@@ -40,10 +43,25 @@ def scales(binned: BinnedSession, names: Sequence[str], kinds: Sequence[str]) ->
         if kind == "categorical" or name not in binned.present or len(values) == 0:
             out.append(Scale())
         else:
-            low, high = float(values.min()), float(values.max())
+            low, high = _range(values, kind)
+            values = values.clip(low, high)
             sd = max(float(values.std()), 1e-6)
             out.append(Scale(mean=float(values.mean()), sd=sd, low=low, high=high))
     return out
+
+
+def _range(values: NDArray[np.float32], kind: str) -> tuple[float, float]:
+    """Range that was seen, but for artefacts: of one value 300 sds out all steps would be as wide.
+
+    Nearly all values lie in some range; what is farther from it than it is wide is an artefact.
+    Counts are spared: where licks are rare, nearly all values are the same, and a lick is none.
+    """
+    low, high = float(values.min()), float(values.max())
+    first = float(np.quantile(values, RARE, method="higher"))
+    last = float(np.quantile(values, 1 - RARE, method="lower"))
+    if kind == "poisson" or first >= last:
+        return low, high
+    return max(low, 2 * first - last), min(high, 2 * last - first)
 
 
 def normalise(values_TM: NDArray[np.float32], by: Sequence[Scale]) -> NDArray:

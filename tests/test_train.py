@@ -11,9 +11,12 @@ import torch
 from offline.batches import draw_step, prepare
 from offline.beginning import build
 from offline.checkpoint import Best, load_checkpoint, save_checkpoint
+from offline.losses import smeared
+from offline.predict import scales
 from offline.train import learning_rate, train
 from rt_neds.bundle import build_model, load_spec
 from rt_neds.errors import BundleError, ConfigError, DeviceError, SessionError
+from rt_neds.model.readout import MARGIN_STEPS, STEPS
 from tests.making import stopped_at_eight, tiny_config, write_session
 
 
@@ -197,3 +200,26 @@ def test_refit_keeps_the_last_weights(tmp_path):
     summary = train(config, [str(path)], tmp_path / "run")
     assert summary["best_step"] == summary["steps"] == config.training.steps
     assert summary["val"] == {"tiny": {}}
+
+
+def test_an_artefact_is_no_part_of_the_range(tmp_path):
+    config = tiny_config()
+    binned = prepare(write_session(tmp_path / "s.h5", seconds=300), config).binned
+
+    def scale(kind="continuous"):
+        return scales(binned, ["speed", "choice"], [kind, "categorical"])[0]
+
+    train, before = binned.of_split("train"), scale()
+    values = binned.values_TM[train, 1]
+    assert (before.low, before.high) == (values.min(), values.max())
+    assert (before.mean, before.sd) == pytest.approx((values.mean(), values.std()))
+    binned.values_TM[5000, 1] = 300 * before.sd
+    after = scale()
+    assert before.high < after.high < 2.1 * before.high
+    assert after.sd == pytest.approx(before.sd, rel=0.05)
+    outside = torch.tensor([binned.values_TM[5000, 1]])
+    assert int(smeared(outside, after).argmax()) == STEPS - MARGIN_STEPS - 1
+    assert scale("poisson").high == binned.values_TM[5000, 1]  # licks are rare, and no artefacts
+    binned.values_TM[train, 1] = 0.0
+    binned.values_TM[4000, 1] = 1.0
+    assert (scale().low, scale().high) == (0.0, 1.0)
