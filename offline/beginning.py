@@ -56,7 +56,8 @@ def fit_linear(model: NEDS, subjects: list[Subject], known: Collection[str] = ()
         if parts.linear is None:
             continue
         fitted = partial(fit, subject.binned, model.behaviours, subject.scales, parts.spikes_in)
-        keep = held if subject.folder is None else partial(kept_fits, subject.folder)
+        folder, scales = subject.folder, subject.scales
+        keep = held if folder is None else partial(kept_fits, folder, scales)
         subject.hear = keep(parts.spikes_in, fitted)
         subject.hear().give(parts.linear, outs=subject.id not in known)
 

@@ -98,7 +98,7 @@ def held(spikes_in: SpikeReadIn, fitted: Callable[[], Fits]) -> Callable[[], Fit
 
 
 def kept_fits(
-    folder: Path, spikes_in: SpikeReadIn, fitted: Callable[[], Fits]
+    folder: Path, scales: list[Scale], spikes_in: SpikeReadIn, fitted: Callable[[], Fits]
 ) -> Callable[[], Fits]:
     """Put a session's linear decoders beside it, unless they are there.
 
@@ -106,6 +106,8 @@ def kept_fits(
     ----------
     folder : path
         Of the session.
+    scales : list of Scale
+        In which they are: of the session, or of a bundle that knows it.
     spikes_in : SpikeReadIn
         On whose features they are.
     fitted : callable
@@ -117,6 +119,7 @@ def kept_fits(
         Gives them.
     """
     digest = hashlib.sha256(f"{METHOD} {spikes_in.history}".encode())
+    digest.update(msgspec.json.encode(scales))
     for numbers in (spikes_in.mean_KN, spikes_in.sd_KN):
         digest.update(numbers.numpy().tobytes())
     path = folder / f"linear-{digest.hexdigest()[:16]}.safetensors"

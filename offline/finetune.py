@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from offline.batches import Subject
 from offline.config import TrainConfig
 from rt_neds.bundle import BundleSpec, build_model, load_spec
 from rt_neds.errors import BundleError
@@ -79,6 +80,21 @@ def begin_at_bundle(model: NEDS, folder: str | Path, config: TrainConfig) -> lis
             model.session_XD[x] = known.session_XD.mean(dim=0)
             _begin_like_others(model, session, known, spec)
     return list(known.session_ids)
+
+
+def keep_scales(subjects: list[Subject], folder: str | Path, config: TrainConfig) -> None:
+    """Give sessions that a bundle knows its scales: its read-outs are of the steps of those.
+
+    A range that has grown since, with more minutes, would make other values of the same steps; what
+    lies outside the bundle's counts as its ends.
+    """
+    known = {session.id: session for session in load_spec(folder).sessions}
+    for subject in subjects:
+        if of := known.get(subject.id):
+            subject.scales = [
+                of.scales[name] if name in of.behaviours else scale
+                for name, scale in zip(config.behaviour, subject.scales, strict=True)
+            ]
 
 
 def refuse_other_units(folder: str | Path, units: Mapping[str, list[str]]) -> None:

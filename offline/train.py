@@ -34,7 +34,7 @@ from offline.calibration import calibrate
 from offline.checkpoint import Best, load_checkpoint, save_checkpoint
 from offline.config import TrainConfig, TrainingConfig
 from offline.expectation import expectation_of
-from offline.finetune import begin_at_bundle, refuse_other_units, trunk
+from offline.finetune import begin_at_bundle, keep_scales, refuse_other_units, trunk
 from offline.losses import loss_of, spikes_loss
 from offline.processes import Processes, join, leave
 from offline.progress import progress
@@ -103,6 +103,7 @@ def train(
     model, known = build(config, subjects), []
     if init is not None:
         refuse_other_units(init, {subject.id: subject.units for subject in subjects})
+        keep_scales(subjects, init, config)
         known = begin_at_bundle(model, init, config)
     fit_linear(model, subjects[processes.number :: processes.count], known)
     processes.wait()  # what the others fitted is on disk
@@ -113,7 +114,7 @@ def train(
     state: dict[str, Any] = {"model": model, "averaged": average.mean, "optimiser": optimiser}
     state["config"] = {
         "config": msgspec.to_builtins(config),
-        "sessions": [[subject.id, _digest(subject.units)] for subject in subjects],
+        "sessions": [[subject.id, _digest(subject)] for subject in subjects],
     }
     step, best = 0, Best({n: t.clone() for n, t in average.mean.state_dict().items()})
     if resume:
@@ -395,8 +396,10 @@ def set_rates(optimiser: torch.optim.Optimizer, step: int, settings: TrainingCon
     of_trunk["lr"] = rate * settings.trunk_rate if step >= settings.frozen_steps else 0.0
 
 
-def _digest(units: list[str]) -> str:
-    return hashlib.sha256(json.dumps(units).encode()).hexdigest()[:16]
+def _digest(subject: Subject) -> str:
+    """What the weights of a session are of: its units and steps."""
+    said = msgspec.json.encode([subject.units, subject.scales])
+    return hashlib.sha256(said).hexdigest()[:16]
 
 
 def _note(log: Any, entry: dict[str, Any]) -> None:

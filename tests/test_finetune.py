@@ -1,5 +1,8 @@
 """Fine-tuning: the trunk is carried over, frozen while it is said to be, and refused if another."""
 
+import json
+
+import h5py
 import msgspec
 import numpy as np
 import pytest
@@ -51,6 +54,24 @@ def test_a_session_the_bundle_knows_goes_on_where_it_was(pretrained):
     known = build_model(bundle, load_spec(bundle)).parts("b").state_dict()
     for name, tensor in model.parts("b").state_dict().items():
         assert torch.equal(tensor, known[name]), name
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_known_session_goes_on_as_it_was_though_its_range_has_grown(tmp_path, linear):
+    path = write_session(tmp_path / "s.h5", seconds=120)
+    with h5py.File(path, "r+") as file:  # the last minutes alone were there before
+        file["wheel/wheel_speed"][1000:1050] *= 5
+    early = {"data": {"train_minutes": 0.5}, "model": {"linear": linear}}
+    train(tiny_config(**early, training={"steps": 40}), [str(path)], tmp_path / "a")
+    config = tiny_config(model={"linear": linear}, training={"steps": 1, "learning_rate": 1e-9})
+    train(config, [str(path)], tmp_path / "b", init=tmp_path / "a" / "bundle")
+    before, after = (load_spec(tmp_path / run / "bundle") for run in "ab")
+    assert after.session().scales == before.session().scales
+    assert prepare(path, config).scales[0].high > 1.5 * before.session().scales["speed"].high
+    log = (tmp_path / "b" / "log.jsonl").read_text().splitlines()
+    first = json.loads(log[0])["val"]["tiny"]["speed"]
+    kept = before.training["val"]["tiny"]["speed"]
+    assert first == pytest.approx(kept, abs=0.1 if linear else 0.01)  # regression is fitted anew
 
 
 def test_a_behaviour_may_be_left_out(pretrained, tmp_path):
