@@ -31,6 +31,7 @@ from rt_neds.session import Session
 
 FORMAT = 9
 JSON_NAME = "session.json"
+ARRAYS = ("records", "values", "shown", "scored", "split", "trial", "anchors")
 OPEN = 16
 """Sessions whose arrays are mapped at a time: a map is a file descriptor, and those are few."""
 
@@ -74,7 +75,7 @@ def kept(path: str | Path, config: TrainConfig, cache: Path) -> Subject:
         As of :func:`offline.batches.prepare`.
     """
     folder = cache / _key(Path(path), config)
-    if not (folder / JSON_NAME).is_file():
+    if not _whole(folder):
         _write(folder, prepare(path, config))
     entry = msgspec.json.decode((folder / JSON_NAME).read_bytes(), type=Entry)
     return Subject(
@@ -185,8 +186,17 @@ def _write(folder: Path, subject: Subject) -> None:
     (part / JSON_NAME).write_bytes(msgspec.json.encode(entry))
     try:
         part.rename(folder)
-    except OSError:  # another run was faster; what it wrote is the same
-        shutil.rmtree(part)
+    except OSError:  # something is there
+        if _whole(folder):  # another run was faster; what it wrote is the same
+            shutil.rmtree(part)
+        else:  # it was being deleted, and that was interrupted
+            shutil.rmtree(folder)
+            part.rename(folder)
+
+
+def _whole(folder: Path) -> bool:
+    names = (JSON_NAME, *(f"{name}.npy" for name in ARRAYS))
+    return all((folder / name).is_file() for name in names)
 
 
 @lru_cache(maxsize=OPEN)
@@ -205,7 +215,7 @@ def _open(folder: Path) -> tuple[BinnedSession, NDArray[np.int64]]:
     entry = msgspec.json.decode((folder / JSON_NAME).read_bytes(), type=Entry)
     arrays = {
         name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
-        for name in ("records", "values", "shown", "scored", "split", "trial", "anchors")
+        for name in ARRAYS
     }
     session = Session(
         path=Path(entry.path),

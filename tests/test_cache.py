@@ -69,6 +69,18 @@ def test_it_is_made_anew_when_it_must_be_and_only_then(tmp_path):
     assert len(folders(where)) == 4
 
 
+@pytest.mark.parametrize("lost", ["session.json", "trial.npy"])
+def test_a_folder_that_was_half_deleted_is_made_anew(tmp_path, lost):
+    path, where = write_session(tmp_path / "s.h5"), tmp_path / "cache"
+    kept(path, tiny_config(), where)
+    (first,) = folders(where)
+    (where / first / lost).unlink()
+    cache._open.cache_clear()
+    back = kept(path, tiny_config(), where)
+    np.testing.assert_array_equal(back.binned.trial_T, prepare(path, tiny_config()).binned.trial_T)
+    assert folders(where) == [first]
+
+
 def test_behaviours_and_classes_in_another_order_are_another_question(tmp_path):
     path, behaviour = write_session(tmp_path / "s.h5"), tiny_config().behaviour
     other_way = msgspec.structs.replace(behaviour["choice"], classes={"right": 0, "left": 1})
