@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -148,3 +150,26 @@ def load_checkpoint(
     optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
     names = ("best_score", "best_step", "best_val")
     return numbers["step"], Best(part("best"), *(numbers[name] for name in names))
+
+
+def open_log(out: Path, step: int | None, first: bool) -> TextIO:
+    """The log of a run, up to the step it goes on from; the first process writes it.
+
+    Parameters
+    ----------
+    out : path
+        Folder of the run.
+    step : int or None
+        Later steps are taken anew, and are told once; None begins anew.
+    first : bool
+        Whether this process is the first.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "log.jsonl" if first else Path(os.devnull)
+    told = path.read_text(encoding="utf-8") if step is not None and path.is_file() else ""
+    log = path.open("w", encoding="utf-8")
+    for line in told.splitlines(keepends=True):
+        with contextlib.suppress(ValueError):  # half a line, where writing it was interrupted
+            if json.loads(line)["step"] <= (step or 0):
+                log.write(line)
+    return log

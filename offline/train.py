@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -31,7 +31,7 @@ from offline.batches import Batch, Step, Subject, draw_step, refuse_twins
 from offline.beginning import build, fit_linear
 from offline.cache import kept
 from offline.calibration import calibrate
-from offline.checkpoint import Best, load_checkpoint, save_checkpoint
+from offline.checkpoint import Best, load_checkpoint, open_log, save_checkpoint
 from offline.config import TrainConfig, TrainingConfig
 from offline.expectation import expectation_of
 from offline.finetune import begin_at_bundle, keep_scales, refuse_other_units, trunk
@@ -123,7 +123,7 @@ def train(
         average.mean, subjects, lambda: validate_all(average.mean, subjects, config, processes)
     )
     with (
-        open_log(out, resume, processes) as log,
+        open_log(out, step if resume else None, processes.first) as log,
         progress(settings.steps, quiet or not processes.first) as show,
     ):
 
@@ -207,13 +207,6 @@ def refuse_untaught(subjects: list[Subject], config: TrainConfig) -> None:
                 f"behaviour.{name}: nothing of {', '.join(behaviour.sources)} can be scored in the "
                 f"training split of {having[0].id}; look at {of} there, or leave it out"
             )
-
-
-def open_log(out: Path, resume: bool, processes: Processes) -> TextIO:
-    """The log of the run; the first process writes it."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "log.jsonl" if processes.first else Path(os.devnull)
-    return path.open("a" if resume else "w", encoding="utf-8")
 
 
 def _bundle_session(
