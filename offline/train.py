@@ -417,7 +417,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in RUN")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
     if args.config is None:
         raise ConfigError("train needs --config FILE; see the folder configs/ for complete ones")
     config = load_config(args.config, TrainConfig, args.set)
@@ -429,7 +429,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     finally:
         leave()
-    if not args.quiet and int(os.environ.get("RANK", "0")) == 0:
+    if int(os.environ.get("RANK", "0")) > 0:  # all have the same result; the first one tells it
+        return None
+    if not args.quiet:
         scores = ", ".join(
             f"{name} {score:.3f}"
             for of_session in summary["val"].values()

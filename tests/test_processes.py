@@ -12,6 +12,7 @@ import torch
 from offline.processes import join, leave
 from offline.train import train
 from rt_neds.bundle import load_spec
+from rt_neds.cli import main
 from rt_neds.errors import ConfigError, DeviceError
 from tests.making import tiny_config, write_session
 
@@ -104,6 +105,18 @@ def test_processes_share_the_fitting_of_regressions(alone, tmp_path, monkeypatch
     together(2, sessions, tmp_path / "two", linear=True)
     same(tmp_path / "one", tmp_path / "two")
     assert len(list((tmp_path / "two" / "cache").glob("*/linear-*.safetensors"))) == 3
+
+
+def test_only_the_first_process_tells_the_result(alone, tmp_path, monkeypatch):
+    sessions, _ = alone
+    (tmp_path / "c.toml").write_text("masking.schemes = {neuron = 1.0}\ntraining = {steps = 1}\n")
+    argv = ["train", "--config", str(tmp_path / "c.toml"), "--sessions", sessions[0], "--quiet"]
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        out = ["--out", str(tmp_path / rank), "--json", str(tmp_path / f"{rank}.json")]
+        assert main([*argv, *out]) == 0
+    assert (tmp_path / "0.json").exists()
+    assert not (tmp_path / "1.json").exists()
 
 
 def test_steps_are_of_several_sessions(alone):
