@@ -130,6 +130,7 @@ def _series(one: Any) -> IrregularTimeSeries | None:
     order = np.argsort(time_L, kind="stable")
     time_L, values = time_L[order], values[order]
     columns_LJ = values.reshape(len(values), -1).astype(np.float64) * float(one.conversion or 1)
+    columns_LJ += float(one.offset or 0)
     name = _name(one.name)
     names = (
         [name] if columns_LJ.shape[1] == 1 else [f"{name}_{j}" for j in range(columns_LJ.shape[1])]

@@ -1,0 +1,44 @@
+"""Sessions made of NWB: each series is what the file says of it, or is left out."""
+
+import datetime
+
+import numpy as np
+import pytest
+
+from rt_neds.cli import main
+from rt_neds.session import load_session
+
+pynwb = pytest.importorskip("pynwb")
+
+TIME = np.arange(600) / 10.0
+
+
+def prepared(tmp_path, *series, containers=(), options=()):
+    """The session of an NWB file with six units and these series."""
+    nwb = pynwb.NWBFile("d", "one", datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC))
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        nwb.add_unit(spike_times=np.sort(rng.uniform(0, 60, 300)))
+    module = nwb.create_processing_module("behavior", "b")
+    for one in series:
+        module.add(one)
+    for name, inside in containers:
+        container = pynwb.behavior.BehavioralTimeSeries(name=name)
+        container.add_timeseries(inside)
+        module.add(container)
+    with pynwb.NWBHDF5IO(str(tmp_path / "x.nwb"), "w") as file:
+        file.write(nwb)
+    argv = ["prepare", "nwb", str(tmp_path / "x.nwb"), "--out", str(tmp_path / "S.h5"), "--quiet"]
+    assert main([*argv, *options]) == 0
+    return load_session(tmp_path / "S.h5")
+
+
+def series(name, data, time=TIME, **fields):
+    return pynwb.TimeSeries(name=name, data=data, unit="a", timestamps=time, **fields)
+
+
+def test_values_are_in_the_units_of_the_file(tmp_path):
+    session = prepared(
+        tmp_path, series("temp", np.arange(600.0), conversion=2.0, offset=100.0)
+    )  # fmt: skip
+    assert np.allclose(session.series("behavior_temp.temp").values_L, 100 + 2 * np.arange(600))
