@@ -42,3 +42,16 @@ def test_values_are_in_the_units_of_the_file(tmp_path):
         tmp_path, series("temp", np.arange(600.0), conversion=2.0, offset=100.0)
     )  # fmt: skip
     assert np.allclose(session.series("behavior_temp.temp").values_L, 100 + 2 * np.arange(600))
+
+
+def test_values_without_a_time_are_left_out(tmp_path):
+    time = TIME.copy()
+    time[-5:] = np.nan
+    session = prepared(tmp_path, series("wheel", np.sin(TIME), time))
+    kept = session.series("behavior_wheel.wheel")
+    assert np.allclose(kept.values_L, np.sin(TIME[:-5]))
+    assert kept.domain_K2.tolist() == [[0, int(TIME[-6] * 30_000)]]
+
+
+def test_a_series_of_no_time_is_none(tmp_path):
+    assert prepared(tmp_path, series("w", np.sin(TIME), TIME * np.nan)).behaviours() == []

@@ -128,6 +128,9 @@ def _series(one: Any) -> IrregularTimeSeries | None:
     else:
         time_L = one.starting_time + np.arange(len(values)) / one.rate
     order = np.argsort(time_L, kind="stable")
+    order = order[np.isfinite(time_L[order])]  # what has no time cannot be placed
+    if len(order) < 2:
+        return None
     time_L, values = time_L[order], values[order]
     columns_LJ = values.reshape(len(values), -1).astype(np.float64) * float(one.conversion or 1)
     columns_LJ += float(one.offset or 0)
