@@ -55,3 +55,13 @@ def test_values_without_a_time_are_left_out(tmp_path):
 
 def test_a_series_of_no_time_is_none(tmp_path):
     assert prepared(tmp_path, series("w", np.sin(TIME), TIME * np.nan)).behaviours() == []
+
+
+def test_series_of_one_name_are_told_apart_by_their_containers(tmp_path):
+    eyes = [
+        (side, series("pupil", np.full(600, of))) for side, of in (("LeftEye", 1), ("RightEye", 2))
+    ]
+    session = prepared(tmp_path, containers=eyes)
+    assert session.behaviours() == ["behavior_RightEye_pupil.pupil", "behavior_pupil.pupil"]
+    assert session.series("behavior_pupil.pupil").values_L[0] == 1
+    assert session.series("behavior_RightEye_pupil.pupil").values_L[0] == 2

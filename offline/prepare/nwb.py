@@ -24,7 +24,8 @@ def from_nwb(path: str | Path) -> Data:
     Units keep ``unit_name`` or their number as id. What was recorded is where all units were
     observed (``obs_intervals``), or, where the file does not say, where there are spikes. Every
     time series of ``processing/behavior`` with one value, or a few, per time becomes
-    ``behavior_<name>.<name>`` (``_0``, ``_1`` ... for several).
+    ``behavior_<name>.<name>`` (``_0``, ``_1`` ... for several); of series of one name all but the
+    first become ``behavior_<container>_<name>.<name>``.
 
     Raises
     ------
@@ -108,8 +109,12 @@ def _behaviour(nwb: Any) -> dict[str, Any]:
         inside = getattr(container, "time_series", getattr(container, "spatial_series", None))
         for one in inside.values() if inside is not None else [container]:
             made = _series(one)
-            if made is not None:
-                series[f"behavior_{_name(one.name)}"] = made
+            if made is None:
+                continue
+            name = f"behavior_{_name(one.name)}"
+            if name in series:  # as of two eyes or two paws
+                name = f"behavior_{_name(container.name)}_{_name(one.name)}"
+            series[name] = made
     return series
 
 
