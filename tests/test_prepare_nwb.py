@@ -65,3 +65,7 @@ def test_series_of_one_name_are_told_apart_by_their_containers(tmp_path):
     assert session.behaviours() == ["behavior_RightEye_pupil.pupil", "behavior_pupil.pupil"]
     assert session.series("behavior_pupil.pupil").values_L[0] == 1
     assert session.series("behavior_RightEye_pupil.pupil").values_L[0] == 2
+
+
+def test_the_session_is_called_what_was_asked_for(tmp_path):
+    assert prepared(tmp_path, options=("--session", "monday")).id == "monday"

@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     with telling(args.quiet) as tell:
         data = _data(args, tell)
+        if args.session:
+            _call(data, args.session)
         tables = add_tables(data, args.tables)
         summary = {**write_session(args.out, data), "tables": tables}
     if not args.quiet:
@@ -73,6 +75,15 @@ def _rows(rows: int, without_times: int, outside: int) -> str:
     if without_times:
         words += f"; {without_times} left out, of no start or end"
     return words
+
+
+def _call(data: Any, session_id: str) -> None:
+    """Give a session another id."""
+    from temporaldata import Data
+
+    if not hasattr(data, "session"):  # then it was called after its file
+        data.session = Data(id=session_id)
+    data.session.id = session_id
 
 
 def _data(args: argparse.Namespace, tell: Any) -> Any:
