@@ -69,3 +69,16 @@ def test_series_of_one_name_are_told_apart_by_their_containers(tmp_path):
 
 def test_the_session_is_called_what_was_asked_for(tmp_path):
     assert prepared(tmp_path, options=("--session", "monday")).id == "monday"
+
+
+def test_a_unit_called_in_other_letters_is_one_line(tmp_path, capsys):
+    nwb = pynwb.NWBFile("d", "one", datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC))
+    nwb.add_unit_column("unit_name", "which")
+    nwb.add_unit(spike_times=np.arange(60.0), unit_name="µ1")
+    with pynwb.NWBHDF5IO(str(tmp_path / "x.nwb"), "w") as file:
+        file.write(nwb)
+    argv = ["prepare", "nwb", str(tmp_path / "x.nwb"), "--out", str(tmp_path / "S.h5")]
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert "'µ1' in units.id" in said
+    assert said.count("\n") == 1

@@ -111,6 +111,11 @@ def test_a_long_pause_is_time_in_which_nobody_looked(session, tmp_path):
         ("trials.csv", "start,end,choice\n1,soon,1\n", "'soon' in the column end"),
         ("trials.csv", "start,end,choice\n2,1,1\n", "ends before it begins"),
         ("trials.csv", "start,end,choice\n,1,1\n", "or there is none"),
+        (
+            "trials.csv",
+            "start,end,side\n1,2,gauch\u00e9\n",
+            "'gauch\u00e9' in trials.side; a session",
+        ),
         ("wheel.csv", b"time,speed\n1,\xff\xfe\n", "not a CSV file"),
         ("wheel.csv", 'time,speed\n1,"2\n', "not a CSV file"),
     ],
@@ -130,6 +135,13 @@ def test_mistakes_are_told_in_one_line(session, tmp_path, capsys, name, text, wo
 def test_a_session_needs_something_to_add(session, tmp_path, capsys):
     assert main(["prepare", "session", str(session), "--out", str(tmp_path / "o.h5")]) == 2
     assert "--tables" in capsys.readouterr().err
+
+
+def test_the_session_may_be_given_another_id(session, tmp_path):
+    (tmp_path / "wheel.csv").write_text(WHEEL)
+    argv = ["prepare", "session", str(session), "--tables", str(tmp_path / "wheel.csv"), "--quiet"]
+    assert main([*argv, "--session", "monday", "--out", str(tmp_path / "out.h5")]) == 0
+    assert load_session(tmp_path / "out.h5").id == "monday"
 
 
 def test_numbers_come_back_as_they_were_written(tmp_path):

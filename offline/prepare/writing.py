@@ -98,8 +98,11 @@ def write_session(path: str | Path, data: Data) -> dict[str, Any]:
     ------
     ConfigError
         The file cannot be written.
+    SessionError
+        A word in it has letters that such a file cannot hold.
     """
     path = Path(path)
+    _refuse_other_letters(path, data)
     partial = path.with_name(path.name + ".partial")
     try:
         data.save(partial)
@@ -117,3 +120,19 @@ def write_session(path: str | Path, data: Data) -> dict[str, Any]:
         "recorded_s": float(np.diff(session.domain_K2, axis=1).sum() / session.rate),
         "trials": len(session.intervals("trials")) if session.has("trials") else 0,
     }
+
+
+def _refuse_other_letters(path: Path, data: Data) -> None:
+    """SessionError for words that are not ASCII, the only ones temporaldata can save."""
+    for group in data.keys():  # noqa: SIM118
+        columns = getattr(data, group)
+        if not isinstance(columns, ArrayDict):
+            continue
+        for name in columns.keys():  # noqa: SIM118
+            values = np.asarray(getattr(columns, name))
+            words = map(str, values.flat) if values.dtype.kind == "U" else ()
+            if (word := next((word for word in words if not word.isascii()), None)) is not None:
+                raise SessionError(
+                    f"{path} cannot be written: {word!r} in {group}.{name}; a session holds words "
+                    "of ASCII letters, without accents: write it with those"
+                )
