@@ -1,7 +1,8 @@
 """Sessions from IBL ALF folders: spikes of every probe, trials, wheel, with BrainWideBench names.
 
-What a folder lacks is left out. The wheel's speed is that of the last 20 ms, taken causally from
-its position; IBL's own is filtered forwards and backwards.
+What a folder lacks is left out. Of a file that was made anew, which lies in a folder called after
+the day (``#2024-05-06#``), the newest is taken, as ONE does. The wheel's speed is that of the last
+20 ms, taken causally from its position; IBL's own is filtered forwards and backwards.
 
 Shape suffixes: S spikes, U units, R trials.
 """
@@ -20,6 +21,8 @@ from rt_neds.errors import ConfigError, SessionError
 
 SILENCE_S = 1.0
 """No probe is silent on all its units for so long: nothing was recorded then."""
+REVISION = "#*#"
+"""Folder of files made anew, beside those they replace."""
 TRIAL_TIMES = {
     "intervals_0": "start",
     "intervals_1": "end",
@@ -30,7 +33,7 @@ TRIAL_TIMES = {
     "feedback_times": "feedback_time",
     "stimOff_times": "stim_off_time",
 }
-CHOICE = {1: 1, -1: 0, 0: 2}  # IBL's: 1 left, -1 right, 0 none
+CHOICE: dict[float, int] = {1: 1, -1: 0, 0: 2}  # IBL's: 1 left, -1 right, 0 none
 BLOCK = {0.8: 1, 0.2: 0, 0.5: -1}
 
 
@@ -51,7 +54,8 @@ def from_alf(folder: str | Path, session_id: str | None = None) -> Data:
     """
     folder = Path(folder)
     alf = folder / "alf" if (folder / "alf").is_dir() else folder
-    probes = sorted({path.parent for path in alf.rglob("spikes.times*.npy")})
+    found = {path.parent for path in alf.rglob("spikes.times*.npy")}
+    probes = sorted({path.parent if path.match(REVISION) else path for path in found})
     if not probes:
         raise SessionError(
             f"{folder} has no spikes.times.npy; expected the alf folder of an IBL session"
@@ -94,23 +98,30 @@ def recorded(time_S: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.stack([starts, ends], axis=1)
 
 
+def _newest(folder: Path, *patterns: str) -> Path | None:
+    """A file of a folder, of its newest revision; the first pattern that there is in that."""
+    for place in [*sorted(folder.glob(REVISION), reverse=True), folder]:
+        for pattern in patterns:
+            if found := sorted(place.glob(pattern)):
+                return found[0]
+    return None
+
+
 def _load(folder: Path, name: str) -> NDArray[Any] | None:
     """An ALF array, whatever revision or hash its file name carries; None if it is not there."""
-    found = sorted(folder.glob(f"{name}.npy")) or sorted(folder.glob(f"{name}.*.npy"))
-    return np.load(found[0], allow_pickle=False) if found else None
+    file = _newest(folder, f"{name}.npy", f"{name}.*.npy")
+    return None if file is None else np.load(file, allow_pickle=False)
 
 
 def _table(folder: Path, name: str) -> Any:
-    found = sorted(folder.glob(f"{name}*.pqt"))
-    if not found:
+    file = _newest(folder, f"{name}*.pqt")
+    if file is None:
         return None
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise ConfigError(
-            f"{found[0]} needs pyarrow to be read; pip install 'rt-neds[ibl]'"
-        ) from None
-    table = parquet.read_table(found[0])
+        raise ConfigError(f"{file} needs pyarrow to be read; pip install 'rt-neds[ibl]'") from None
+    table = parquet.read_table(file)
     return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
 
 
@@ -130,9 +141,8 @@ def _probe(alf: Path, probe: Path) -> tuple[Any, Any, dict[str, NDArray[Any]]]:
         "id": np.array([f"{name}/{unit}" for unit in range(n_units)]),
         "probe_id": np.full(n_units, name),
     }
-    uuids = sorted(probe.glob("clusters.uuids*.csv"))
-    if uuids:
-        ids = uuids[0].read_text().split()[1:]
+    if (uuids := _newest(probe, "clusters.uuids*.csv")) is not None:
+        ids = uuids.read_text().split()[1:]
         if len(ids) == n_units:
             columns["id"] = np.array(ids)
     for file, column in (("clusters.channels", "channels"), ("clusters.depths", "depths")):
@@ -151,19 +161,35 @@ def _trials(alf: Path) -> Interval | None:
     table = _table(alf, "_ibl_trials.table")
     if table is None:
         return None
-    columns = {
-        new: table[old].astype(np.float64) for old, new in TRIAL_TIMES.items() if old in table
-    }
-    choice_R = table["choice"].astype(np.int64)
-    columns["choice"] = np.array([CHOICE.get(int(choice), 2) for choice in choice_R])
-    left_R = table["probabilityLeft"].astype(np.float64)
-    columns["probability_left"] = left_R
-    columns["block_prior"] = np.array([BLOCK.get(round(float(left), 2), -1) for left in left_R])
-    columns["feedback_type"] = table["feedbackType"].astype(np.int64)
-    columns["reward"] = (columns["feedback_type"] > 0).astype(np.int64)
+    if missing := {"intervals_0", "intervals_1"} - table.keys():
+        raise SessionError(
+            f"{alf}: the table of trials has no {' and no '.join(sorted(missing))}; expected when "
+            "each begins and ends: download it again, or leave it out"
+        )
+    of = {old: column.astype(np.float64) for old, column in table.items() if column.dtype != object}
+    columns = {new: of[old] for old, new in TRIAL_TIMES.items() if old in of}
+    if "choice" in of:
+        columns["choice"] = _codes(of["choice"], CHOICE, 2)
+    if "probabilityLeft" in of:
+        columns["probability_left"] = left_R = of["probabilityLeft"]
+        columns["block_prior"] = _codes(left_R.round(2), BLOCK, -1)
+    if "feedbackType" in of:
+        type_R = of["feedbackType"]
+        columns["feedback_type"] = _whole(type_R)
+        columns["reward"] = _whole(np.where(np.isnan(type_R), np.nan, type_R > 0))
     for side in ("Left", "Right"):
-        columns[f"contrast_{side.lower()}"] = table[f"contrast{side}"].astype(np.float64)
+        if f"contrast{side}" in of:
+            columns[f"contrast_{side.lower()}"] = of[f"contrast{side}"]
     return trials_of(columns, list(TRIAL_TIMES.values()))
+
+
+def _codes(values_R: NDArray[np.float64], code_of: dict[float, int], other: int) -> NDArray[Any]:
+    return _whole(np.array([v if np.isnan(v) else code_of.get(v, other) for v in values_R]))
+
+
+def _whole(values_R: NDArray[np.float64]) -> NDArray[Any]:
+    """Integers, unless some are not known."""
+    return values_R if np.isnan(values_R).any() else values_R.astype(np.int64)
 
 
 def _wheel(alf: Path) -> IrregularTimeSeries | None:
