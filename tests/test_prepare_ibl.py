@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from offline.prepare.ibl import from_alf
+from offline.prepare.ibl import from_alf, recorded
 from rt_neds.errors import SessionError
 from rt_neds.session import load_session
 from tests.test_prepare import write_alf
@@ -85,3 +85,19 @@ def test_what_is_not_known_of_a_trial_stays_unknown(tmp_path):
     np.testing.assert_array_equal(session.column("trials.reward"), [np.nan, 0, 1])
     np.testing.assert_array_equal(session.column("trials.choice"), [1, np.nan, 2])
     assert session.column("trials.block_prior").tolist() == [-1, 1, 0]
+
+
+@pytest.mark.parametrize(("units", "rate"), [(4, 1.0), (10, 0.5), (1, 0.2)])
+def test_a_few_quiet_units_are_no_hole_in_the_recording(units, rate):
+    rng = np.random.default_rng(0)
+    time_S = rng.uniform(0, 600, rng.poisson(units * rate * 600))
+    assert len(recorded(time_S)) == 1
+
+
+def test_a_hole_is_one_for_many_units_and_for_few():
+    rng = np.random.default_rng(0)
+    for rate, hole in ((200.0, 1.5), (4.0, 30.0)):
+        parts = [rng.uniform(a, a + 300, int(300 * rate)) for a in (0, 300 + hole)]
+        found_K2 = recorded(np.concatenate([*parts, [np.nan]]))
+        assert np.allclose(found_K2, [[0, 300], [300 + hole, 600 + hole]], atol=2.0)
+    assert recorded(np.zeros(0)).shape == (0, 2)

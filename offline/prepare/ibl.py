@@ -20,7 +20,9 @@ from offline.prepare.writing import session_data, trials_of
 from rt_neds.errors import ConfigError, SessionError
 
 SILENCE_S = 1.0
-"""No probe is silent on all its units for so long: nothing was recorded then."""
+SILENCE_STEPS = 30
+"""No probe is silent on all its units for a second, nor a few units for so many times the mean
+time between their spikes, which chance does once in e^30: nothing was recorded then."""
 REVISION = "#*#"
 """Folder of files made anew, beside those they replace."""
 TRIAL_TIMES = {
@@ -90,9 +92,12 @@ def from_alf(folder: str | Path, session_id: str | None = None) -> Data:
 
 
 def recorded(time_S: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Stretches with spikes, in seconds: between them all units are silent for SILENCE_S."""
-    time_S = np.sort(time_S)
-    holes = np.flatnonzero(np.diff(time_S) > SILENCE_S)
+    """Stretches with spikes, in seconds: between them all units are silent for too long."""
+    time_S = np.sort(time_S[np.isfinite(time_S)])
+    if not len(time_S):
+        return np.zeros((0, 2))
+    mean_s = (time_S[-1] - time_S[0]) / len(time_S)
+    holes = np.flatnonzero(np.diff(time_S) > max(SILENCE_S, SILENCE_STEPS * mean_s))
     starts = time_S[np.concatenate([[0], holes + 1])]
     ends = np.nextafter(time_S[np.concatenate([holes, [len(time_S) - 1]])], np.inf)
     return np.stack([starts, ends], axis=1)
