@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from offline.config import TrainConfig
+from offline.validation import Scores
 from rt_neds.config import load_config
 from rt_neds.errors import ConfigError, DeviceError, RtNedsError
 
@@ -121,6 +123,10 @@ def sweep(
 ) -> dict[str, Any]:
     """Try settings and rank them by their best validation score.
 
+    The score is the mean of the behaviours' own, or, where none is decoded, of what is asked of
+    spikes. A behaviour's share explained and bits per spike are different units: a mean over both
+    would be best where little is asked.
+
     Parameters
     ----------
     search : Sweep
@@ -208,8 +214,9 @@ def _trial(drawn: dict[str, Any]) -> None:
 
     best, best_step, name = -math.inf, 0, tune.get_context().get_trial_id()
 
-    def report(step: int, score: float) -> None:
+    def report(step: int, val: Scores) -> None:
         nonlocal best, best_step
+        score = _score(val, _ranked_by(config))
         if score > best:
             best, best_step = score, step
         tune.report({"step": step, "score": score, "best": best, "best_step": best_step})
@@ -250,12 +257,46 @@ def _with(base: Path, settings: dict[str, Any]) -> TrainConfig:
 
 def _longest(search: Sweep, base: Path) -> int:
     """Most steps of any trial; also tries each setting once, before anything is started."""
-    known = _with(base, {})
-    steps = [known.training.steps]
+    same = {key: of.ends[0] for key, of in search.space.items() if len(of.ends) == 1}
+    steps = [_validated(base, same).training.steps]
     for key, of in search.space.items():
-        for value in of.ends:
-            steps.append(_with(base, {key: value}).training.steps)
+        configs = [_validated(base, {**same, key: value}) for value in of.ends]
+        asked = [" and ".join(_ranked_by(config)) for config in configs]
+        if len(set(asked)) > 1:
+            raise ConfigError(
+                f"{key}: trials would be ranked by {', or '.join(dict.fromkeys(asked))}; scores of "
+                "different things cannot be compared: search among settings that ask the same"
+            )
+        steps += [config.training.steps for config in configs]
     return max(steps)
+
+
+def _validated(base: Path, settings: dict[str, Any]) -> TrainConfig:
+    """The training run with some settings replaced; refused if it would not be validated."""
+    config = _with(base, settings)
+    if config.data.refit:
+        raise ConfigError(
+            f"{base}: data.refit = true leaves no validation split to rank trials by; put "
+            '"data.refit" = { choice = [false] } under [sweep.space]'
+        )
+    return config
+
+
+def _ranked_by(config: TrainConfig) -> list[str]:
+    """What of its validation a trial is ranked by."""
+    if config.behaviour and config.masking.schemes.get("decoding"):
+        return list(config.behaviour)
+    return [name for name, weight in config.masking.taught.items() if weight]
+
+
+def _score(val: Scores, names: list[str]) -> float:
+    scores = [of[name] for of in val.values() for name in names if name in of]
+    if not scores:
+        raise ConfigError(
+            f"validation gave no score of {' or '.join(names)}, by which trials are ranked; give "
+            "it more of the session, by data.split or data.fractions"
+        )
+    return float(np.mean(scores))
 
 
 def _domain(tune: Any, of: Range) -> Any:
@@ -386,14 +427,15 @@ def _show(search: Sweep, result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", "score", "at step", "of", *search.space)
+    varied = [key for key, of in search.space.items() if len(of.ends) > 1]
+    table = Table("", "score", "at step", "of", *varied)
     for rank, trial in enumerate(result["trials"], start=1):
         scored = (
             (f"{trial['score']:.4f}", str(trial["best_step"]), str(trial["steps"]))
             if "score" in trial
             else ("failed", "", "")
         )
-        values = (trial["settings"][key] for key in search.space)
+        values = (trial["settings"][key] for key in varied)
         table.add_row(
             str(rank), *scored, *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
         )

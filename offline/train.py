@@ -39,7 +39,7 @@ from offline.losses import loss_of, spikes_loss
 from offline.processes import Processes, join, leave
 from offline.progress import progress
 from offline.silence import longest_silences
-from offline.validation import Validation, mean_score, refuse_nonfinite, validate
+from offline.validation import Scores, Validation, mean_score, refuse_nonfinite, validate
 from rt_neds.bundle import BundleSession, save_bundle
 from rt_neds.config import load_config
 from rt_neds.errors import ConfigError
@@ -58,7 +58,7 @@ def train(
     init: str | Path | None = None,
     resume: bool = False,
     quiet: bool = True,
-    on_validation: Callable[[int, float], None] | None = None,
+    on_validation: Callable[[int, Scores], None] | None = None,
 ) -> dict[str, Any]:
     """Train on one or more sessions and leave a bundle.
 
@@ -76,7 +76,7 @@ def train(
     quiet : bool
         No progress bar.
     on_validation : callable, optional
-        Called with the step and the score of each validation; what it raises ends the training.
+        Called with the step and the scores of each validation; what it raises ends the training.
 
     Returns
     -------
@@ -134,7 +134,7 @@ def train(
             score = mean_score(val)
             _note(log, {"step": step, "score": score, "val": now.scores})
             if on_validation is not None:
-                on_validation(step, score)
+                on_validation(step, val)
             best.offer(step, score, val, average.mean)
 
         if not resume:  # where it begins counts too: the kept weights are never worse on validation

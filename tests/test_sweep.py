@@ -49,6 +49,26 @@ def test_a_rule_that_draws_nothing_is_refused(rule, said):
 
 
 @pytest.mark.parametrize(
+    ("key", "same"),
+    [("schemes.encoding", True), ("schemes.neuron", True), ("schemes.decoding", False)],
+)
+def test_trials_are_ranked_by_scores_of_the_same_things(base, key, same):
+    drawn = search({f"masking.{key}": {"choice": [0.0, 1.0]}})
+    if same:
+        assert module._longest(drawn, base) == 12
+    else:
+        with pytest.raises(ConfigError, match="scores of different things"):
+            module._longest(drawn, base)
+
+
+def test_without_behaviour_spikes_rank():
+    val = {"a": {"neuron": 0.2, "forward": 0.4}, "b": {"neuron": 0.6}}
+    config = parse_config({"masking": {"schemes": {"neuron": 1.0}}}, TrainConfig, "a test")
+    assert module._ranked_by(config) == ["neuron"]
+    assert module._score(val, ["neuron"]) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
     ("key", "values", "said"),
     [
         ("training.learning_rat", [1e-3], "did you mean training.learning_rate"),
@@ -65,6 +85,16 @@ def test_the_longest_trial_sets_the_last_rung(base):
     assert module._longest(search({"model.layers": {"choice": [1]}}), base) == 12
     steps = search({"training.steps": {"choice": [6, 40, 20]}})
     assert module._longest(steps, base) == 40
+
+
+def test_a_search_without_validation_is_refused(base):
+    with pytest.raises(ConfigError, match="data.refit = true leaves no validation"):
+        module._longest(search({"data.refit": {"choice": [True, False]}}), base)
+    base.write_text(base.read_text().replace("[data]", "[data]\nrefit = true"))
+    with pytest.raises(ConfigError, match=r"tiny.toml: data.refit .* choice = \[false\]"):
+        module._longest(search({"model.layers": {"choice": [1, 2]}}), base)
+    mended = {"model.layers": {"choice": [1, 2]}, "data.refit": {"choice": [False]}}
+    assert module._longest(search(mended), base) == 12
 
 
 def test_a_missing_ray_is_one_line(base, monkeypatch, tmp_path):
@@ -93,7 +123,9 @@ def test_a_trial_reports_each_validation_and_leaves_a_run(base, monkeypatch, tmp
     told, result = told_by_a_trial(monkeypatch, base, settings, [session], tmp_path / "out")
     assert [metrics["step"] for metrics in told] == [0, 6, 12]
     lines = (tmp_path / "out" / "a" / "log.jsonl").read_text().splitlines()
-    scores = [entry["score"] for entry in map(json.loads, lines) if "score" in entry]
+    vals = [entry["val"]["tiny"] for entry in map(json.loads, lines) if "val" in entry]
+    assert vals[0].keys() == {"speed", "choice", "encoding"}
+    scores = [(val["speed"] + val["choice"]) / 2 for val in vals]  # bits per spike are another unit
     assert [metrics["score"] for metrics in told] == scores
     assert told[-1]["best"] == max(scores)
     assert (tmp_path / "out" / "a" / "bundle" / "bundle.json").is_file()
@@ -106,6 +138,14 @@ def test_a_trial_that_cannot_be_trained_says_why(base, monkeypatch, tmp_path):
     told, result = told_by_a_trial(monkeypatch, base, {}, [str(tmp_path / "no.h5")], tmp_path)
     assert told[-1]["best"] == -float("inf")
     assert "no such session file" in module._outcome(result)["error"]
+
+
+def test_a_trial_without_a_score_is_no_trial(base, monkeypatch, tmp_path):
+    session = str(write_session(tmp_path / "s.h5"))
+    settings = {"data.gap_s": 8.0}  # wider than the validation split
+    told, result = told_by_a_trial(monkeypatch, base, settings, [session], tmp_path / "out")
+    assert [metrics["best"] for metrics in told] == [-float("inf")]
+    assert "no score of speed or choice" in module._outcome(result)["error"]
 
 
 def test_the_toml_of_the_best_is_the_run_it_names(base, tmp_path):
@@ -121,6 +161,19 @@ def test_the_example_can_be_searched():
     example = load_config(path, SweepConfig).sweep
     module._longest(example, path.parent / example.config)
     assert set(tomllib.loads(path.read_text())["sweep"]) <= set(msgspec.to_builtins(example))
+
+
+@pytest.mark.data
+def test_trials_of_the_example_have_scores(data_dir, monkeypatch, tmp_path):
+    path = config_path("sweep.toml")
+    example = load_config(path, SweepConfig).sweep
+    settings = {key: of.ends[0] for key, of in example.space.items()} | {"training.steps": 20}
+    session = str(data_dir / "ibl_probe_30_trials.h5")
+    told, _ = told_by_a_trial(
+        monkeypatch, path.parent / example.config, settings, [session], tmp_path
+    )
+    assert [metrics["step"] for metrics in told] == [0, 20]
+    assert told[0]["score"] != told[1]["score"]
 
 
 @pytest.mark.slow
