@@ -119,9 +119,13 @@ def evaluate(
     if report is not None:
         make_folder(report)  # told before the work
     spec = load_spec(bundle)
+    refuse_unusable(spec, paths)
     model = build_model(bundle, spec)
-    evaluations = [
-        evaluate_session(
+    pictured: list[Evaluation] = []
+    region_of: dict[str, NDArray[np.str_]] = {}
+
+    def evaluated(path: str | Path) -> dict[str, Any]:
+        of = evaluate_session(
             model,
             spec,
             path,
@@ -131,17 +135,18 @@ def evaluate(
             region=region,
             live=live,
         )
-        for path in paths
-    ]
-    region_of = {e.result["session"]: e.region_N for e in evaluations if e.region_N is not None}
-    if len(evaluations) != len({e.result["session"] for e in evaluations}):
-        raise ConfigError(f"{', '.join(map(str, paths))}: a session is given twice; give each once")
+        if of.region_N is not None:
+            region_of[of.result["session"]] = of.region_N
+        if report is not None:  # of many sessions the spikes would fill the memory
+            pictured.append(of)
+        return of.result
+
+    results = [evaluated(path) for path in paths]
     regions = decode_regions(model, region_of)
     if report is not None:
         from offline.report import write_report
 
-        write_report(report, spec, evaluations, regions)
-    results = [e.result for e in evaluations]
+        write_report(report, spec, pictured, regions)
     one = results[0] if len(results) == 1 else {"sessions": results}
     return {**one, "regions": regions}
 
@@ -224,6 +229,15 @@ def open_session(spec: BundleSpec, path: str | Path) -> tuple[Session, BundleSes
             "version of the file: train again"
         )
     return session, of_bundle
+
+
+def refuse_unusable(spec: BundleSpec, paths: list[str | Path]) -> None:
+    """What cannot be evaluated among several sessions is told before the work of any."""
+    if len(paths) < 2:
+        return
+    ids = [open_session(spec, path)[0].id for path in paths]
+    if len(set(ids)) < len(ids):
+        raise ConfigError(f"{', '.join(map(str, paths))}: a session is given twice; give each once")
 
 
 # -- what it is compared with --------------------------------------------------------------------

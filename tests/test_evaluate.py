@@ -1,12 +1,15 @@
 """Evaluation whole: the contract, several sessions, regions, and the report."""
 
 import base64
+import gc
 import json
 import re
+import weakref
 
 import numpy as np
 import pytest
 
+from offline import evaluate as module
 from offline.config import TrainConfig
 from offline.encoding import SCHEME_OF
 from offline.evaluate import evaluate, tenth_of_trial
@@ -88,10 +91,29 @@ def test_a_state_over_time_is_decided_bin_by_bin(tmp_path):
     assert "state" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_session_given_twice_is_refused(two):
+def test_a_session_given_twice_is_refused_before_the_work(two, monkeypatch):
     (first, _), bundle = two
+    monkeypatch.setattr(module, "evaluate_session", None)
     with pytest.raises(ConfigError, match="twice"):
         evaluate(bundle, [first, first], baselines="none")
+
+
+def test_what_is_not_pictured_is_not_kept(two, monkeypatch):
+    paths, bundle = two
+    made, whole = [], module.evaluate_session
+
+    def evaluate_session(*args, **fields):
+        of = whole(*args, **fields)
+        made.append(weakref.ref(of))
+        return of
+
+    def decode_regions(*_):
+        gc.collect()
+        return [of() for of in made]
+
+    monkeypatch.setattr(module, "evaluate_session", evaluate_session)
+    monkeypatch.setattr(module, "decode_regions", decode_regions)
+    assert evaluate(bundle, paths, baselines="none")["regions"] == [None, None]
 
 
 def test_no_baselines_and_a_region_field_that_is_not_there(two):
