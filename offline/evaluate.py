@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -196,7 +196,8 @@ def evaluate_session(
         }
 
     shown = [b for b in spec.behaviours if b.name in live]
-    compared = baseline_values(binned, behaviours, bins, baselines, shown)
+    lean = of_present(binned, [b.name for b in spec.behaviours])
+    compared = baseline_values(lean, behaviours, bins, baselines, shown)
     ideal = {b.name: ideal_values(binned, b, config, bins[b.name]) for b in behaviours}
     result: dict[str, Any] = {
         "session": session.id,
@@ -214,7 +215,7 @@ def evaluate_session(
     }
     if baselines == "all" and predicted:
         classes = {b.name: len(b.classes) for b in spec.behaviours if b.kind == "categorical"}
-        result["baselines"]["glm"] = glm_scores(binned, predicted, classes)
+        result["baselines"]["glm"] = glm_scores(lean, predicted, classes)
     return Evaluation(result, binned, behaviours, bins, true, values, predicted, region_N)
 
 
@@ -241,6 +242,17 @@ def refuse_unusable(spec: BundleSpec, paths: list[str | Path]) -> None:
 
 
 # -- what it is compared with --------------------------------------------------------------------
+
+
+def of_present(binned: BinnedSession, names: list[str]) -> BinnedSession:
+    """The session without the columns of behaviours that it lacks, as baselines read it."""
+    at = [0, *(1 + names.index(name) for name in binned.present)]
+    return replace(
+        binned,
+        values_TM=binned.values_TM[:, at],
+        shown_TM=binned.shown_TM[:, at],
+        scored_TM=binned.scored_TM[:, at],
+    )
 
 
 def baseline_values(

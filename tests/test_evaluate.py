@@ -136,6 +136,34 @@ def test_all_baselines_decode_and_predict_the_same(two, monkeypatch):
         assert scores["units"] == result["encoding"][metric]["units"]
 
 
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """The same spikes three times, with all behaviours, without choices and without speed."""
+    folder = tmp_path_factory.mktemp("uneven")
+    lacking = {"whole": (), "speed": ("trials",), "choice": ("wheel",)}
+    paths = {
+        name: write_session(folder / f"{name}.h5", seconds=40, session_id=name, leave_out=groups)
+        for name, groups in lacking.items()
+    }
+    config = tiny_config(training={"steps": 2})
+    train(config, [str(path) for path in paths.values()], folder / "run")
+    return paths, folder / "run" / "bundle"
+
+
+@pytest.mark.parametrize("has", ["speed", "choice"])
+def test_a_session_that_lacks_a_behaviour_has_the_baselines_of_the_other(uneven, has, monkeypatch):
+    paths, bundle = uneven
+    monkeypatch.setattr("offline.baselines.gru.MOST_STEPS", 3)
+    result = evaluate(bundle, paths[has], baselines="all")
+    linear = {"speed": "ridge", "choice": "logistic"}[has]
+    assert set(result["baselines"]) == {linear, "gru", "glm"}
+    assert set(result["baselines"]["gru"]) == {has}
+    of_whole = evaluate(bundle, paths["whole"])["baselines"][linear][has]
+    mine = result["baselines"][linear][has]
+    for score in ("r2", "auc"):  # no trials, no profile; but what was fitted is the same
+        assert mine.get(score) == of_whole.get(score)
+
+
 def test_tenths_of_trials(two):
     (first, _), _ = two
     config = tiny_config()
