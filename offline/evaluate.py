@@ -107,9 +107,9 @@ def evaluate(
     -------
     dict
         ``session, split, bundle, live, bins, decoding, encoding, baselines, ideal,
-        stream_vs_offline_max_abs`` (in units of each behaviour's sd, or of probability) and
-        ``regions``; for several sessions ``sessions``, one such dict each, and ``regions``, of the
-        units of all.
+        stream_vs_offline_max_abs`` (in units of each behaviour's sd, or of probability; None where
+        nothing is decoded) and ``regions``; for several sessions ``sessions``, one such dict each,
+        and ``regions``, of the units of all.
 
     Raises
     ------
@@ -166,15 +166,19 @@ def evaluate_session(
     config = parse_config(spec.training["config"], TrainConfig, f"{spec.name} (its configuration)")
     data = DataConfig(**{**_fields(config.data), **(overrides or {})})
     session, of_bundle = open_session(spec, session_path)
-    binned = bin_session(session, data, config.behaviour, require=False)
+    alone = config.masking.of_spikes
+    binned = bin_session(session, data, config.behaviour, require=False, spikes_alone=alone)
     spans = binned.spans(split)
     if not spans:
         raise ConfigError(f"{session_path} has no {split} split by data.split = {data.split!r}")
     kept_T = np.concatenate([np.arange(a, b) for a, b in spans])
     m_of = {b.name: m for m, b in enumerate(spec.behaviours, start=1)}
     decoded = outputs_of(spec, of_bundle, live)
-    streamed, published_T = stream_spans(spec, model, of_bundle, binned, spans, live)
-    offline = offline_values(model, of_bundle, binned, spans, decoded, data.window_bins, live)
+    if decoded:
+        streamed, published_T = stream_spans(spec, model, of_bundle, binned, spans, live)
+        offline = offline_values(model, of_bundle, binned, spans, decoded, data.window_bins, live)
+    else:  # of spikes alone: nothing goes out, and bins are those that were recorded
+        streamed, offline, published_T = {}, {}, binned.scored_TM[kept_T, 0]
     scored = {b.name: published_T & binned.scored_TM[kept_T, m_of[b.name]] for b in decoded}
     if region is None and config.masking.by_region:
         region = config.masking.region
@@ -425,8 +429,10 @@ def show(result: dict[str, Any]) -> None:
 
     console = Console()
     for one in result.get("sessions", [result]):
-        shown = f", {' and '.join(one['live'])} shown" if one["live"] else ""
-        console.print(f"{one['session']}, {one['split']}: {one['bins']} bins, streamed{shown}")
+        apart = one["stream_vs_offline_max_abs"]
+        how = ", streamed" if apart is not None else ""
+        how += f", {' and '.join(one['live'])} shown" if one["live"] else ""
+        console.print(f"{one['session']}, {one['split']}: {one['bins']} bins{how}")
         for head, rows in (decoding_table(one), encoding_table(one)):
             table = Table()
             for column in head:
@@ -435,6 +441,7 @@ def show(result: dict[str, Any]) -> None:
                 table.add_row(*row)
             if rows:
                 console.print(table)
-        console.print(f"stream against offline: {one['stream_vs_offline_max_abs']:.1e} at most")
+        if apart is not None:
+            console.print(f"stream against offline: {apart:.1e} at most")
     if result["regions"]:
         console.print(regions_sentence(result["regions"]))

@@ -123,11 +123,14 @@ rig, each beside what a trivial guess gets.</p>
 def _session(of: Evaluation) -> str:
     result = of.result
     minutes = result["bins"] * of.binned.width / of.binned.session.rate / 60
+    apart = result["stream_vs_offline_max_abs"]
+    compared = ""
+    if apart is not None:
+        compared = f" The stream and the offline pass differ by {apart:.1e} at most."
     parts = [
         f"<h2>{escape(result['session'])}</h2>",
         f'<p class="soft">Split <code>{escape(result["split"])}</code>: {result["bins"]} bins, '
-        f"{minutes:.1f} minutes, {len(of.binned.session.unit_ids)} units. The stream and the "
-        f"offline pass differ by {result['stream_vs_offline_max_abs']:.1e} at most.</p>",
+        f"{minutes:.1f} minutes, {len(of.binned.session.unit_ids)} units.{compared}</p>",
         _cards(result),
     ]
     if of.behaviours:

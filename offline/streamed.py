@@ -101,8 +101,13 @@ def largest_difference(
     scored: dict[str, NDArray],
     of_bundle: BundleSession,
     behaviours: list[Behaviour],
-) -> float:
-    """Largest difference over all scored bins, in sds of a behaviour or in probability."""
+) -> float | None:
+    """Largest difference over all scored bins, in sds of a behaviour or in probability.
+
+    None if there is no behaviour.
+    """
+    if not behaviours:
+        return None
     worst = 0.0
     for b in behaviours:
         use = scored[b.name]

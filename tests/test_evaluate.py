@@ -164,6 +164,37 @@ def test_a_session_that_lacks_a_behaviour_has_the_baselines_of_the_other(uneven,
         assert mine.get(score) == of_whole.get(score)
 
 
+@pytest.mark.parametrize("attention", ["causal", "full"])
+def test_a_bundle_of_spikes_alone_is_scored_on_spikes(attention, tmp_path, capsys):
+    session = write_session(tmp_path / "s.h5", seconds=40)
+    table = {**TINY, "behaviour": {}, "masking": {"schemes": {"neuron": 1.0}}}
+    table |= {"model": {**TINY["model"], "attention": attention}}
+    train(parse_config(table, TrainConfig, "a test"), [str(session)], tmp_path / "run")
+    bundle = tmp_path / "run" / "bundle"
+    result = evaluate(bundle, session, baselines="all", report=tmp_path)
+    assert np.isfinite(result["encoding"]["co_smoothing"]["pooled"])
+    assert result["decoding"] == {}
+    assert result["stream_vs_offline_max_abs"] is None  # nothing is decoded
+    assert result["bins"] > 0
+    assert "Behaviour from" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert cli.main(["evaluate", "--bundle", str(bundle), "--session", str(session)]) == 0
+    shown = capsys.readouterr().out
+    assert "co-smoothing" in shown
+    assert "stream" not in shown
+
+
+def test_a_session_of_spikes_alone_is_scored_on_spikes(tmp_path):
+    paths = [
+        write_session(tmp_path / "a.h5", seconds=40, session_id="a"),
+        write_session(tmp_path / "b.h5", seconds=40, session_id="b", leave_out=("wheel", "trials")),
+    ]
+    config = tiny_config(masking={"schemes": {"decoding": 1.0, "neuron": 1.0}})
+    train(config, [str(path) for path in paths], tmp_path / "run")
+    result = evaluate(tmp_path / "run" / "bundle", paths[1])
+    assert (result["decoding"], result["baselines"]) == ({}, {})
+    assert np.isfinite(result["encoding"]["co_smoothing"]["pooled"])
+
+
 def test_tenths_of_trials(two):
     (first, _), _ = two
     config = tiny_config()
