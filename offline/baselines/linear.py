@@ -141,7 +141,10 @@ def logistic(
     history_s: float = 1.0,
     classes: int | None = None,
 ) -> NDArray[np.float64]:
-    """Causal logistic regression of one categorical behaviour.
+    """Causal logistic regression of one categorical behaviour; validation chooses the penalty.
+
+    Where there is no validation split, training's last fifth chooses it, and then all of training
+    is fitted.
 
     Parameters
     ----------
@@ -162,29 +165,62 @@ def logistic(
     """
     m, widths = column(binned, name), history_widths(binned, history_s)
     train, val = fitting_bins(binned, binned.scored_TM[:, m])
+    refit = not binned.of_split("val").any()
+    every = np.concatenate([train, val]) if refit else train
     if classes is None:
         classes = int(binned.values_TM[binned.scored_TM[:, m], m].max()) + 1
     features = len(widths) * len(binned.session.unit_ids)
-    train = train[:: -(-len(train) * features // MOST_CELLS)]
-    label_T = binned.values_TM[train, m].astype(np.int64)
-    if len(np.unique(label_T)) == 1:
-        return np.tile(np.eye(classes)[label_T[0]], (len(bins), 1))
+    train, every = (part[:: -(-len(part) * features // MOST_CELLS)] for part in (train, every))
+    if len(np.unique(binned.values_TM[every, m])) == 1:
+        return np.tile(np.eye(classes)[int(binned.values_TM[every[0], m])], (len(bins), 1))
 
     scaler = Scaler.fit(binned, train, widths).undivided()
-    z_TF = np.concatenate([scaler(x_TF) for _, x_TF in blocks(binned, train, widths)])
-    val_label_T, best_score, best = binned.values_TM[val, m].astype(np.int64), -1.0, None
+    c, model = _choose(binned, m, widths, scaler, train, val)
+    if model is None or refit:
+        model = _fit(*_examples(binned, m, widths, scaler, every), c)
+    probability_TC = np.zeros((len(bins), classes))
+    logits_TC = _predict(binned, bins, widths, scaler, model.coef_.T) + model.intercept_
+    probability_TC[:, model.classes_] = softmax(logits_TC)
+    return probability_TC
+
+
+def _choose(
+    binned: BinnedSession,
+    m: int,
+    widths: tuple[int, ...],
+    scaler: Scaler,
+    train: NDArray[np.int64],
+    val: NDArray[np.int64],
+) -> tuple[float, LogisticRegression | None]:
+    """The penalty that validation chooses, and what training gives with it; of one class None."""
+    z_TF, label_T = _examples(binned, m, widths, scaler, train)
+    best_score, best_c, best = -1.0, INVERSE_PENALTIES[0], None
+    if len(np.unique(label_T)) == 1:
+        return best_c, best
+    val_label_T = binned.values_TM[val, m].astype(np.int64)
     for c in INVERSE_PENALTIES:
-        model = LogisticRegression(C=c * 1000 / len(train), max_iter=300, tol=1e-3)
-        model.fit(z_TF, label_T)
+        model = _fit(z_TF, label_T, c)
         logits_TC = _predict(binned, val, widths, scaler, model.coef_.T) + model.intercept_
         score = _balanced(val_label_T, model.classes_[softmax(logits_TC).argmax(axis=1)])
         if score > best_score:  # of equals, the strongest penalty
-            best_score, best = score, model
-    assert best is not None
-    probability_TC = np.zeros((len(bins), classes))
-    logits_TC = _predict(binned, bins, widths, scaler, best.coef_.T) + best.intercept_
-    probability_TC[:, best.classes_] = softmax(logits_TC)
-    return probability_TC
+            best_score, best_c, best = score, c, model
+    return best_c, best
+
+
+def _examples(
+    binned: BinnedSession,
+    m: int,
+    widths: tuple[int, ...],
+    scaler: Scaler,
+    bins: NDArray[np.int64],
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    z_TF = np.concatenate([scaler(x_TF) for _, x_TF in blocks(binned, bins, widths)])
+    return z_TF, binned.values_TM[bins, m].astype(np.int64)
+
+
+def _fit(z_TF: NDArray[np.float32], label_T: NDArray[np.int64], c: float) -> LogisticRegression:
+    model = LogisticRegression(C=c * 1000 / len(z_TF), max_iter=300, tol=1e-3)
+    return model.fit(z_TF, label_T)
 
 
 # -- which bins, which column --------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
 
 from offline.baselines import linear
 from offline.baselines.linear import logistic, ridge
@@ -189,6 +190,36 @@ def test_without_validation_the_end_of_training_chooses(
         assert r2(value_T[1600:], guess) > 0.8
     else:
         assert np.mean(guess.argmax(axis=1) == value_T[1600:]) > 0.8
+
+
+def test_without_validation_logistic_is_fitted_to_all_of_training_in_the_end(
+    counts_TN: NDArray, side_T: NDArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits: list[tuple[int, float]] = []
+
+    class Counted(LogisticRegression):
+        def fit(self, z_TF: NDArray, label_T: NDArray) -> Counted:
+            fits.append((len(z_TF), self.C * len(z_TF)))
+            return super().fit(z_TF, label_T)
+
+    monkeypatch.setattr(linear, "LogisticRegression", Counted)
+    test = np.arange(1600, 2000)
+    logistic(binned_session(counts_TN, side_T), "speed", test)
+    assert {bins for bins, _ in fits} == {1200}
+    fits.clear()
+    binned = binned_session(counts_TN, side_T)
+    binned.split_T[binned.of_split("val")] = 0
+    logistic(binned, "speed", test)
+    assert [bins for bins, _ in fits] == [1280] * len(linear.INVERSE_PENALTIES) + [1600]
+    assert fits[-1][1] in {penalty for _, penalty in fits[:-1]}
+
+
+def test_a_class_of_the_last_fifth_alone_is_known(counts_TN: NDArray) -> None:
+    late_T = (counts_TN[:, 0] > 1) & (np.arange(2000) >= 1280)
+    binned = binned_session(counts_TN, late_T.astype(float))
+    binned.split_T[binned.of_split("val")] = 0
+    probability_TC = logistic(binned, "speed", np.arange(1600, 2000))
+    assert (probability_TC > 0).all()
 
 
 def test_a_silent_unit_that_wakes_up_does_no_harm(counts_TN: NDArray, speed_T: NDArray) -> None:
