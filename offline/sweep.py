@@ -13,15 +13,17 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
 from offline.config import TrainConfig
-from offline.validation import Scores
 from rt_neds.config import load_config
 from rt_neds.errors import ConfigError, DeviceError, RtNedsError
+
+if TYPE_CHECKING:
+    from offline.validation import Scores
 
 TAKES_CONFIG = True
 
