@@ -21,7 +21,7 @@ from scipy import stats
 
 from offline.batches import Subject
 from offline.processes import Processes
-from offline.validation import Scores, Validation
+from offline.validation import LEAST_SCORE, Scores, Validation
 from rt_neds.model.neds import NEDS
 
 T = TypeVar("T")
@@ -78,7 +78,8 @@ def _worse_in_the_mean(now: Scores, alone: Scores) -> set[str]:
     gains: dict[str, list[float]] = {}
     for session, of in alone.items():
         for name, score in of.items():
-            gains.setdefault(name, []).append(now[session][name] - score)
+            gain = max(now[session][name], LEAST_SCORE) - max(score, LEAST_SCORE)
+            gains.setdefault(name, []).append(gain)
     return {name for name, of in gains.items() if np.mean(of) < 0}
 
 

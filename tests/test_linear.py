@@ -397,6 +397,12 @@ def test_several_sessions_are_decided_on_together():
         "b": ["choice"],
     }
     assert left_to_regression(val(a=(0.3, 0.1), b=(0.3, 0.2)), alone, here) == {"a": [], "b": []}
+    # One that hardly moves in validation does not decide for all.
+    alone, now = (val(**{s: (v, 0.1) for s, v in of.items()}) for of in STILL)
+    assert left_to_regression(now, alone, here) == {"a": [], "b": [], "c": []}
+
+
+STILL = {"a": 0.1, "b": 0.2, "c": -100.0}, {"a": 0.4, "b": 0.5, "c": -110.0}
 
 
 def test_what_trials_and_windows_lose_adds_up_to_the_scores(begun):
