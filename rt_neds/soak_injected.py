@@ -75,9 +75,9 @@ def swapped(a: Acquisition) -> tuple[int, Expect]:
 
 
 def garbage(a: Acquisition) -> tuple[int, Expect]:
-    """Messages cut short, too long, of wrong types, or of random bytes."""
-    sent = 0
-    for _ in range(20):
+    """Messages cut short, too long, of wrong types, of random bytes, or of another topic."""
+    times, sent = 20, 0
+    for _ in range(times):
         topic, header, payload = pack_spikes(a.probe, a.step())
         noise = a.rng.integers(0, 256, 60, dtype=np.uint8).tobytes()
         for message in (
@@ -92,7 +92,7 @@ def garbage(a: Acquisition) -> tuple[int, Expect]:
         ):
             a.sender.send_frames(message)
             sent += 1
-    return sent, {f"{SOURCE}.malformed": sent}
+    return sent - times, {f"{SOURCE}.malformed": sent - times, f"{SOURCE}.others": times}
 
 
 def late(a: Acquisition) -> tuple[int, Expect]:
