@@ -177,6 +177,8 @@ class Supervisor:
                 # A word longer than a socket holds must not keep its worker until the next look.
                 words = [post.words for post in alive]
                 wait([*(post.process.sentinel for post in alive), *words], POLL_S)
+                if stop():  # whoever ends us may have ended all of our group
+                    break
                 now = time.monotonic()
                 # A parent that slept itself has not seen the others silent.
                 elapsed, self._looked = min(now - self._looked, 2 * POLL_S), now
