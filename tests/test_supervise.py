@@ -30,6 +30,19 @@ def test_whatever_a_worker_raises_another_takes_its_place(tmp_path, capfd):
     assert capfd.readouterr().err.count("RuntimeError: CUDA error") == 2
 
 
+def test_who_ends_all_processes_at_once_is_not_told_that_they_died(tmp_path):
+    """As systemd does: the workers may be gone before we are asked to stop."""
+    board, said = Board(["p"], 1), []
+
+    def work(line):
+        (tmp_path / "began").touch()
+
+    supervisor = Supervisor([("worker", work)], board, 60_000, said.append)
+    supervisor.run(lambda: (tmp_path / "began").exists())
+    assert said == []
+    assert board.restarts == 0
+
+
 def dying(monkeypatch, tmp_path, **constants):
     """Let a worker die until it is given up, eight times at the most."""
     for name, value in constants.items():

@@ -16,7 +16,7 @@ import pytest
 
 from rt_neds.assemble import assemble
 from rt_neds.bundle import build_model, load_spec
-from rt_neds.children import ChildError, command, free_port, serving, wait_for_schema
+from rt_neds.children import ChildError, free_port, serving, wait_for_schema
 from rt_neds.config import parse_config
 from rt_neds.errors import ConfigError
 from rt_neds.frames import DecodedFrame, Flag
@@ -308,21 +308,3 @@ def test_no_library_computes_in_threads_of_its_own(tiny):
     pools = json.loads(result.stdout.splitlines()[-1])
     assert len(pools) >= 1
     assert set(pools) == {1}
-
-
-def test_who_ends_all_of_its_processes_at_once_is_not_told_that_they_died(tiny):
-    with Rig(tiny) as rig:
-        child = subprocess.Popen(
-            command("serve", *rig.options), stderr=subprocess.PIPE, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            wait_for_schema(rig.listener, child)
-            rig.hear_frames(5)
-            os.killpg(child.pid, signal.SIGTERM)  # as systemd does
-            words = child.communicate(timeout=60)[1]
-        finally:
-            child.kill()
-    assert child.returncode == 0
-    assert "takes its place" not in words
-    assert "Traceback" not in words
