@@ -1,21 +1,23 @@
 """Left or right? Choice from the first 400 ms of twelve Neuropixels sessions (Steinmetz 2019).
 
 Go trials only; spikes in bins of 20 ms after the stimulus, contrasts are no input of the methods
-that read spikes. Three protocols, each with spikes up to 100, 200, 300 and 400 ms:
+that read spikes. Four protocols, each with spikes up to 100, 200, 300 and 400 ms:
 
     folds           each session by itself, contiguous fifths in trial order, scores pooled
     equal_contrast  the same scores on trials in which both contrasts were equal, sessions pooled
     transfer        sessions 10 to 12, contiguous 60/10/30 % of trials, after sessions 1 to 9; with
                     the last 8, 16, 32 or all trials of the 60 %. Sessions 10 and 11 are of the
                     mouse of 8 and 9, on later days; only session 12 is of a new one
+    new_animal      the same of every session, after all sessions of the other three mice
 
     python benchmarks/steinmetz.py --data ../recordings/steinmetz --seeds 0 1 2
 
 writes ``results/steinmetz.json``: protocol -> method -> [mean, sd over sessions] of the mean over
-seeds; under ``by_seed`` what each seed of a method with several had, sessions averaged; and under
-``intervals`` 95 % intervals (test trials drawn again) of differences between methods, also of their
-mean over the four lengths of time. Each method's [mean, sd over seeds] goes into ``accuracy.json``
-beside it. A further method is a function from a task to scores and one line in METHODS.
+seeds; under ``by_seed`` what each seed of a method with several had, sessions averaged; under
+``by_session`` what each session had, seeds averaged; under ``intervals`` 95 % intervals (test
+trials drawn again) of differences between methods, also of their mean over the four lengths of
+time. Each method's [mean, sd over seeds] goes into ``accuracy.json`` beside it. A further method is
+a function from a task to scores and one line in METHODS.
 
 Shape suffixes: K trials, T bins of a trial, N units, F features, R seeds.
 """
@@ -34,61 +36,20 @@ import steinmetz_network as network
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from steinmetz_scores import Scored, among_all, beside_others, summarise
+from steinmetz_trials import BINS, Trials, load_trials
 
 from offline.baselines.rrr import Standardised, rrr, rrr_of_basis
 from rt_neds.result import write_json
-from rt_neds.session import load_session
 
 RESULTS = Path(__file__).resolve().parent / "results" / "steinmetz.json"
-BIN_S, BINS = 0.02, 20
 UNTIL_MS = (100, 200, 300, 400)
 LABELLED = (8, 16, 32, None)
 """Labelled trials of a new session; None for all of the 60 %."""
 
-PROTOCOLS = ("folds", "transfer")
+PROTOCOLS = ("folds", "transfer", "new_animal")
 """What can be run; trials of equal contrast are scored with the folds."""
 
 OUTER_FOLDS, INNER_FOLDS, PAST_SESSIONS = 5, 4, 9
-
-
-@dataclass(frozen=True, eq=False)
-class Trials:
-    """Some go trials of one session, in order.
-
-    Attributes
-    ----------
-    path : Path
-        The session's file.
-    index_K : ndarray of int
-        Their rows in its ``trials``.
-    counts_KTN : ndarray of float32
-    side_K : ndarray of float64
-        -1 left, +1 right.
-    contrast_K2 : ndarray of float64
-        Left and right.
-    """
-
-    path: Path
-    index_K: NDArray[np.int64]
-    counts_KTN: NDArray[np.float32]
-    side_K: NDArray[np.float64]
-    contrast_K2: NDArray[np.float64]
-
-    def __len__(self) -> int:
-        return len(self.side_K)
-
-    def __getitem__(self, which: Any) -> Trials:
-        return Trials(
-            self.path,
-            self.index_K[which],
-            self.counts_KTN[which],
-            self.side_K[which],
-            self.contrast_K2[which],
-        )
-
-    def until(self, ms: int) -> Trials:
-        """The same trials, with spikes up to so long after the stimulus."""
-        return replace(self, counts_KTN=self.counts_KTN[:, : round(ms / 1000 / BIN_S)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,26 +70,6 @@ class Task:
 
 Scorer = Callable[[Trials], NDArray[np.float64]]
 """Trials to scores: about -1 for surely left, +1 for surely right, the decision at 0."""
-
-
-def load_trials(path: Path) -> Trials:
-    """The go trials of a session, their spikes counted from the stimulus on."""
-    session = load_session(path)
-    movement_K = session.column("trials.movement")
-    index_K = np.flatnonzero(np.abs(movement_K) == 1)
-    start_K = session.samples(session.column("trials.stim_on_time"))[index_K]
-    width, N = round(BIN_S * session.rate), len(session.unit_ids)
-    sample_S, unit_S = session.records_S["sample"], session.records_S["unit"].astype(np.int64)
-    counts_KTN = np.zeros((len(index_K), BINS, N), np.float32)
-    for k, start in enumerate(start_K):
-        low, high = np.searchsorted(sample_S, [start, start + BINS * width])
-        bin_S = (sample_S[low:high] - start) // width
-        flat = np.bincount(bin_S * N + unit_S[low:high], minlength=BINS * N)
-        counts_KTN[k] = flat.reshape(BINS, N)
-    contrast_K2 = np.stack(
-        [session.column(f"trials.contrast_{side}")[index_K] for side in ("left", "right")], axis=1
-    )
-    return Trials(path, index_K, counts_KTN, movement_K[index_K].astype(float), contrast_K2)
 
 
 # -- methods -------------------------------------------------------------------------------------
@@ -358,7 +299,16 @@ def run(
     for k in LABELLED if "transfer" in protocols else ():
         protocol = f"transfer/{ms}ms/k={k or 'all'}"
         found[protocol] = [by_transfer(trials, past, k, names, seeds) for trials in new]
+    for k in LABELLED if "new_animal" in protocols else ():
+        found[f"new_animal/{ms}ms/k={k or 'all'}"] = [
+            by_transfer(trials, of_others(cut, trials.animal), k, names, seeds) for trials in cut
+        ]
     return found
+
+
+def of_others(sessions: list[Trials], animal: str) -> tuple[Trials, ...]:
+    """Sessions of all animals but one."""
+    return tuple(trials for trials in sessions if trials.animal != animal)
 
 
 def equal_contrasts(sessions: list[Trials], scored: list[Scored]) -> Scored:

@@ -9,6 +9,7 @@ Shape suffixes: K trials, T bins of a trial, N units, S spikes.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import h5py
 import numpy as np
 from numpy.typing import NDArray
+from steinmetz_trials import BIN_S, Trials
 from temporaldata import ArrayDict, Data, Interval, IrregularTimeSeries
 
 from offline.config import TrainConfig
@@ -27,10 +29,14 @@ from rt_neds.bundle import build_model, load_spec
 from rt_neds.config import config_path, load_config
 from rt_neds.session import load_session
 
-BIN_S, EVERY_S = 0.02, 1.0
+EVERY_S = 1.0
 PRETRAINING_STEPS = 800
 RIGHT = 1
 """Its place among the classes."""
+
+
+Load = Callable[[Path], Trials]
+"""A session's trials as the network is to see them: those of a task may be cut shorter."""
 
 
 def config_of(*changes: str) -> TrainConfig:
@@ -70,7 +76,7 @@ def write_trials(
 
 
 @lru_cache
-def pretrained(past: tuple[Path, ...], load: Any, seed: int) -> Path:
+def pretrained(past: tuple[Path, ...], load: Load, seed: int) -> Path:
     """A bundle of past sessions, the last fifth of each its validation."""
     folder = Path(tempfile.mkdtemp(prefix="steinmetz-"))
     paths = []
@@ -93,12 +99,11 @@ _scores: dict[tuple[Any, ...], NDArray[np.float64]] = {}
 
 
 def scores_KT(
-    task: Any, load: Any, *, after_past: bool, changes: tuple[str, ...] = ()
+    task: Any, load: Load, *, after_past: bool, changes: tuple[str, ...] = ()
 ) -> NDArray[np.float64]:
     """Score of every test trial at every bin: -1 surely left, +1 surely right, at equal odds.
 
-    ``load`` gives a session's trials as the network is to see them: those of the task may be cut
-    shorter. ``changes`` are made to the configuration.
+    ``changes`` are made to the configuration.
     """
     past = tuple(trials.path for trials in task.past) if after_past else ()
     whole = load(task.test.path)
@@ -134,7 +139,7 @@ def at_equal_odds(logit_KT: NDArray[np.float64], side_K: NDArray) -> NDArray[np.
 
 
 def _trained(
-    whole: Any,
+    whole: Trials,
     train_K: NDArray,
     val_K: NDArray,
     test_K: NDArray,

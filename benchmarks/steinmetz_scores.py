@@ -56,9 +56,10 @@ METRICS = {"balanced_accuracy": balanced_accuracy, "auc": auc}
 
 
 def summarise(found: dict[str, list[Scored]]) -> dict[str, Any]:
-    """Means and sds over sessions, seeds' own, and intervals of differences, all by protocol."""
+    """Means and sds over sessions, seeds' and sessions' own, and intervals, all by protocol."""
     scores: dict[str, Any] = {}
     by_seed: dict[str, dict[str, list[float]]] = {}
+    by_session: dict[str, dict[str, list[float]]] = {}
     differences: dict[str, dict[str, list[NDArray]]] = {}
     for protocol, scored in found.items():
         rng = np.random.default_rng(0)  # the same draws of the same trials in each protocol
@@ -79,6 +80,9 @@ def summarise(found: dict[str, list[Scored]]) -> dict[str, Any]:
                 if len(point_RM) > 1:
                     each = point_RM.mean(axis=1).round(4).tolist()
                     by_seed.setdefault(place, {})[name] = each
+                if len(scored) > 1:
+                    each = point_RM.mean(axis=0).round(4).tolist()
+                    by_session.setdefault(place, {})[name] = each
             kind, _, *labelled = protocol.split("/")
             for name, other in COMPARED:
                 if name in drawn_B and other in drawn_B:
@@ -88,7 +92,7 @@ def summarise(found: dict[str, list[Scored]]) -> dict[str, Any]:
                             drawn_B[name] - drawn_B[other]
                         )
     intervals = {key: _intervals(of) for key, of in differences.items()}
-    return {**scores, "by_seed": by_seed, "intervals": intervals}
+    return {**scores, "by_seed": by_seed, "by_session": by_session, "intervals": intervals}
 
 
 def _points(metric: Callable[..., NDArray], side_K: NDArray, score_RK: NDArray) -> NDArray:
@@ -109,10 +113,14 @@ def _intervals(differences: dict[str, list[NDArray]]) -> dict[str, list[float]]:
 # -- files -----------------------------------------------------------------------------------------
 
 
+DETAILS = ("by_seed", "by_session", "intervals")
+"""What stands beside the protocols."""
+
+
 def beside_others(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
     """Scores, beside those in a file of protocols that were not run now."""
     old = json.loads(path.read_text()) if path.is_file() else {}
-    kept = {part: {**old.get(part, {}), **scores[part]} for part in ("by_seed", "intervals")}
+    kept = {part: {**old.get(part, {}), **scores[part]} for part in DETAILS}
     return {**old, **scores, **kept, "machine": machine()}
 
 
@@ -124,7 +132,7 @@ def among_all(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
     """The file of all recordings' scores with ours in it: dataset, protocol, method, target."""
     results = json.loads(path.read_text()) if path.is_file() else {}
     ours = results.setdefault("steinmetz", {})
-    for place in [key for key in scores if key not in ("by_seed", "intervals")]:
+    for place in [key for key in scores if key not in DETAILS]:
         protocol, metric = place.rsplit("/", 1)
         for method, (mean, _) in scores[place].items():
             each = scores["by_seed"].get(place, {}).get(method, [mean])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def trials(steinmetz):
     rate_KTN[:, 10:, 1] += 0.8 * (side_K < 0)[:, None]
     counts_KTN = rng.poisson(rate_KTN).astype(np.float32)
     contrast_K2 = rng.choice([0.0, 0.5, 1.0], (60, 2))
-    return steinmetz.Trials(Path("s.h5"), np.arange(60), counts_KTN, side_K, contrast_K2)
+    return steinmetz.Trials(Path("s.h5"), "Mouse", np.arange(60), counts_KTN, side_K, contrast_K2)
 
 
 def test_spikes_are_counted_from_the_stimulus_and_only_go_trials_kept(steinmetz, tmp_path):
@@ -54,6 +55,7 @@ def test_spikes_are_counted_from_the_stimulus_and_only_go_trials_kept(steinmetz,
     whole = Interval(start=np.array([0.0]), end=np.array([10.0]))
     data = Data(
         session=Data(id="s"),
+        subject=Data(id="Mouse"),
         units=ArrayDict(id=np.array(["a", "b"])),
         spikes=IrregularTimeSeries(
             timestamps=np.array([t for t, _ in spikes]),
@@ -74,6 +76,7 @@ def test_spikes_are_counted_from_the_stimulus_and_only_go_trials_kept(steinmetz,
     with h5py.File(tmp_path / "s.h5", "w") as file:
         data.to_hdf5(file)
     found = steinmetz.load_trials(tmp_path / "s.h5")
+    assert found.animal == "Mouse"
     np.testing.assert_array_equal(found.index_K, [0, 3])
     np.testing.assert_array_equal(found.side_K, [-1, 1])
     np.testing.assert_array_equal(found.contrast_K2, [[1, 0], [0.5, 0.5]])
@@ -94,8 +97,6 @@ def test_methods_decode_spikes_as_far_as_they_may_read(steinmetz, trials, name):
 
 @pytest.mark.parametrize("name", ["logistic", "rrr", "rrr_pretrained", "contrasts"])
 def test_no_side_of_a_test_trial_and_no_contrast_is_read(steinmetz, trials, name):
-    import dataclasses
-
     past = (trials[:30],)
     _, expected = steinmetz.by_transfer(trials, past, None, [name])
     side_K, contrast_K2 = trials.side_K.copy(), trials.contrast_K2.copy()
@@ -193,6 +194,9 @@ def test_summary_gives_spread_and_an_interval_of_the_difference(scores, tmp_path
     assert 0 < low < entry["rrr"][0] - entry["logistic"][0] < high
     twice = scores.summarise({"folds/300ms": scored, "folds/400ms": scored})["intervals"]
     assert twice["folds/mean/auc"]["rrr - logistic"] == [low, high]  # the trials drawn are the same
+    by_session = summary["by_session"]["folds/400ms/auc"]
+    assert by_session["logistic"] == pytest.approx(each_MR.mean(axis=1), abs=1e-4)
+    assert summary["by_session"]["folds/400ms/balanced_accuracy"]["majority"] == [0.5] * 4
     pooled = scores.summarise({"equal_contrast/400ms": scored[:1]})
     assert pooled["equal_contrast/400ms/auc"]["logistic"][1] > 0
 
@@ -203,7 +207,8 @@ def test_a_run_pretrains_on_nine_sessions_and_tests_on_the_others(steinmetz, tri
         steinmetz.METHODS, "rrr_pretrained", lambda t: asked.append(t) or np.zeros(len(t.test))
     )
     sessions = [trials[np.arange(60)] for _ in range(11)]
-    found = steinmetz.run(sessions, 200, ["majority", "rrr_pretrained"])
+    protocols = ("folds", "transfer")
+    found = steinmetz.run(sessions, 200, ["majority", "rrr_pretrained"], protocols)
     assert sorted(found) == [
         "equal_contrast/200ms",
         "folds/200ms",
@@ -217,6 +222,19 @@ def test_a_run_pretrains_on_nine_sessions_and_tests_on_the_others(steinmetz, tri
         assert len(task.past) == 9
         assert {t.counts_KTN.shape[1] for t in (*task.past, task.train, task.test)} == {10}
     assert [len(task.train) for task in asked[::2]] == [8, 16, 32, 36]
+
+
+def test_a_new_animal_comes_after_sessions_of_others_alone(steinmetz, trials, monkeypatch):
+    asked = []
+    monkeypatch.setitem(
+        steinmetz.METHODS, "rrr_pretrained", lambda t: asked.append(t) or np.zeros(len(t.test))
+    )
+    sessions = [dataclasses.replace(trials, animal=animal) for animal in "AABBBC"]
+    found = steinmetz.run(sessions, 300, ["rrr_pretrained"], ("new_animal",))
+    assert sorted(found) == [f"new_animal/300ms/k={k}" for k in (16, 32, 8, "all")]
+    assert all(len(scored) == 6 for scored in found.values())
+    past = ["".join(t.animal for t in task.past) for task in asked[:6]]
+    assert past == ["BBBC", "BBBC", "AAC", "AAC", "AAC", "AABBB"]
 
 
 def test_only_what_draws_is_run_with_each_seed(steinmetz, trials, monkeypatch):
