@@ -1,4 +1,4 @@
-"""How good is a bundle on a session? Decoded through the streaming path, beside trivial guesses.
+"""How good is a bundle on a session? Decoded as at the rig where it can be, beside trivial guesses.
 
 Shape suffixes: S scored bins, T bins, M modalities (0 is spikes), V published values.
 """
@@ -55,7 +55,7 @@ class Evaluation:
     true : dict of str to ndarray, shape (S,)
         What the behaviour was there.
     values : dict of str to ndarray, shape (S, V)
-        What was decoded there, streamed.
+        What was decoded there, streamed if it can be.
     predicted : dict of str to Predicted
         Spikes, by metric of ``encoding``.
     region_N : ndarray of str, optional
@@ -84,6 +84,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a bundle on one split of a session, or of several.
 
+    It is decoded through the streaming path. A bundle that cannot be served (it sees the future, or
+    has the paper's tokens) is decoded offline, and the result says so.
+
     Parameters
     ----------
     bundle : path
@@ -106,9 +109,9 @@ def evaluate(
     Returns
     -------
     dict
-        ``session, split, bundle, live, bins, decoding, encoding, baselines, ideal,
+        ``session, split, bundle, live, bins, streamed, decoding, encoding, baselines, ideal,
         stream_vs_offline_max_abs`` (in units of each behaviour's sd, or of probability; None where
-        nothing is decoded) and ``regions``; for several sessions ``sessions``, one such dict each,
+        nothing is streamed) and ``regions``; for several sessions ``sessions``, one such dict each,
         and ``regions``, of the units of all.
 
     Raises
@@ -174,11 +177,14 @@ def evaluate_session(
     kept_T = np.concatenate([np.arange(a, b) for a, b in spans])
     m_of = {b.name: m for m, b in enumerate(spec.behaviours, start=1)}
     decoded = outputs_of(spec, of_bundle, live)
+    streamed = bool(decoded) and spec.model.streams
+    offline: dict[str, NDArray] = {}
     if decoded:
-        streamed, published_T = stream_spans(spec, model, of_bundle, binned, spans, live)
         offline = offline_values(model, of_bundle, binned, spans, decoded, data.window_bins, live)
-    else:  # of spikes alone: nothing goes out, and bins are those that were recorded
-        streamed, offline, published_T = {}, {}, binned.scored_TM[kept_T, 0]
+    if streamed:
+        found, published_T = stream_spans(spec, model, of_bundle, binned, spans, live)
+    else:  # nothing goes out, and bins are those that were recorded
+        found, published_T = offline, binned.scored_TM[kept_T, 0]
     scored = {b.name: published_T & binned.scored_TM[kept_T, m_of[b.name]] for b in decoded}
     if region is None and config.masking.by_region:
         region = config.masking.region
@@ -190,7 +196,7 @@ def evaluate_session(
     behaviours = [b for b in decoded if scored[b.name].sum() >= 2]
     bins = {b.name: kept_T[scored[b.name]] for b in behaviours}
     true = {name: binned.values_TM[at_S, m_of[name]] for name, at_S in bins.items()}
-    values = {name: streamed[name][scored[name]] for name in bins}
+    values = {name: found[name][scored[name]] for name in bins}
 
     def scores(guesses: dict[str, NDArray]) -> dict[str, Any]:
         return {
@@ -209,12 +215,13 @@ def evaluate_session(
         "bundle": spec.name,
         "live": list(live),
         "bins": int(published_T.sum()),
+        "streamed": streamed,
         "decoding": scores(values),
         "encoding": encoding_scores(predicted),
         "baselines": {method: scores(guesses) for method, guesses in compared.items()},
         "ideal": scores({name: guess for name, guess in ideal.items() if guess is not None}),
-        "stream_vs_offline_max_abs": largest_difference(
-            streamed, offline, scored, of_bundle, decoded
+        "stream_vs_offline_max_abs": (
+            largest_difference(found, offline, scored, of_bundle, decoded) if streamed else None
         ),
     }
     if baselines == "all" and predicted:
@@ -430,7 +437,8 @@ def show(result: dict[str, Any]) -> None:
     console = Console()
     for one in result.get("sessions", [result]):
         apart = one["stream_vs_offline_max_abs"]
-        how = ", streamed" if apart is not None else ""
+        how = ", streamed" if one["streamed"] else ""
+        how += ", offline: it cannot be served" if one["decoding"] and not one["streamed"] else ""
         how += f", {' and '.join(one['live'])} shown" if one["live"] else ""
         console.print(f"{one['session']}, {one['split']}: {one['bins']} bins{how}")
         for head, rows in (decoding_table(one), encoding_table(one)):

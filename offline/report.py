@@ -104,6 +104,9 @@ def _page(spec: BundleSpec, evaluations: list[Evaluation], regions: dict[str, An
     if regions is not None:
         parts.append(_regions(regions))
     parts.append(_provenance(spec))
+    how = "bin by bin as at the rig"
+    if not spec.model.streams:
+        how = "offline, for it cannot be run bin by bin and served"
     title = f"rt-neds on {escape(names)}"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -113,8 +116,8 @@ def _page(spec: BundleSpec, evaluations: list[Evaluation], regions: dict[str, An
 <title>{title}</title><style>{STYLE}</style></head>
 <body><main>
 <h1>{title}</h1>
-<p class="soft">Scores of bundle <code>{escape(spec.name)}</code>, decoded bin by bin as at the
-rig, each beside what a trivial guess gets.</p>
+<p class="soft">Scores of bundle <code>{escape(spec.name)}</code>, decoded {how}, each beside what a
+trivial guess gets.</p>
 {"".join(parts)}
 </main></body></html>
 """

@@ -101,13 +101,8 @@ def largest_difference(
     scored: dict[str, NDArray],
     of_bundle: BundleSession,
     behaviours: list[Behaviour],
-) -> float | None:
-    """Largest difference over all scored bins, in sds of a behaviour or in probability.
-
-    None if there is no behaviour.
-    """
-    if not behaviours:
-        return None
+) -> float:
+    """Largest difference over all scored bins, in sds of a behaviour or in probability."""
     worst = 0.0
     for b in behaviours:
         use = scored[b.name]

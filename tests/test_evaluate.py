@@ -8,16 +8,21 @@ import weakref
 
 import numpy as np
 import pytest
+import torch
+from sklearn.metrics import r2_score
 
 from offline import evaluate as module
 from offline.config import TrainConfig
 from offline.encoding import SCHEME_OF
 from offline.evaluate import evaluate, tenth_of_trial
+from offline.predict import decode_spans
 from offline.train import train
 from offline.windows import bin_session
 from rt_neds import cli
+from rt_neds.bundle import build_model, load_spec
 from rt_neds.config import parse_config
 from rt_neds.errors import ConfigError, SessionError
+from rt_neds.model.readout import to_values_TV
 from rt_neds.result import clean
 from rt_neds.session import load_session
 from tests.making import TINY, tiny_config, write_session
@@ -59,6 +64,7 @@ def test_several_sessions_give_one_object_each_and_regions_of_all(two, both):
     assert alone["regions"]["units"] == 22
     shared = {key: value for key, value in alone.items() if key != "regions"}
     assert clean(shared) == clean(result["sessions"][1])
+    assert alone["streamed"] is True
     assert alone["stream_vs_offline_max_abs"] < 1e-4
 
 
@@ -181,6 +187,37 @@ def test_a_bundle_of_spikes_alone_is_scored_on_spikes(attention, tmp_path, capsy
     shown = capsys.readouterr().out
     assert "co-smoothing" in shown
     assert "stream" not in shown
+
+
+@pytest.mark.parametrize("model", [{"attention": "full"}, {"tokens": "modality"}])
+def test_a_bundle_that_cannot_be_served_is_decoded_offline_and_says_so(model, tmp_path, capsys):
+    session = write_session(tmp_path / "s.h5", seconds=40)
+    config = tiny_config(model={**model, "history": [1], "linear": False})
+    train(config, [str(session)], tmp_path / "run")
+    bundle = tmp_path / "run" / "bundle"
+    argv = ["evaluate", "--bundle", str(bundle), "--session", str(session)]
+    assert cli.main([*argv, "--report", str(tmp_path), "--json", str(tmp_path / "r.json")]) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["streamed"] is False
+    assert result["stream_vs_offline_max_abs"] is None
+    assert "cannot be served" in capsys.readouterr().out
+    assert "cannot be run bin by bin" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+    spec = load_spec(bundle)
+    binned = bin_session(load_session(session), config.data, config.behaviour)
+    spans = binned.spans("test")
+    at_T = np.concatenate([np.arange(a, b) for a, b in spans])
+    raw_TC = decode_spans(
+        build_model(bundle, spec), binned, spans, wanted=["speed"], window=config.data.window_bins
+    )["speed"]
+    of_speed = 1 + binned.present.index("speed")
+    use_T = binned.scored_TM[at_T, of_speed]
+    scale = spec.session("tiny").scales["speed"]
+    mean_T = to_values_TV(torch.from_numpy(raw_TC), spec.behaviours[0], scale)[:, 0].numpy()
+    expected = r2_score(binned.values_TM[at_T, of_speed][use_T], mean_T[use_T])
+    assert result["decoding"]["speed"]["r2"] == pytest.approx(expected, abs=1e-5)
+    assert 0.0 <= result["decoding"]["choice"]["auc"] <= 1.0
+    assert "ridge" in result["baselines"]
 
 
 def test_a_session_of_spikes_alone_is_scored_on_spikes(tmp_path):

@@ -61,6 +61,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError("history needs widths of at least one bin")
 
     @property
+    def streams(self) -> bool:
+        """Whether it can be run bin by bin, and so served."""
+        return self.attention == "causal" and self.tokens == "bin"
+
+    @property
     def receptive_field(self) -> int:
         """Bins that can influence an output by more than rounding."""
         band = self.layers * (self.context - 1) + max(self.history)

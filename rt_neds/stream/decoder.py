@@ -304,7 +304,7 @@ def decode_together(
 
 def check_streamable(spec: BundleSpec) -> None:
     """BundleError if the network of a bundle cannot be run bin by bin."""
-    if spec.model.attention != "causal" or spec.model.tokens != "bin":
+    if not spec.model.streams:
         raise BundleError(
             f"attention = {spec.model.attention!r} and tokens = {spec.model.tokens!r}; "
             'serving needs "causal" and "bin": train it so'
