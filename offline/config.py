@@ -70,6 +70,12 @@ class BehaviourConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"{of}: classes {self.classes}; each stands for a value of its own")
         if len(self.sources) != 1 and not (self.sources and self.transform == "speed"):
             raise ValueError(f"{of}: one source is needed, or several and transform = 'speed'")
+        if self.transform != "none" and self.kind != "continuous":
+            raise ValueError(f'{of}: transform is for kind = "continuous", and this is {self.kind}')
+        if not self.is_trial_variable:
+            for name, default in (("scored", ("start", "end")), ("known_from", "end")):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{of}: {name} is for columns of trials; leave it out")
         if self.weight < 0:
             raise ValueError(f"{of}: weight is {self.weight}; 0 or more is needed")
         if self.tau_s <= 0:

@@ -48,6 +48,12 @@ def choice(**changes):
         ("behaviour.a={source='w.x', weight=-1}", "weight is -1"),
         ("behaviour.a={source='w.x', transform='speed', tau_s=-1}", "tau_s is -1"),
         ("behaviour.a={source='w.x', transform='speed', tau_s=0}", "tau_s is 0"),
+        ("behaviour.a={source='w.x', scored=['a', 'b']}", "w.x: scored is for columns of trials"),
+        ("behaviour.a={source='w.x', known_from='a'}", "w.x: known_from is for columns of trials"),
+        (
+            "behaviour.a={source='w.x', kind='poisson', transform='speed'}",
+            'w.x: transform is for kind = "continuous"',
+        ),
         (
             "behaviour.a={source='trials.c', kind='categorical', classes={l=1, r=1}}",
             "each stands for a value of its own",
