@@ -54,13 +54,16 @@ def regressions_validated(
     return Validation(only(val.scores), only(val.losses))
 
 
-def left_to_regression(now: Validation, alone: Validation, processes: Processes) -> Left:
+def left_to_regression(
+    now: Validation, alone: Validation, subjects: list[Subject], processes: Processes
+) -> Left:
     """Behaviours that are left to regression, should a network that is worth ``now`` be kept.
 
     One session is to be decoded with what is made of it: of each behaviour its trials, or windows,
-    must show (t-test of pairs, ``SURE``) that the network is better than regression ``alone``. What
-    several sessions taught is for the next one to begin with: there a behaviour is left to
-    regression, in all of them, if that is better in the mean.
+    must show (t-test of pairs, ``SURE``) that the network is better than regression ``alone``; one
+    that does not change in validation, while others do, shows nothing. What several sessions taught
+    is for the next one to begin with: there a behaviour is left to regression, in all of them, if
+    that is better in the mean.
     """
     if len(now.scores) > 1:
         worse = _worse_in_the_mean(now.scores, alone.scores)
@@ -71,7 +74,11 @@ def left_to_regression(now: Validation, alone: Validation, processes: Processes)
     }
     names = [name for of in alone.scores.values() for name in of]
     shown = processes.gather(shown, list(alone.scores), names)
-    return {session: [n for n in of if not shown[session][n]] for session, of in shown.items()}
+    return {
+        subject.id: [n for n in subject.present if not shown[subject.id].get(n)]
+        for subject in subjects
+        if shown.get(subject.id)  # nothing at all could be shown: without validation, say
+    }
 
 
 def _worse_in_the_mean(now: Scores, alone: Scores) -> set[str]:
@@ -92,7 +99,7 @@ def _shown(gain_X: NDArray[np.float64]) -> bool:
 def as_kept(now: Validation, alone: Validation, left: Left) -> Scores:
     """Scores with what is left to regression scored as regression."""
     return {
-        session: of | {name: alone.scores[session][name] for name in left.get(session, ())}
+        session: of | {n: alone.scores[session][n] for n in left.get(session, ()) if n in of}
         for session, of in now.scores.items()
     }
 

@@ -129,7 +129,7 @@ def train(
 
         def judge() -> None:
             now = validate_all(average.mean, subjects, config, processes)
-            val = as_kept(now, alone, left_to_regression(now, alone, processes))
+            val = as_kept(now, alone, left_to_regression(now, alone, subjects, processes))
             refuse_nonfinite(val, step)
             score = mean_score(val)
             _note(log, {"step": step, "score": score, "val": now.scores})
@@ -238,7 +238,7 @@ def finish(
     """Make the best weights a bundle: what was not shown to be learned left to regression."""
     model.load_state_dict(best.weights)
     now = validate_all(model, subjects, config, processes)
-    left = left_to_regression(now, alone, processes)
+    left = left_to_regression(now, alone, subjects, processes)
     leave_to_regression(model, subjects, left)
     temperature = calibrate(model, subjects, config.data.window_bins, processes.device)
     summary = {

@@ -374,13 +374,13 @@ def test_a_network_must_be_shown_to_decode_better_than_regression(begun):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     both = {"tiny": ["speed", "choice"]}
     now = validated()
-    assert left_to_regression(now, regression, here) == both  # it is regression
+    assert left_to_regression(now, regression, [subject], here) == both  # it is regression
     fits = subject.hear()
     outs = {key: -tensor for key, tensor in fits.outs.items()}  # what was likely is unlikely
     worse = dataclasses.replace(subject, hear=lambda: dataclasses.replace(fits, outs=outs))
     spoilt = regressions_validated(model, [worse], validated)
-    assert left_to_regression(now, spoilt, here) == {"tiny": []}
-    assert left_to_regression(spoilt, regression, here) == both
+    assert left_to_regression(now, spoilt, [subject], here) == {"tiny": []}
+    assert left_to_regression(spoilt, regression, [subject], here) == both
     kept = as_kept(spoilt, regression, {"tiny": ["speed"]})["tiny"]
     assert kept["speed"] == regression.scores["tiny"]["speed"]
     assert kept["choice"] == spoilt.scores["tiny"]["choice"]
@@ -392,14 +392,17 @@ def test_several_sessions_are_decided_on_together():
 
     here = Processes(torch.device("cpu"))
     alone = val(a=(0.3, 0.1), b=(0.3, 0.2))
-    assert left_to_regression(val(a=(0.2, 0.0), b=(0.5, 0.2)), alone, here) == {
+    assert left_to_regression(val(a=(0.2, 0.0), b=(0.5, 0.2)), alone, [], here) == {
         "a": ["choice"],  # worse than its own in a as well, but better in the mean
         "b": ["choice"],
     }
-    assert left_to_regression(val(a=(0.3, 0.1), b=(0.3, 0.2)), alone, here) == {"a": [], "b": []}
+    assert left_to_regression(val(a=(0.3, 0.1), b=(0.3, 0.2)), alone, [], here) == {
+        "a": [],
+        "b": [],
+    }
     # One that hardly moves in validation does not decide for all.
     alone, now = (val(**{s: (v, 0.1) for s, v in of.items()}) for of in STILL)
-    assert left_to_regression(now, alone, here) == {"a": [], "b": [], "c": []}
+    assert left_to_regression(now, alone, [], here) == {"a": [], "b": [], "c": []}
 
 
 STILL = {"a": 0.1, "b": 0.2, "c": -100.0}, {"a": 0.4, "b": 0.5, "c": -110.0}
