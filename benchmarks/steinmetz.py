@@ -16,8 +16,9 @@ writes ``results/steinmetz.json``: protocol -> method -> [mean, sd over sessions
 seeds; under ``by_seed`` what each seed of a method with several had, sessions averaged; under
 ``by_session`` what each session had, seeds averaged; under ``intervals`` 95 % intervals (test
 trials drawn again) of differences between methods, also of their mean over the four lengths of
-time. Each method's [mean, sd over seeds] goes into ``accuracy.json`` beside it. A further method is
-a function from a task to scores and one line in METHODS.
+time; under ``between_sessions`` these differences' mean over sessions and its 95 % interval. Each
+method's [mean, sd over seeds] goes into ``accuracy.json`` beside it. A further method is a function
+from a task to scores and one line in METHODS.
 
 Shape suffixes: K trials, T bins of a trial, N units, F features, R seeds.
 """

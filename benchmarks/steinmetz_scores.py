@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from rt_neds.result import machine
 
@@ -61,11 +62,12 @@ def summarise(found: dict[str, list[Scored]]) -> dict[str, Any]:
     by_seed: dict[str, dict[str, list[float]]] = {}
     by_session: dict[str, dict[str, list[float]]] = {}
     differences: dict[str, dict[str, list[NDArray]]] = {}
+    of_sessions: dict[str, dict[str, list[NDArray]]] = {}
     for protocol, scored in found.items():
         rng = np.random.default_rng(0)  # the same draws of the same trials in each protocol
         draws = [rng.multinomial(len(s), np.full(len(s), 1 / len(s)), DRAWS) for s, _ in scored]
         for label, metric in METRICS.items():
-            place, drawn_B = f"{protocol}/{label}", {}
+            place, drawn_B, mean_M = f"{protocol}/{label}", {}, {}
             for name in scored[0][1]:
                 point_RM = np.stack([_points(metric, s, of[name]) for s, of in scored], axis=1)
                 drawn_MB = [
@@ -73,6 +75,7 @@ def summarise(found: dict[str, list[Scored]]) -> dict[str, Any]:
                     for (s, of), w in zip(scored, draws, strict=True)
                 ]
                 drawn_B[name] = np.nanmean(drawn_MB, axis=0)
+                mean_M[name] = point_RM.mean(axis=0)
                 # Pooled trials have no sessions to spread over: their sd is the bootstrap's.
                 sd = point_RM.mean(axis=0).std() if len(scored) > 1 else np.nanstd(drawn_B[name])
                 entry = [round(float(point_RM.mean()), 4), round(float(sd), 4)]
@@ -88,11 +91,17 @@ def summarise(found: dict[str, list[Scored]]) -> dict[str, Any]:
                 if name in drawn_B and other in drawn_B:
                     for key in (protocol, "/".join([kind, "mean", *labelled])):
                         of_key = differences.setdefault(f"{key}/{label}", {})
-                        of_key.setdefault(f"{name} - {other}", []).append(
-                            drawn_B[name] - drawn_B[other]
-                        )
-    intervals = {key: _intervals(of) for key, of in differences.items()}
-    return {**scores, "by_seed": by_seed, "by_session": by_session, "intervals": intervals}
+                        pair = f"{name} - {other}"
+                        of_key.setdefault(pair, []).append(drawn_B[name] - drawn_B[other])
+                        apart_M = of_sessions.setdefault(f"{key}/{label}", {})
+                        apart_M.setdefault(pair, []).append(mean_M[name] - mean_M[other])
+    return {
+        **scores,
+        "by_seed": by_seed,
+        "by_session": by_session,
+        "intervals": {key: _intervals(of) for key, of in differences.items()},
+        "between_sessions": {key: _between(of) for key, of in of_sessions.items()},
+    }
 
 
 def _points(metric: Callable[..., NDArray], side_K: NDArray, score_RK: NDArray) -> NDArray:
@@ -110,10 +119,22 @@ def _intervals(differences: dict[str, list[NDArray]]) -> dict[str, list[float]]:
     return found
 
 
+def _between(differences: dict[str, list[NDArray]]) -> dict[str, list[float]]:
+    """Mean of the differences in each session, and its 95 % interval by Student's t."""
+    found = {}
+    for pair, of_M in differences.items():
+        each_M = np.mean(of_M, axis=0)
+        if len(each_M) > 1:
+            half = stats.sem(each_M) * stats.t.ppf(0.975, len(each_M) - 1)
+            mean = each_M.mean()
+            found[pair] = [round(float(value), 4) for value in (mean, mean - half, mean + half)]
+    return found
+
+
 # -- files -----------------------------------------------------------------------------------------
 
 
-DETAILS = ("by_seed", "by_session", "intervals")
+DETAILS = ("by_seed", "by_session", "intervals", "between_sessions")
 """What stands beside the protocols."""
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from temporaldata import ArrayDict, Data, Interval, IrregularTimeSeries
@@ -197,8 +198,17 @@ def test_summary_gives_spread_and_an_interval_of_the_difference(scores, tmp_path
     by_session = summary["by_session"]["folds/400ms/auc"]
     assert by_session["logistic"] == pytest.approx(each_MR.mean(axis=1), abs=1e-4)
     assert summary["by_session"]["folds/400ms/balanced_accuracy"]["majority"] == [0.5] * 4
+    apart_M = each_of(scored, "rrr") - each_MR.mean(axis=1)
+    expected = stats.t.interval(0.95, 3, apart_M.mean(), stats.sem(apart_M))
+    between = summary["between_sessions"]["folds/mean/auc"]["rrr - logistic"]
+    assert between == pytest.approx([apart_M.mean(), *expected], abs=1e-4)
     pooled = scores.summarise({"equal_contrast/400ms": scored[:1]})
     assert pooled["equal_contrast/400ms/auc"]["logistic"][1] > 0
+
+
+def each_of(scored, name):
+    """AUC of each session, seeds averaged."""
+    return np.array([np.mean([roc_auc_score(s, of) for of in sc[name]]) for s, sc in scored])
 
 
 def test_a_run_pretrains_on_nine_sessions_and_tests_on_the_others(steinmetz, trials, monkeypatch):
