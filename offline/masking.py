@@ -107,7 +107,7 @@ def draw_masks(
             may, each_M = rng.random(), rng.random(len(live_M))
             hidden_TM[:, live_M & (each_M < EACH) & (may < MAY)] = False
         observed[b] = shown_BTM[b] & ~hidden_TM & ~silenced_M
-        asked[b] = scored_BTM[b] & hidden_TM & ~silenced_M
+        asked[b] = scored_BTM[b] & hidden_TM
         if names[index] in UNIT_SCHEMES:
             missing[b], asked_units[b] = hide_units(names[index], region_N, config.ratio, rng)
             asked[b, :, 0] = scored_BTM[b, :, 0]  # asked though shown: of other units
@@ -142,7 +142,7 @@ def hide(
     -------
     hidden_TM : ndarray of bool
     silenced_M : ndarray of bool
-        Modalities that are neither shown nor asked for.
+        Modalities that are not shown, though not hidden, and so not asked for.
     """
     T, M = shape_TM
     hidden_TM, silenced_M = np.zeros((T, M), bool), np.zeros(M, bool)

@@ -332,7 +332,7 @@ def _trial_variable(
         shown_T[scored] = False  # what is known there is of the trial before, not of this one
         if told_4K[2, trial]:
             # Known at a moment: shown from the first bin that ends after it.
-            shown = slice(known[trial] // width, max(end[trial], known[trial]) // width)
+            shown = slice(known[trial] // width, end[trial] // width)
             value_T[shown] = number
             shown_T[shown] = True
     return value_T, shown_T, scored_T, trial_T

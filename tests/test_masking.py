@@ -14,7 +14,7 @@ from rt_neds.model.readout import STEPS, Behaviour, Scale, to_values
 
 
 @settings(deadline=None, max_examples=60)
-@given(seed=st.integers(0, 9999), scheme=st.sampled_from(SCHEMES), ratio=st.floats(0.05, 0.95))
+@given(seed=st.integers(0, 9999), scheme=st.sampled_from(SCHEMES), ratio=st.floats(0.005, 0.95))
 def test_what_each_scheme_hides(seed, scheme, ratio):
     hidden, silenced = hide(scheme, (50, 4), ratio, np.random.default_rng(seed))
     if scheme == "decoding":
@@ -71,6 +71,9 @@ def test_units_are_hidden_by_the_stated_share_and_regions_evenly():
     assert asked.mean() == pytest.approx(0.3, abs=0.02)
     drawn = [hide_units("inter_region", region, 0.3, rng)[1][0] for _ in range(400)]
     assert np.mean(drawn) == pytest.approx(0.5, abs=0.08)
+    # Of two units one is hidden, where chance would hide none; no other is hidden beside it.
+    drawn = [hide_units("neuron", np.zeros(2, int), 0.5, rng)[1].mean() for _ in range(400)]
+    assert np.mean(drawn) == pytest.approx(0.25 * 1.0 + 0.75 * 0.5, abs=0.05)
 
 
 def test_random_schemes_hide_the_stated_share_and_behaviours_independently():
@@ -78,8 +81,9 @@ def test_random_schemes_hide_the_stated_share_and_behaviours_independently():
     hidden, _ = hide("within_behaviour", (20_000, 3), 0.3, rng)
     assert hidden[:, 1:].mean(axis=0) == pytest.approx([0.3, 0.3], abs=0.02)
     assert np.corrcoef(hidden[:, 1], hidden[:, 2])[0, 1] == pytest.approx(0, abs=0.03)
-    hidden, _ = hide("within_spikes", (20_000, 3), 0.3, rng)
-    assert hidden[:, 0].mean() == pytest.approx(0.3, abs=0.02)
+    for scheme in ("within_spikes", "cross_modal"):
+        hidden, _ = hide(scheme, (20_000, 3), 0.3, rng)
+        assert hidden[:, 0].mean() == pytest.approx(0.3, abs=0.02)
 
 
 @settings(deadline=None, max_examples=60)
@@ -95,6 +99,9 @@ def test_asked_is_hidden_and_scored_and_never_shown(seed):
     assert not (masks.asked_BTM & ~scored).any()
     assert not (masks.observed_BTM & ~shown).any()
     for b, scheme in enumerate(masks.scheme_B):
+        _, silenced = hide(SCHEMES[scheme], (30, 4), config.ratio, rng)
+        assert not masks.observed_BTM[b][:, silenced].any()
+        assert not masks.asked_BTM[b][:, silenced].any()
         if SCHEMES[scheme] == "decoding":
             assert (masks.asked_BTM[b, :, 1:] == scored[b, :, 1:]).all()
             assert (masks.observed_BTM[b, :, 0] == shown[b, :, 0]).all()
@@ -115,6 +122,9 @@ def test_schemes_are_drawn_by_their_weights_and_units_dropped_by_theirs():
     masks = draw_masks(config, ones, ones, np.zeros(50, int), np.random.default_rng(0))
     assert np.mean(masks.scheme_B == SCHEMES.index("decoding")) == pytest.approx(0.75, abs=0.02)
     assert masks.missing_BN.mean() == pytest.approx(0.2, abs=0.01)
+    # Not the same share of each sample: a rig may have lost none, or twice as many.
+    spread = np.sqrt(0.4**2 / 12 + np.mean(0.2 - 0.2**2 - 0.4**2 / 12) / 50)
+    assert masks.missing_BN.mean(axis=1).std() == pytest.approx(spread, rel=0.1)
 
 
 def test_losses_by_hand():
@@ -150,6 +160,22 @@ def test_losses_by_hand():
     assert loss == pytest.approx(by_hand, rel=1e-5)
     loss = spikes_loss(rates, counts, asked, torch.tensor([[False, True]]), rate).item()
     assert loss == pytest.approx(second / 2.0, rel=1e-5)
+    twice = [torch.cat([array, array]) for array in (rates, counts, asked)]
+    each = torch.tensor([[True, False], [False, True]])  # of each sample its own unit
+    twice[0][1] += 1.0
+    second = np.mean([np.exp(0.8), np.exp(1.4) - 2 * 1.4])
+    loss = spikes_loss(*twice, each, rate).item()
+    assert loss == pytest.approx((first / 0.5 + second / 2.0) / 2, rel=1e-5)
+
+
+def test_a_rate_beyond_those_that_are_published_costs_as_the_last_of_them():
+    asked, count = torch.ones(1, 1, dtype=torch.bool), torch.tensor([[3.0]])
+    for log_rate, end in ((100.0, 8.0), (-100.0, -12.0)):
+        expected = np.exp(end) - 3.0 * end
+        raw = torch.tensor([[[log_rate]]])
+        assert loss_of("poisson", raw, count, asked, Scale()).item() == pytest.approx(expected)
+        loss = spikes_loss(raw, count[None], asked, asked, torch.ones(1)).item()
+        assert loss == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", ["continuous", "poisson", "categorical"])

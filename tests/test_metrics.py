@@ -46,6 +46,14 @@ def test_bits_of_each_unit_against_the_written_formula():
     assert bits_per_spike(counts, rates)["pooled"] == pytest.approx(gain.sum() / counts.sum())
 
 
+def test_fifty_spikes_are_enough_for_a_score():
+    counts = np.zeros((200, 2))
+    counts[:49, 0] = counts[:50, 1] = 1
+    rates = np.where(counts > 0, 0.8, [0.01, 0.2])
+    only = bits_per_spike_of_unit(counts[:, 1], rates[:, 1])
+    assert bits_per_spike(counts, rates)["mean50"] == pytest.approx(only)
+
+
 def test_the_null_scores_zero_and_the_truth_more():
     rng = np.random.default_rng(1)
     rates = np.exp(rng.normal(-1.5, 0.8, size=(3000, 4)))
@@ -82,6 +90,10 @@ def test_error_over_time_in_trial():
     assert came[0] == (1 + 9) / 2 / 4  # the variance of all four is 4
     assert came[9] == 0
     assert np.isnan(came[1:9]).all()
+    tenth, profile = np.array([0, 9, 0, -1]), np.array([2.0, 0.0, 2.0, 0.0])
+    scores = gaussian_scores(true, guess, None, profile, tenth_S=tenth)
+    np.testing.assert_equal(scores["error_by_time"], came)
+    np.testing.assert_equal(scores["error_by_time_profile"], [1.0, *[np.nan] * 8, 4.0])
     nowhere = gaussian_scores(true, guess, None, true, tenth_S=np.full(4, -1))
     assert nowhere["error_by_time"] is None
     assert nowhere["error_by_time_profile"] is None
@@ -107,6 +119,9 @@ def test_who_is_always_sure_and_right_half_the_time_is_off_by_half():
     error, parts = reliability(np.array([0, 1]), np.array([[1.0, 0.0], [1.0, 0.0]]))
     assert error == 0.5
     assert parts == {"stated": [1.0], "true": [0.5], "bins": [2]}
+    # Who is quite sure is in one part with who has no doubt.
+    error, parts = reliability(np.array([0, 1]), np.array([[1.0, 0.0], [0.9375, 0.0625]]))
+    assert (error, parts["bins"]) == (0.96875 - 0.5, [2])
 
 
 def test_mean_profile_reads_only_the_clock():
@@ -144,6 +159,37 @@ def test_outside_trials_each_bin_is_decided_by_itself():
     assert (scores["trials"], scores["by_time"]) == (0, None)
 
 
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 9999), bins=st.integers(2, 90), classes=st.integers(2, 4))
+def test_decisions_against_their_definitions_trial_by_trial(seed, bins, classes):
+    rng = np.random.default_rng(seed)
+    trial, side = rng.integers(-1, 5, bins), rng.integers(0, classes, 5)
+    true = np.where(trial < 0, rng.integers(0, classes, bins), side[trial])
+    probability = rng.dirichlet(np.ones(classes), bins)
+    guess = probability.argmax(axis=1)
+    whole = [np.flatnonzero(trial == k) for k in range(5) if (trial == k).any()]
+    cases = whole + [np.array([s]) for s in np.flatnonzero(trial < 0)]
+
+    def balanced(at):
+        recalls = [[guess[s] == true[s] for s in at if true[s] == c] for c in set(true[at])]
+        return np.mean([np.mean(recall) for recall in recalls])
+
+    scores = categorical_scores(true, probability, trial)
+    last = [case[-1] for case in cases]
+    assert scores["trials"] == len(whole)
+    assert scores["accuracy"] == pytest.approx(np.mean(guess[last] == true[last]))
+    assert scores["majority"] == pytest.approx(np.bincount(true[last]).max() / len(cases))
+    assert scores["chance"] == 1 / len(set(true[last]))
+    assert scores["balanced_accuracy"] == pytest.approx(balanced(last))
+    off = [probability[s] - (np.arange(classes) == true[s]) for s in range(bins)]
+    assert scores["brier"] == pytest.approx(np.mean([(of**2).sum() for of in off]))
+    for tenth, score in enumerate(scores["by_time"] or (), start=1):
+        # The last bin that has ended by then, or the first.
+        ended = [[s for n, s in enumerate(c, 1) if 10 * n <= len(c) * tenth] for c in cases]
+        at = [done[-1] if done else c[0] for c, done in zip(cases, ended, strict=True)]
+        assert score == pytest.approx(balanced(at))
+
+
 def test_a_class_that_never_occurs_is_simply_wrong():
     scores = categorical_scores(
         np.array([0, 0]), np.array([[0.1, 0.9], [0.8, 0.2]]), np.array([0, 1])
@@ -165,3 +211,4 @@ def test_of_what_does_not_change_nothing_can_be_explained(constant):
     for guess in (true, np.full(300, 0.2, np.float32), np.linspace(0.0, 1.0, 300)):
         assert np.isnan(r2(true, guess))
         assert np.isnan(poisson_d2(true, guess))
+    assert np.isnan(r2(true[:0], true[:0]))

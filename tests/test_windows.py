@@ -4,7 +4,8 @@ import h5py
 import msgspec
 import numpy as np
 import pytest
-from temporaldata import Interval
+from scipy.signal import lfilter
+from temporaldata import Interval, IrregularTimeSeries
 
 from offline.config import BehaviourConfig, DataConfig
 from offline.windows import bin_session, split_bins
@@ -29,6 +30,44 @@ def test_a_value_is_the_last_sample_at_or_before_the_right_edge(tmp_path):
         assert b.values_TM[t, 1] == pytest.approx(series.values_L[series.samples_L <= edge][-1])
 
 
+def test_a_bin_is_recorded_if_all_of_it_was(tmp_path):
+    path = write_session(tmp_path / "s.h5", domain=[(0.0, 20.01), (40.003, 59.99)])
+    recorded = np.flatnonzero(binned(path).shown_TM[:, 0])
+    np.testing.assert_array_equal(recorded, [*range(1000), *range(2001, 2999)])
+
+
+def test_a_value_is_known_where_its_series_was_observed_by_the_right_edge(tmp_path):
+    path = write_session(tmp_path / "s.h5")
+    with h5py.File(path, "r+") as file:
+        wheel = file["wheel"]
+        wheel["domain/start"][0], wheel["domain/end"][0] = 1.01, 50.01
+        wheel["wheel_speed"][300:303] = np.nan
+        wheel["timestamps"][:100] = np.linspace(1.105, 1.99, 100)
+    known = binned(path).scored_TM[:, 1]
+    # The first value comes in the 56th bin; the one at 6.02 s is that of the bin which ends then.
+    np.testing.assert_array_equal(np.flatnonzero(known), [*range(55, 300), *range(303, 2500)])
+
+
+def test_speed_is_of_the_smoothed_path_and_begins_anew_after_a_hole(tmp_path):
+    session = load_session(write_session(tmp_path / "s.h5", seconds=20))
+    x, y = np.random.default_rng(0).normal(size=(2, 1000)).cumsum(axis=1)
+    x[200:203] = y[500] = np.nan
+    time = np.arange(1, 1001) * 0.02
+    session.data.pose = IrregularTimeSeries(timestamps=time, x=x, y=y, domain=session.data.domain)
+    speed = BehaviourConfig(source=["pose.x", "pose.y"], transform="speed", tau_s=0.1)
+    b = bin_session(session, DataConfig(), {"speed": speed})
+    alpha, expected = 1 - np.exp(-0.02 / 0.1), np.full(1000, np.nan)
+    for first, stop in ((0, 200), (203, 500), (501, 1000)):
+        path = np.stack([x, y], axis=1)[first:stop]
+        begin = (1 - alpha) * path[:1]
+        smooth, _ = lfilter([alpha], [1, alpha - 1], path, axis=0, zi=begin)
+        step = np.linalg.norm(np.diff(smooth, axis=0), axis=1) / 0.02
+        expected[first:stop] = [0, *step]
+    known = np.isfinite(expected)
+    np.testing.assert_array_equal(b.scored_TM[:, 1], known)
+    np.testing.assert_allclose(b.values_TM[known, 1], expected[known], rtol=1e-4)
+
+
 def test_a_trial_value_is_shown_only_once_it_is_known(tmp_path):
     b = binned(write_session(tmp_path / "s.h5"))
     feedback = b.session.samples(b.session.column("trials.feedback_time"))
@@ -41,6 +80,29 @@ def test_a_trial_value_is_shown_only_once_it_is_known(tmp_path):
         assert scored[inside].all()
         assert not shown[inside].any()
         assert (b.trial_T[inside] == trial).all()
+
+
+def test_of_a_trial_only_what_is_told_is_shown_and_asked(tmp_path):
+    path = write_session(tmp_path / "s.h5")
+    plain, told = binned(path), ("choice", "stim_on_time", "feedback_time", "known_time")
+    with h5py.File(path, "r+") as file:
+        trials = file["trials"]
+        trials["known_time"] = trials["feedback_time"][:]
+        for trial, column in enumerate(told, start=3):
+            values = trials[column][:].astype(float)
+            values[trial] = np.nan if column != "choice" else 0.5  # neither left nor right
+            del trials[column]
+            trials[column] = values
+    choice = msgspec.structs.replace(tiny_config().behaviour["choice"], known_from="known_time")
+    b = bin_session(load_session(path), tiny_config().data, {"choice": choice})
+    asked, lacking = plain.scored_TM[:, 2], np.isin(plain.trial_T, [3, 4, 5])
+    np.testing.assert_array_equal(b.scored_TM[:, 1], asked & ~lacking)
+    np.testing.assert_array_equal(b.trial_T, np.where(lacking, -1, plain.trial_T))
+    np.testing.assert_array_equal(b.trial_of("choice", np.arange(150, 500)), b.trial_T[150:500])
+    shown = plain.shown_TM[:, 2].copy()
+    for trial in (3, 4, 5, 6):  # each is known at 2, 4, 6 ... s, for half a second
+        shown[100 * trial + 100 : 100 * trial + 125] = False
+    np.testing.assert_array_equal(b.shown_TM[:, 1], shown)
 
 
 def test_splits_are_contiguous_apart_and_disjoint(tmp_path):
@@ -170,6 +232,23 @@ def test_counts_beyond_the_session_are_empty(tmp_path):
     np.testing.assert_array_equal(around[7:-9], whole)
     assert around[:7].sum() == around[-9:].sum() == 0
     np.testing.assert_array_equal(b.counts_TN(100, 140), whole[100:140])
+    for first, stop in ((-7, b.bins + 9), (100, 140)):
+        spikes = whole[max(first, 0) : stop].sum(axis=0)
+        np.testing.assert_array_equal(b.spikes_N(first, stop), spikes)
+    values = b.cut(b.values_TM, -7, b.bins + 9)
+    np.testing.assert_array_equal(values[7:-9], b.values_TM)
+    assert not values[:7].any()
+    assert not values[-9:].any()
+
+
+@pytest.mark.parametrize("later", [0, 1, 299, 599])
+def test_a_grid_moved_by_part_of_a_bin_counts_what_falls_into_it(tmp_path, later):
+    b = binned(write_session(tmp_path / "s.h5", seconds=10))
+    sample_S, unit_S = b.session.records_S["sample"], b.session.records_S["unit"]
+    for first, stop in ((0, 30), (-2, 3), (470, 503)):
+        edges = np.arange(first, stop + 1) * WIDTH + later
+        expected, _, _ = np.histogram2d(sample_S, unit_S, bins=(edges - 0.5, np.arange(7) - 0.5))
+        np.testing.assert_array_equal(b.counts_TN(first, stop, later), expected)
 
 
 def test_classes_over_time_are_counted_in_their_order_whatever_stands_for_them(tmp_path):
@@ -221,6 +300,9 @@ def test_a_named_split_may_have_nothing_to_test(tmp_path):
     b = bin_session(session, data, config.behaviour)
     spans = {name: b.spans(name) for name in whole}
     assert spans == {"train": [(0, 2000)], "val": [(2100, 2500)], "test": [(2600, 3000)]}
+    session._data.pretrain_val_domain.start[0] = session._data.pretrain_train_domain.end[0] = 40.01
+    b = bin_session(session, data, config.behaviour)
+    assert (b.spans("train"), b.spans("val")) == ([(0, 2000)], [(2001, 2500)])  # 2000 is of both
 
 
 def test_the_rat_is_scored_only_where_it_is_tracked(data_dir):
