@@ -211,6 +211,24 @@ def test_classes_are_known_whatever_the_numbers_are_kept_in(tmp_path, kind):
     assert (b.values_TM[b.scored_TM[:, 1], 1] == right[b.trial_T[b.scored_TM[:, 1]]]).all()
 
 
+@pytest.mark.parametrize(
+    ("none", "right", "misnamed"), [(0.5, 0.2, False), (0.1, 0.0, False), (0.5, 0.0, True)]
+)
+def test_many_values_of_no_class_are_refused_where_a_class_never_comes_up(
+    tmp_path, none, right, misnamed
+):
+    path = write_session(tmp_path / "s.h5")
+    with h5py.File(path, "r+") as file:
+        share = np.arange(29) / 29
+        file["trials/choice"][:] = np.where(share < none, 2, np.where(share < none + right, 0, 1))
+    if misnamed:
+        with pytest.raises(SessionError, match="is 1, 2; classes left = 1, right = 0 were"):
+            binned(path)
+    else:
+        asked = binned(path).scored_TM[:, 2]
+        assert asked.sum() == 50 * np.count_nonzero(share >= none)
+
+
 def test_folds_over_trials_cover_every_trial_once(tmp_path):
     path = write_session(tmp_path / "s.h5")
     tested = np.zeros(3000, int)
