@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rt_neds.model.attention import rotary_table
+from rt_neds.model.attention import rotary_table, visible
 from rt_neds.model.config import ModelConfig
 from rt_neds.model.neds import NEDS, SCHEMES, SPIKES
 from rt_neds.model.readin import boxcar_sums
@@ -113,6 +113,14 @@ def test_stream_equals_offline_after_1e5_bins(memory):
         )
 
 
+@pytest.mark.parametrize("context", [1, 3])
+def test_a_bin_looks_at_itself_and_the_last_of_its_context_and_at_no_later_one(context):
+    band = visible(torch.arange(5, 9), torch.arange(12), context, causal=True)
+    for row, query in zip(band.tolist(), range(5, 9), strict=True):
+        assert [s for s in range(12) if row[s]] == list(range(query - context + 1, query + 1))
+    assert visible(torch.arange(5, 9), torch.arange(12), context, causal=False).all()
+
+
 def test_receptive_field_is_what_it_says():
     model = random_model()
     bins = model.config.receptive_field + 5
@@ -180,8 +188,45 @@ def test_what_is_hidden_has_no_influence(tokens):
         torch.testing.assert_close(one[name], two[name])
 
 
-def test_asking_for_less_changes_nothing():
-    model = random_model()
+@pytest.mark.parametrize("tokens", ["bin", "modality"])
+def test_a_bin_that_shows_behaviour_alone_is_seen_by_later_ones(tokens):
+    model = random_model(tokens=tokens)
+    counts, values, observed, scheme = random_inputs("a", 12, shown=0.0)
+    observed[:, 5, 1] = True
+    poked = values.clone()
+    poked[:, 5, 1] += 2.0
+    with torch.no_grad():
+        before, after = (model("a", counts, v, observed, scheme)[SPIKES] for v in (values, poked))
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert ((before - after)[:, 5:8].abs().amax(dim=2) > 1e-5).all()
+
+
+def test_a_hidden_modality_is_a_token_that_others_see():
+    model = random_model(tokens="modality")
+    counts, values, observed, scheme = random_inputs("a", 12)
+    observed[:, :, 2] = False
+    with torch.no_grad():
+        before = model("a", counts, values, observed, scheme)["speed"]
+        model.modality_MD[2] += torch.randn(32)
+        after = model("a", counts, values, observed, scheme)["speed"]
+    assert (before - after).abs().max() > 1e-4
+
+
+def test_counts_before_the_first_bin_feed_its_running_sums():
+    model = random_model(context=1)  # so that no token sees another
+    counts, values, observed, scheme = random_inputs("a", 20, shown=1.1)
+    with torch.no_grad():
+        whole = model("a", counts, values, observed, scheme)
+        late = model("a", counts[:, 5:], values[:, 7:], observed[:, 7:], scheme)
+        lacking = model("a", counts[:, 7:], values[:, 7:], observed[:, 7:], scheme)
+    for name, raw in late.items():
+        torch.testing.assert_close(raw, whole[name][:, 7:])
+        assert not torch.allclose(lacking[name][:, 0], raw[:, 0])
+
+
+@pytest.mark.parametrize("tokens", ["bin", "modality"])
+def test_asking_for_less_changes_nothing(tokens):
+    model = random_model(tokens=tokens)
     counts, values, observed, scheme = random_inputs("a", 25)
     observed[:, :, 1:] = False
     with torch.no_grad():

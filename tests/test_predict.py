@@ -7,12 +7,19 @@ import pytest
 import torch
 
 from offline import predict
-from offline.predict import ahead_spans, forecast_spans, spans_without_units
+from offline.predict import (
+    ahead_spans,
+    decode_spans,
+    encode_spans,
+    forecast_spans,
+    scales,
+    spans_without_units,
+)
 from offline.windows import BinnedSession
 from rt_neds.frames import SPIKE_DTYPE
 from rt_neds.model.config import ModelConfig
 from rt_neds.model.neds import AHEAD, NEDS, SCHEMES, SPIKES
-from rt_neds.model.readout import Behaviour
+from rt_neds.model.readout import Behaviour, Scale
 from rt_neds.session import Session
 
 WIDTH, BINS, UNITS = 600, 260, 7
@@ -112,6 +119,46 @@ def test_a_unit_at_a_time_equals_one_pass_for_each(attention, monkeypatch):
     np.testing.assert_allclose(came, expected, rtol=2e-4)
 
 
+def test_a_last_shorter_piece_is_seen_in_a_whole_window_that_ends_with_it():
+    model, counts, each = random_model(attention="full"), random_counts(), one_by_one()
+    arguments = (each, each, "neuron")
+    came = spans_without_units(model, recorded(counts), [(200, 233)], *arguments, window=20)
+    for n in range(UNITS):
+        shown = np.ones(20, bool)
+        first = rates(model, counts[200:220], shown, "neuron", each[n])[:, n]
+        last = rates(model, counts[213:233], shown, "neuron", each[n])[7:, n]
+        np.testing.assert_allclose(came[:, n], [*first, *last], rtol=2e-4)
+
+
+@torch.no_grad()
+def test_behaviour_predicts_spikes_with_every_spike_hidden_and_where_it_is_shown():
+    model, counts, rng = random_model(), random_counts(), np.random.default_rng(1)
+    binned, scale = recorded(counts), Scale(mean=5.0, sd=2.0)
+    binned.values_TM[:, 1] = rng.normal(5.0, 2.0, BINS)
+    binned.shown_TM[140:150, 1] = False
+    came = encode_spans(model, binned, SPANS, [scale], window=300)
+    raw = model(
+        "made-up",
+        torch.from_numpy(counts.astype(np.float32))[None],
+        torch.from_numpy((binned.values_TM - 5.0) / 2.0)[None],
+        torch.from_numpy(binned.shown_TM & [False, True])[None],
+        torch.tensor([SCHEMES.index("encoding")]),
+        wanted=[SPIKES],
+    )
+    np.testing.assert_allclose(came, kept(raw[SPIKES][0].exp().numpy()), rtol=2e-4)
+
+
+def test_a_scale_is_of_scored_training_bins():
+    binned = recorded(random_counts())
+    binned.values_TM[:, 1] = np.random.default_rng(1).normal(5.0, 2.0, BINS)
+    used = binned.values_TM[:150, 1].copy()
+    binned.scored_TM[150:200, 1], binned.split_T[200:] = False, 2
+    binned.values_TM[150:, 1] = 8.0 * binned.values_TM[150:, 1]
+    (scale,) = scales(binned, ["speed"], ["continuous"])
+    assert (scale.low, scale.high) == (used.min(), used.max())
+    assert (scale.mean, scale.sd) == pytest.approx((used.mean(), used.std()), rel=1e-5)
+
+
 def test_a_hidden_unit_does_not_tell_of_itself_and_others_do_in_the_same_bin():
     model, counts, each = random_model(), random_counts(), one_by_one()
 
@@ -138,6 +185,47 @@ def test_units_nobody_asks_for_are_nan_and_a_region_is_one_pass():
     assert np.isnan(came[:, ~region]).all()
     expected = rates(model, counts, np.ones(BINS, bool), "inter_region", region)
     np.testing.assert_allclose(came[:, region], kept(expected)[:, region], rtol=2e-4)
+
+
+def test_units_that_nobody_asks_for_are_hidden_all_the_same():
+    model, counts, asked = random_model(), random_counts(), np.eye(2, UNITS, dtype=bool)
+    hidden = asked | (np.arange(UNITS) >= 4)
+    came = spans_without_units(
+        model, recorded(counts), SPANS, hidden, asked, "intra_region", window=300
+    )
+    for n in (0, 1):
+        expected = rates(model, counts, np.ones(BINS, bool), "intra_region", hidden[n])
+        np.testing.assert_allclose(came[:, n], kept(expected)[:, n], rtol=2e-4)
+
+
+@torch.no_grad()
+def test_what_is_observed_live_is_shown_as_it_is_at_the_rig_and_where_it_was_known():
+    behaviours = [
+        Behaviour(name="speed", kind="continuous"),
+        Behaviour(name="choice", kind="categorical", classes=("left", "right")),
+        Behaviour(name="licks", kind="poisson"),
+    ]
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "layers": 2, "heads": 2, "context": 8, "history": (1, 3)}
+    model = NEDS(ModelConfig(**sizes), behaviours, {"made-up": UNITS}).eval()
+    counts, rng = random_counts(), np.random.default_rng(1)
+    binned, scale = recorded(counts), Scale(mean=1.0, sd=2.0, low=-1.0, high=3.0)
+    values = np.zeros((BINS, 4), np.float32)
+    values[:, 1], values[:, 2] = rng.normal(1.0, 4.0, BINS), rng.integers(0, 2, BINS)
+    binned.values_TM, binned.shown_TM = values.copy(), rng.random((BINS, 4)) < 0.8
+    binned.scored_TM = np.ones((BINS, 4), bool)
+    live = {"speed": scale, "choice": Scale(mean=0.5, sd=0.5)}
+    came = decode_spans(model, binned, SPANS, wanted=["licks"], window=300, live=live)
+    values[:, 1] = (np.clip(values[:, 1], -1.0, 3.0) - 1.0) / 2.0
+    raw = model(
+        "made-up",
+        torch.from_numpy(counts.astype(np.float32))[None],
+        torch.from_numpy(values)[None],
+        torch.from_numpy(binned.shown_TM & [True, True, True, False])[None],
+        torch.tensor([SCHEMES.index("decoding")]),
+        wanted=["licks"],
+    )
+    np.testing.assert_allclose(came["licks"], kept(raw["licks"][0].numpy()), atol=2e-5)
 
 
 def test_a_unit_that_is_shown_cannot_be_asked_for():

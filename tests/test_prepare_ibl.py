@@ -71,6 +71,67 @@ def test_trials_have_the_columns_that_are_there(tmp_path):
         from_alf(tmp_path / "eid")
 
 
+def test_units_of_two_probes_are_told_apart(tmp_path):
+    write_alf(tmp_path / "eid")
+    first, second = (tmp_path / "eid" / "alf" / name for name in ("probe00", "probe01"))
+    second.mkdir()
+    times = np.linspace(6, 39, 3000)
+    np.save(second / "spikes.times.npy", times)
+    np.save(second / "spikes.clusters.npy", np.arange(3000) % 3)
+    np.save(second / "clusters.depths.npy", np.array([7.0, 8.0, 9.0]))
+    session = prepared(tmp_path / "eid", tmp_path)
+    names = [f"probe00/{unit}" for unit in range(5)] + [f"probe01/{unit}" for unit in range(3)]
+    assert session.unit_ids == names
+    assert session.column("units.depths").tolist() == [0, 40, 80, 120, 160, 7, 8, 9]
+    of_first = np.load(first / "spikes.times.npy"), np.load(first / "spikes.clusters.npy")
+    for unit, name in enumerate(names):
+        time_S = of_first[0][of_first[1] == unit] if unit < 5 else times[unit - 5 :: 3]
+        mine = session.records_S["sample"][session.records_S["unit"] == unit]
+        np.testing.assert_array_equal(mine, np.rint(time_S * 30_000), err_msg=name)
+
+
+def test_spikes_of_no_time_are_left_out_with_their_units(tmp_path):
+    write_alf(tmp_path / "eid")
+    probe = tmp_path / "eid" / "alf" / "probe00"
+    times, unit = np.load(probe / "spikes.times.npy"), np.load(probe / "spikes.clusters.npy")
+    times[10:20] = np.nan
+    np.save(probe / "spikes.times.npy", times)
+    session = prepared(tmp_path / "eid", tmp_path)
+    assert session.records_S["unit"].tolist() == unit[np.isfinite(times)].tolist()
+
+
+def test_the_wheels_speed_is_that_of_the_last_20_ms(tmp_path):
+    write_alf(tmp_path / "eid")
+    alf, when = tmp_path / "eid" / "alf", np.linspace(4, 41, 3000)
+    np.save(alf / "_ibl_wheel.position.npy", np.sin(when) * when)
+    session = prepared(tmp_path / "eid", tmp_path)
+    velocity, speed = session.series("wheel.wheel_vel"), session.series("wheel.wheel_speed")
+    at = velocity.samples_L / 30_000
+    now, before = (np.interp(t, when, np.sin(when) * when) for t in (at, at - 0.02))
+    np.testing.assert_allclose(velocity.values_L, (now - before) / 0.02, atol=1e-3)
+    np.testing.assert_array_equal(speed.values_L, np.abs(velocity.values_L))
+
+
+def test_times_of_trials_and_what_was_seen_have_their_names(tmp_path):
+    write_alf(tmp_path / "eid")
+    names = {
+        "stimOn_times": "stim_on_time",
+        "goCue_times": "go_cue_time",
+        "firstMovement_times": "movement_onset_time",
+        "response_times": "response_time",
+        "feedback_times": "feedback_time",
+        "stimOff_times": "stim_off_time",
+        "contrastLeft": "contrast_left",
+        "contrastRight": "contrast_right",
+        "probabilityLeft": "probability_left",
+    }
+    each = {old: [6.0 + n / 9, 8.0 + n / 9, 10.0 + n / 9] for n, old in enumerate(names)}
+    write_trials(tmp_path / "eid" / "alf", **{**TRIALS, **each})
+    session = prepared(tmp_path / "eid", tmp_path)
+    for old, new in names.items():
+        assert session.column(f"trials.{new}").tolist() == each[old], new
+
+
 def test_what_is_not_known_of_a_trial_stays_unknown(tmp_path):
     write_alf(tmp_path / "eid")
     alf = tmp_path / "eid" / "alf"

@@ -250,7 +250,7 @@ class NEDS(nn.Module):
         fits: tuple[Tensor, Tensor, Tensor] | None,
         past: int,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Features of the spikes, and what a linear decoder makes of them where they are shown.
+        """Features of the spikes, and what a linear decoder makes of them; None if none is shown.
 
         The first ``past`` bins of the counts only feed boxcars.
         """
@@ -260,7 +260,7 @@ class NEDS(nn.Module):
         z_BTF = parts.spikes_in.standardise(counts_BTN, missing_BTN)[:, past:]
         if parts.linear is None:
             return z_BTF, None
-        return z_BTF, torch.where(observed_BTM[:, :, :1], parts.linear(z_BTF, fits), 0.0)
+        return z_BTF, parts.linear(z_BTF, fits)
 
     def _tokens(
         self,
