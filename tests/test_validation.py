@@ -4,13 +4,20 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import r2_score
 from temporaldata import Interval
 
 from offline.alone import as_kept, left_to_regression, regressions_validated
 from offline.batches import prepare
 from offline.beginning import build, fit_linear
+from offline.config import TrainConfig
+from offline.masking import draw_masks
+from offline.predict import decode_spans
 from offline.processes import Processes
 from offline.validation import mean_score, null_rates, validate
+from rt_neds.config import parse_config
+from rt_neds.model.neds import AHEAD, SCHEMES, SPIKES
+from rt_neds.model.readout import to_values_TV
 from rt_neds.session import load_session
 from tests.making import TINY, tiny_config, write_session
 
@@ -72,6 +79,79 @@ def test_without_a_spike_there_are_no_bits_per_spike(tmp_path):
     binned.session.records_S["sample"][np.isin(bin_S, np.flatnonzero(binned.of_split("val")))] = -1
     binned.session.records_S.sort(order="sample")
     assert asked() == {"speed", "choice"}
+
+
+def drawn_model(config, subject):
+    """A network that nothing is hidden in behind a zero."""
+    torch.manual_seed(0)
+    model = build(config, [subject]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("asked", ["encoding", "neuron", "forward", AHEAD])
+def test_bits_of_each_scheme_are_those_of_the_split_by_the_written_formula(tmp_path, asked):
+    schemes = {"decoding": 1.0} | ({asked: 1.0} if asked != AHEAD else {})
+    masking = {"schemes": schemes, "ahead": asked == AHEAD, "unit_dropout": 0.4}
+    config = tiny_config(masking=masking)
+    subject = prepare(write_session(tmp_path / "s.h5", units=9), config)
+    model, binned, scale = drawn_model(config, subject), subject.binned, subject.scales[0]
+    scheme, out = ("decoding", AHEAD) if asked == AHEAD else (asked, SPIKES)
+    one = tiny_config(masking={**masking, "schemes": {scheme: 1.0}, "unit_dropout": 0.0}).masking
+    ((first, stop),), rng, gain, spikes = binned.spans("val"), np.random.default_rng(0), 0.0, 0.0
+    assert (stop - first) % 40  # the last window reaches beyond the split
+    for at in range(first, stop, 40):
+        bins, inside = np.arange(at, at + 40), np.arange(at, at + 40) < stop
+        scored = binned.scored_TM[bins] & inside[:, None]
+        masks = draw_masks(one, binned.shown_TM[bins][None], scored[None], subject.region_N, rng)
+        counts, values = binned.counts_TN(at, at + 40), binned.values_TM[bins].copy()
+        values[:, 1] = (values[:, 1] - scale.mean) / scale.sd
+        raw = model(
+            "tiny",
+            torch.from_numpy(counts)[None],
+            torch.from_numpy(values)[None],
+            torch.from_numpy(masks.observed_BTM),
+            torch.tensor([SCHEMES.index(scheme)]),
+            missing_BTN=torch.from_numpy(masks.missing_BN)[:, None],
+            wanted=[out],
+        )
+        rate, null = raw[out][0].exp().numpy(), null_rates(subject)
+        where = masks.ahead_BT[0] if asked == AHEAD else masks.asked_BTM[0, :, 0]
+        for t in np.flatnonzero(where):
+            for n in np.flatnonzero(masks.asked_BN[0]):
+                gain += counts[t, n] * np.log2(rate[t, n] / null[n])
+                gain -= (rate[t, n] - null[n]) / np.log(2)
+                spikes += counts[t, n]
+    val = validate(model, [subject], config, "val", torch.device("cpu")).scores["tiny"]
+    assert val[asked] == pytest.approx(gain / spikes, rel=1e-4)
+
+
+def test_each_behaviour_is_scored_on_its_own_scale_where_it_is_scored(tmp_path):
+    behaviour = {name: TINY["behaviour"][name] for name in ("choice", "speed")}
+    behaviour["fast"] = {**behaviour["speed"], "transform": "speed", "tau_s": 0.1}
+    config = parse_config({**TINY, "behaviour": behaviour}, TrainConfig, "a test")
+    subject = prepare(write_session(tmp_path / "s.h5"), config)
+    model, binned = drawn_model(config, subject), subject.binned
+    binned.scored_TM[2200:2250, 2] = False
+    binned.values_TM[2200:2250, 2] = 1e3
+    val = validate(model, [subject], config, "val", torch.device("cpu"))
+    (span,) = binned.spans("val")
+    for m, name in enumerate(behaviour, start=1):
+        raw = decode_spans(model, binned, [span], wanted=[name], window=40)[name]
+        use = binned.scored_TM[slice(*span), m]
+        true = binned.values_TM[slice(*span), m][use]
+        said = to_values_TV(
+            torch.from_numpy(raw[use]), model.behaviours[m - 1], subject.scales[m - 1]
+        )
+        if name == "choice":
+            trials = binned.trial_T[slice(*span)][use]
+            assert len(val.losses["tiny"][name]) == len(np.unique(trials))
+            continue
+        expected = r2_score(true, said[:, 0].numpy())
+        assert val.scores["tiny"][name] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("live", [False, True])
