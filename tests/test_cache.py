@@ -2,6 +2,7 @@
 
 import os
 
+import h5py
 import msgspec
 import numpy as np
 import pytest
@@ -21,8 +22,8 @@ def folders(path):
 
 
 def test_what_comes_back_is_what_was_kept(tmp_path):
-    config = tiny_config()
-    path = write_session(tmp_path / "s.h5")
+    config = tiny_config(masking={"schemes": {"decoding": 1.0, "neuron": 1.0}})
+    path = write_session(tmp_path / "s.h5", domain=[(0.0, 30.0), (31.0, 60.0)])
     fresh, back = prepare(path, config), kept(path, config, tmp_path / "cache")
     for name in ARRAYS:
         np.testing.assert_array_equal(getattr(back.binned, name), getattr(fresh.binned, name))
@@ -31,6 +32,9 @@ def test_what_comes_back_is_what_was_kept(tmp_path):
     for name in ("id", "units", "rate", "present", "scales", "length"):
         assert getattr(back, name) == getattr(fresh, name)
     np.testing.assert_array_equal(back.rate_N, fresh.rate_N)
+    assert back.binned.by_trial == fresh.binned.by_trial == ("choice",)
+    assert back.binned.session.unit_ids == fresh.binned.session.unit_ids
+    np.testing.assert_array_equal(back.binned.session.domain_K2, fresh.binned.session.domain_K2)
     np.testing.assert_array_equal(
         back.binned.counts_TN(90, 250, 77), fresh.binned.counts_TN(90, 250, 77)
     )
@@ -67,6 +71,16 @@ def test_it_is_made_anew_when_it_must_be_and_only_then(tmp_path):
     os.utime(path, ns=(1, 1))
     kept(path, tiny_config(), where)
     assert len(folders(where)) == 4
+    for fold in (0, 1):
+        kept(path, tiny_config(data={"split": "trials", "fold": fold}), where)
+    assert len(folders(where)) == 6
+    (tmp_path / "other").mkdir()
+    twin = write_session(tmp_path / "other" / "s.h5", seed=1)
+    os.utime(twin, ns=(1, 1))
+    back = kept(twin, tiny_config(), where)
+    np.testing.assert_array_equal(
+        back.binned.values_TM, prepare(twin, tiny_config()).binned.values_TM
+    )
 
 
 @pytest.mark.parametrize("lost", ["session.json", "trial.npy"])
@@ -94,6 +108,21 @@ def test_behaviours_and_classes_in_another_order_are_another_question(tmp_path):
         np.testing.assert_array_equal(back.binned.values_TM, fresh.binned.values_TM)
         assert back.present == fresh.present
     assert len(folders(tmp_path / "cache")) == 3
+
+
+def test_regions_are_those_that_are_asked_for(tmp_path):
+    path, where = write_session(tmp_path / "s.h5"), tmp_path / "cache"
+    with h5py.File(path, "r+") as file:
+        file["units/half"] = np.array([b"front", b"front", b"front", b"back", b"back", b"back"])
+    found = []
+    for schemes, field in (
+        ("neuron", "region"),
+        ("inter_region", "region"),
+        ("inter_region", "half"),
+    ):
+        config = tiny_config(masking={"schemes": {schemes: 1.0}, "region": field})
+        found.append(kept(path, config, where).region_N.tolist())
+    assert found == [[0] * 6, [0, 1] * 3, [1, 1, 1, 0, 0, 0]]
 
 
 def test_more_sessions_than_are_mapped_at_a_time(tmp_path, monkeypatch):
@@ -134,8 +163,6 @@ def test_sessions_may_lack_behaviours_but_not_all_the_same(tmp_path):
 
 def test_two_probes_of_one_session_id_are_told_what_to_do(tmp_path):
     a, b = (write_session(tmp_path / f"{n}.h5") for n in "ab")
-    import h5py
-
     with h5py.File(b, "a") as file:
         file["units/id"][...] = np.array([f"huge/{n}".encode() for n in range(6)])
     with pytest.raises(ConfigError, match="its units differ: merge"):

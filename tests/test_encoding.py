@@ -111,12 +111,17 @@ def test_scores_are_the_written_formula(metric):
 
 def test_bins_that_were_not_recorded_are_not_scored():
     model, counts = random_model(), random_counts()
-    counts[140:150] = 0
+    counts[:, 6] = 0
+    counts[140:150] = [0, 0, 0, 0, 0, 0, 3]  # what comes out of a hole is no spike
     binned = recorded(counts, hole=slice(140, 150))
+    binned.shown_TM[205:210, 1] = False
     came = predict_spikes(model, ALL, binned, SPANS, [Scale()], REGIONS, window=40)
     inside = np.concatenate([np.arange(130, 140), np.arange(150, 171), np.arange(200, 233)])
     np.testing.assert_array_equal(came["co_smoothing"].bins_T, inside)
     np.testing.assert_array_equal(came["forward_1"].bins_T, inside)
+    np.testing.assert_array_equal(came["co_smoothing"].units_N, range(6))
+    known = inside[(inside < 205) | (inside >= 210)]  # without behaviour there is nothing to go by
+    np.testing.assert_array_equal(came["bits_per_spike"].bins_T, known)
 
 
 def test_many_units_are_sampled_the_same_each_time(monkeypatch):

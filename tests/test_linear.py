@@ -131,6 +131,37 @@ def test_training_hears_of_no_bin_what_was_fitted_to_it(begun, monkeypatch):
         assert (fit_of_window == binned.cut(fit_T, first, first + len(fit_of_window))).all()
 
 
+def test_nothing_is_fitted_but_what_is_scored_and_recorded_in_training(session, monkeypatch):
+    monkeypatch.setattr(linear, "PENALTIES", (0.1,))
+    config = config_of()
+    subject = prepare(session, config)
+    binned, spikes_in = subject.binned, build(config, [subject]).parts("tiny").spikes_in
+    binned.scored_TM[3000:3200, 1:], binned.shown_TM[5000:5200, 0] = False, False
+    usable = binned.scored_TM & binned.shown_TM[:, :1] & binned.of_split("train")[:, None]
+    arguments = ((SPEED, CHOICE), subject.scales, spikes_in)
+    before = linear.fit(binned, *arguments)
+    binned.values_TM = np.where(usable, binned.values_TM, 1 - binned.values_TM)
+    after = linear.fit(binned, *arguments)
+    assert before.weight_XUF.any()
+    assert torch.equal(before.weight_XUF, after.weight_XUF)
+    assert torch.equal(before.bias_XU, after.bias_XU)
+    for name, tensor in before.outs.items():
+        assert torch.equal(tensor, after.outs[name])
+
+
+def test_features_are_what_the_read_in_makes_of_recorded_bins(begun):
+    _, model, subject = begun
+    binned, spikes_in = copy.deepcopy(subject.binned), model.parts("tiny").spikes_in
+    binned.shown_TM[4000:4010, 0] = False
+    bins_S = np.array([0, 1, 50, 3000, 4000, 4005, 4012, 9000])
+    counts_TN = binned.counts_TN(0, binned.bins)
+    counts_TN[4000:4010] = 0
+    with torch.no_grad():
+        z_TF = spikes_in.standardise(torch.from_numpy(counts_TN)[None])[0].numpy()
+    found_SF = linear.features(binned, bins_S, spikes_in)
+    np.testing.assert_allclose(found_SF, z_TF[bins_S], atol=1e-5)
+
+
 def test_what_is_said_does_not_hang_on_what_units_are_divided_by(begun, monkeypatch):
     _, model, subject = begun
     parts = model.parts("tiny")

@@ -88,6 +88,15 @@ def test_units_of_two_probes_are_told_apart(tmp_path):
         time_S = of_first[0][of_first[1] == unit] if unit < 5 else times[unit - 5 :: 3]
         mine = session.records_S["sample"][session.records_S["unit"] == unit]
         np.testing.assert_array_equal(mine, np.rint(time_S * 30_000), err_msg=name)
+    third = tmp_path / "eid" / "alf" / "probe02"
+    third.mkdir()
+    np.save(third / "spikes.times.npy", times + 0.001)
+    np.save(third / "spikes.clusters.npy", np.arange(3000) % 2)
+    session = prepared(tmp_path / "eid", tmp_path)
+    assert session.unit_ids == [*names, "probe02/0", "probe02/1"]
+    assert not session.has("units.depths")  # not of every unit
+    mine = session.records_S["sample"][session.records_S["unit"] == 9]
+    np.testing.assert_array_equal(mine, np.rint((times[1::2] + 0.001) * 30_000))
 
 
 def test_spikes_of_no_time_are_left_out_with_their_units(tmp_path):
@@ -162,3 +171,9 @@ def test_a_hole_is_one_for_many_units_and_for_few():
         found_K2 = recorded(np.concatenate([*parts, [np.nan]]))
         assert np.allclose(found_K2, [[0, 300], [300 + hole, 600 + hole]], atol=2.0)
     assert recorded(np.zeros(0)).shape == (0, 2)
+
+
+def test_half_a_second_of_many_silent_units_is_no_hole():
+    rng = np.random.default_rng(0)
+    time_S = np.concatenate([rng.uniform(0, 20, 40_000), rng.uniform(20.5, 40, 40_000)])
+    assert len(recorded(time_S)) == 1

@@ -57,6 +57,27 @@ def test_a_wrong_name_gets_the_nearest_right_one(tmp_path):
         session.series("trials.choice")
 
 
+def test_times_become_the_nearest_sample_at_the_files_rate_and_spikes_are_in_order(tmp_path):
+    path = write_session(tmp_path / "s.h5")
+    sample_S = np.arange(1, 5000)  # n / 25000 * 25000 is often a little less than n
+    with h5py.File(path, "r+") as file:
+        spikes, order = file["spikes"], np.random.default_rng(0).permutation(len(sample_S))
+        for name, values in (("timestamps", sample_S / 25_000), ("unit_index", sample_S % 6)):
+            del spikes[name]
+            spikes[name] = values[order]
+        file["session"].attrs["sampling_rate"] = 25_000.0
+    session = load_session(path)
+    assert session.rate == 25_000
+    np.testing.assert_array_equal(session.records_S["sample"], sample_S)
+    np.testing.assert_array_equal(session.records_S["unit"], sample_S % 6)
+    np.testing.assert_array_equal(session.samples(sample_S / 25_000), sample_S)
+    assert session.samples([np.nan, 2.0]).tolist() == [-1, 50_000]
+    with h5py.File(path, "r+") as file:
+        file["spikes/timestamps"][7] = np.inf
+    with pytest.raises(SessionError, match="not finite"):
+        load_session(path)
+
+
 def test_spikes_of_unlisted_units_are_refused(tmp_path):
     path = write_session(tmp_path / "s.h5")
     with h5py.File(path, "a") as file:

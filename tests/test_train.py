@@ -92,6 +92,18 @@ def test_a_checkpoint_is_wholly_of_one_step_whenever_writing_it_was_interrupted(
     assert resumed() == {203}
 
 
+def test_the_best_weights_stand_still_and_of_equals_are_the_last():
+    model = torch.nn.Linear(1, 1)
+    best = Best({})
+    for step, (score, weight) in enumerate([(0.1, 1.0), (0.3, 2.0), (0.2, 3.0), (0.3, 4.0)]):
+        torch.nn.init.constant_(model.weight, weight)
+        best.offer(step, score, {"a": {"x": score}}, model)
+        torch.nn.init.constant_(model.weight, 9.0)
+        kept = [(0, 1.0), (1, 2.0), (1, 2.0), (3, 4.0)][step]
+        assert (best.step, float(best.weights["weight"])) == kept
+    assert (best.score, best.val) == (0.3, {"a": {"x": 0.3}})
+
+
 def test_resume_refuses_another_configuration_and_an_empty_folder(tiny, tmp_path):
     session, run, _ = tiny
     with pytest.raises(ConfigError, match="another configuration"):

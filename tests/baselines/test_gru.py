@@ -74,6 +74,28 @@ def test_state_is_carried_from_the_first_bin(
     assert gru(binned, ["speed"], np.arange(0))["speed"].shape == (0,)
 
 
+def test_what_is_live_is_read_where_it_is_known_and_not_before(
+    counts_TN: NDArray, speed_T: NDArray
+) -> None:
+    side_T = (speed_T > 500).astype(float)
+    binned = binned_session(counts_TN, speed_T, side=side_T, depth=np.roll(speed_T, 3))
+    known_T = np.random.default_rng(2).random(T) < 0.7
+    binned.shown_TM[:, 2] = binned.shown_TM[:, 3] = known_T
+    known_T[1700], asked = True, np.arange(1640, 1701)
+    binned.shown_TM[1700] = True
+
+    def decoded() -> NDArray:
+        return gru(binned, ["speed"], asked, classes={"side": 2}, live=["side", "depth"])["speed"]
+
+    expected = decoded()
+    other_T = ~known_T | (np.arange(T) > 1700)
+    binned.values_TM[other_T, 2] = 1 - binned.values_TM[other_T, 2]
+    binned.values_TM[other_T, 3] = -7e3
+    np.testing.assert_array_equal(decoded(), expected)
+    binned.values_TM[1700, 3] += 50.0
+    assert decoded()[-1] != expected[-1]
+
+
 def test_unrecorded_bins_enter_as_silence(counts_TN: NDArray, speed_T: NDArray) -> None:
     hole = slice(1650, 1700)
     silent_TN = counts_TN.copy()
