@@ -246,7 +246,7 @@ def bits_of_units(
         Bits; over the unit's spikes they are its bits per spike.
     spikes_N : ndarray
     """
-    rate = np.maximum(np.where(np.isfinite(rate_TN), rate_TN, 1e-9), 1e-9).astype(np.float64)
+    rate = np.maximum(rate_TN, 1e-9).astype(np.float64)
     null = np.maximum(count_TN.mean(axis=0, dtype=np.float64), 1e-9)
     gain_N = np.sum(count_TN * (np.log(rate) - np.log(null)) - (rate - null), axis=0)
     return gain_N / np.log(2), count_TN.sum(axis=0, dtype=np.float64)

@@ -81,6 +81,8 @@ def test_random_schemes_hide_the_stated_share_and_behaviours_independently():
     hidden, _ = hide("within_behaviour", (20_000, 3), 0.3, rng)
     assert hidden[:, 1:].mean(axis=0) == pytest.approx([0.3, 0.3], abs=0.02)
     assert np.corrcoef(hidden[:, 1], hidden[:, 2])[0, 1] == pytest.approx(0, abs=0.03)
+    hidden, _ = hide("forward", (50, 3), 0.005, rng)
+    assert np.flatnonzero(hidden[:, 0]).tolist() == [49]  # of any window the last bin, at least
     for scheme in ("within_spikes", "cross_modal"):
         hidden, _ = hide(scheme, (20_000, 3), 0.3, rng)
         assert hidden[:, 0].mean() == pytest.approx(0.3, abs=0.02)

@@ -52,6 +52,8 @@ def test_fifty_spikes_are_enough_for_a_score():
     rates = np.where(counts > 0, 0.8, [0.01, 0.2])
     only = bits_per_spike_of_unit(counts[:, 1], rates[:, 1])
     assert bits_per_spike(counts, rates)["mean50"] == pytest.approx(only)
+    rates[7, 1] = np.nan  # what was not predicted has no score, rather than a bad one
+    assert np.isnan(bits_per_spike(counts, rates)["mean50"])
 
 
 def test_the_null_scores_zero_and_the_truth_more():
