@@ -76,7 +76,8 @@ def test_chunking_never_changes_bins(seed, n, cuts, start):
 
 
 @settings(deadline=None, max_examples=100)
-@given(seed=st.integers(0, 10_000), n=st.integers(1, 300), lateness=st.integers(1, 90))
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 300), lateness=st.integers(1, 1600))
+@example(seed=0, n=300, lateness=1600)  # more bins are held open than there would be without it
 def test_disorder_within_the_lateness_never_changes_bins(seed, n, lateness):
     rng = np.random.default_rng(seed)
     end, step = 2000, 10
@@ -85,7 +86,7 @@ def test_disorder_within_the_lateness_never_changes_bins(seed, n, lateness):
     arrives = records["sample"] + rng.integers(0, lateness + 1 - step if lateness > step else 1, n)
     batches = [
         batch(low, low + step, records[(arrives >= low) & (arrives < low + step)])
-        for low in range(0, end + 200, step)
+        for low in range(0, end + lateness + 200, step)
     ]
     b = binner(lateness=lateness)
     frames = run(b, batches)
@@ -142,6 +143,36 @@ def test_a_short_hole_is_filled_with_unobserved_bins():
     assert not frames[5][4].first_of_run
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    pieces=st.lists(st.tuples(st.integers(0, 50), st.integers(1, 70)), min_size=1, max_size=30),
+    lateness=st.sampled_from([0, 7, 2 * WIDTH]),
+)
+@example(pieces=[(0, 50), (1, 9), (0, 60)], lateness=0)
+@example(pieces=[(0, 60), (20, 40), (0, 60)], lateness=2 * WIDTH)  # from edge to edge
+def test_a_bin_is_observed_if_and_only_if_all_its_samples_came(pieces, lateness):
+    b, end, came, frames = binner(lateness=lateness), 0, set(), []
+    for k, (hole, length) in enumerate(pieces):
+        first = end + (hole if k else 0)
+        end = first + length
+        came |= set(range(first, end))
+        frames += run(b, [batch(first, end, np.zeros(0, SPIKE_DTYPE))])
+    bins = (end - lateness) // WIDTH
+    observed = [came >= set(range(n * WIDTH, (n + 1) * WIDTH)) for n in range(max(0, bins))]
+    assert [f[2] for f in frames] == observed
+    assert b.counters["samples_lost"] == end - len(came)
+    assert b.counters["bins_unobserved"] == observed.count(False)
+    assert all(to > len(observed) * WIDTH for _, to in b._holes)  # and else they are forgotten
+
+
+@pytest.mark.parametrize(("end", "bins"), [(259, range(14)), (260, [0, 1, 13])])
+def test_a_hole_is_skipped_from_as_many_whole_bins_on_as_the_context_has(end, bins):
+    b, none = binner(context=10), np.zeros(0, SPIKE_DTYPE)
+    frames = run(b, [batch(0, 45, none), batch(end, 280, none)])
+    assert [f[1] for f in frames] == list(bins)
+    assert b.counters["bins_skipped"] == 14 - len(bins)
+
+
 def test_a_hole_longer_than_the_context_is_skipped_and_accounted_for():
     b = binner(context=10)
     rng = np.random.default_rng(1)
@@ -179,10 +210,44 @@ def test_a_new_epoch_begins_anew_with_its_own_bin_numbers():
     assert [f[4].first_of_run for f in frames] == [True, *[False] * 4, True, False, False]
 
 
+def test_another_run_has_no_spike_and_no_hole_of_the_one_before():
+    b, records = binner(), np.zeros(2, SPIKE_DTYPE)
+    records["sample"], records["unit"] = 69, [0, UNITS]
+    run(b, [batch(0, 65, records[:0]), batch(68, 70, records)])
+    frames = run(b, [batch(0, 200, records[:0], epoch=2)])
+    assert [(f[1], f[2], f[4].spikes + f[4].unknown) for f in frames] == [
+        (n, True, 0) for n in range(10)
+    ]
+    assert not any(f[3].any() for f in frames)
+    assert b.counters["spikes_outside"] == 2
+
+
 def test_lost_messages_are_said_on_the_next_frame():
     none = np.zeros(0, SPIKE_DTYPE)
     frames = run(binner(), [batch(0, 10, none), batch(10, 40, none, lost=3)])
     assert [f[4].lost for f in frames] == [3, 0]
+
+
+def test_what_was_lost_and_late_while_a_bin_was_open_is_summed_on_it():
+    b, late = binner(), np.zeros(1, SPIKE_DTYPE)
+    run(b, [batch(0, 40, late[:0]), batch(40, 48, late, lost=1), batch(48, 55, late, lost=2)])
+    run(b, [batch(30, 45, late[:0])])  # what ends earlier takes nothing back
+    frames = run(b, [batch(55, 80, late[:0])])
+    assert [(f[2], f[4].lost, f[4].late) for f in frames] == [(True, 3, 2), (True, 0, 0)]
+    assert b.counters["samples_lost"] == 0
+
+
+def test_who_goes_on_in_the_middle_of_a_bin_knows_what_was_missing_of_it_and_late():
+    before, after, late = binner(), binner(), np.zeros(1, SPIKE_DTYPE)
+    run(before, [batch(0, 45, late[:0]), batch(50, 55, late, lost=3)])
+    after.go_on_from(before)
+    frames = run(after, [batch(55, 80, late)])
+    assert [f[1:3] for f in frames] == [(2, False), (3, True)]
+    assert [(f[4].lost, f[4].late, f[4].first_of_run) for f in frames] == [
+        (3, 2, True),
+        (0, 0, False),
+    ]
+    assert (after.counters["spikes_late"], after.counters["spikes_outside"]) == (2, 0)
 
 
 @settings(deadline=None, max_examples=50)
@@ -190,6 +255,7 @@ def test_lost_messages_are_said_on_the_next_frame():
 def test_kernel_equals_its_naive_twin(seed, n, first):
     rng = np.random.default_rng(seed)
     records = spikes(rng, n, 0, 3000, units=9)
+    records["unit"][: n // 9] += 1 << 16  # whoever sends may number units as it likes
     rows = np.array([3, -1, 0, 2, 1, 4, -1], np.int32)
     ring = np.zeros((60, UNITS + 2), np.float32)
     tally = np.zeros(2, np.int64)
