@@ -87,12 +87,12 @@ class Ttl:
             self._set(0)
 
     def close(self) -> None:
+        self._acquires = False  # who is reached anew is asked anew
         if self._socket is not None:
             self._socket.close()
             self._socket = None
 
     def _look(self, until_ns: int | None = None) -> None:
-        self._acquires = False
         self._acquires = self._ask("IsAcquiring", until_ns) == "1"
 
     def _set(self, state: int, until_ns: int | None = None) -> None:
@@ -155,7 +155,6 @@ class Nido:
         if self._socket is None:
             self._socket = socket.create_connection(self._address, ANSWER_S)
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._socket.settimeout(ANSWER_S)
         return self._socket
 
     def _ask(self, command: str, until_ns: int | None = None) -> None:

@@ -9,8 +9,10 @@ import pytest
 import zmq
 
 from rt_neds import actuators as actuators_module
+from rt_neds import devices
 from rt_neds.actuators import WAITING, Actuators
 from rt_neds.children import free_port
+from rt_neds.devices import Marker, Nido, NoAnswerError, TooLateError, Ttl, UnansweredError
 from rt_neds.errors import ConfigError
 from rt_neds.stream.trigger import HANDED
 from rt_neds.trigger_config import (
@@ -66,7 +68,10 @@ class NetworkEvents(threading.Thread):
 
 
 class CommandServer(socketserver.ThreadingTCPServer):
-    """Answers as SpikeGLX's command server does: a line in, ``OK`` or ``ERROR ...`` out."""
+    """Answers as SpikeGLX's command server does: a line in, ``OK`` or ``ERROR ...`` out.
+
+    None for an answer hangs up.
+    """
 
     allow_reuse_address = daemon_threads = True
 
@@ -77,18 +82,27 @@ class CommandServer(socketserver.ThreadingTCPServer):
         self.address = f"127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
+    def close(self):
+        self.shutdown()
+        self.server_close()
+
     def hang_up(self):
         for connection in self.open:
             connection.shutdown(socket.SHUT_RDWR)
 
 
 class CommandHandler(socketserver.StreamRequestHandler):
+    disable_nagle_algorithm = True
+
     def handle(self):
         self.server.connections += 1
         self.server.open.append(self.connection)
         for line in self.rfile:
             self.server.heard.append(line.decode())
-            self.wfile.write(self.server.answer)
+            if self.server.answer is None:
+                return
+            self.wfile.write(self.server.answer[:1])  # in two pieces, as TCP may
+            self.wfile.write(self.server.answer[1:])
 
 
 @pytest.fixture
@@ -191,6 +205,103 @@ def test_spikeglx_refuses_or_is_not_there(act):
     fire(actuators)
     until(lambda: actuators.status("p")["go.nido"]["failed"] == 1)
     assert "is its command server on?" in gone[0]
+
+
+def ttl(to, pulse_ms=50.0):
+    return Ttl(TtlConfig(line=1, to=to, pulse_ms=pulse_ms))
+
+
+def nido(to, pulse_ms=10.0):
+    return Nido(NidoConfig(lines="x", bits=1, to=to, pulse_ms=pulse_ms))
+
+
+class Outlet:
+    """A marker stream on which nobody needs LSL."""
+
+    def __init__(self):
+        self.heard = []
+
+    def outlet(self):
+        return self
+
+    def push_sample(self, texts):
+        self.heard += texts
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("make", [ttl, nido, Marker])
+def test_no_device_does_anything_that_is_too_late(make):
+    server = {ttl: NetworkEvents, nido: CommandServer, Marker: Outlet}[make]()
+    device = Marker(server, "go") if make is Marker else make(server.address)
+    with pytest.raises(TooLateError):
+        device.on(time.monotonic_ns() - 1)
+    assert server.heard == []
+    device.on(time.monotonic_ns() + round(WAIT_S * 1e9))
+    until(lambda: len(server.heard) == 1)
+    device.close()
+    server.close()
+
+
+def test_a_pulse_is_as_long_as_it_was_told_to_be():
+    assert ttl("tcp://127.0.0.1:1", pulse_ms=5.0).pulse_s == 0.005
+    assert nido("127.0.0.1:1", pulse_ms=5.0).pulse_s == 0.005
+
+
+@pytest.mark.parametrize(
+    ("answer", "answer_s", "error", "words"),
+    [
+        (b"", 0.05, UnansweredError, "does not answer"),
+        (None, WAIT_S, UnansweredError, "closed the connection"),
+        (b"x" * 2000, WAIT_S, NoAnswerError, "answers 'xxx"),
+    ],
+    ids=["silent", "hangs up", "never ends"],
+)
+def test_whether_spikeglx_may_have_done_it_is_known(monkeypatch, answer, answer_s, error, words):
+    monkeypatch.setattr(devices, "ANSWER_S", answer_s)
+    server = CommandServer(answer)
+    device = nido(server.address)
+    with pytest.raises(NoAnswerError, match=words) as told:
+        device.on(time.monotonic_ns() + round(WAIT_S * 1e9))
+    assert told.type is error
+    device.close()
+    server.close()
+
+
+@pytest.mark.parametrize("make", [ttl, nido])
+def test_who_is_not_there_is_asked_nothing_that_could_be_done_later(monkeypatch, make):
+    monkeypatch.setattr(devices, "ANSWER_S", 0.02)
+    address = f"127.0.0.1:{free_port()}"
+    device = make(f"tcp://{address}" if make is ttl else address)
+    with pytest.raises(NoAnswerError) as told:
+        device.on(time.monotonic_ns() + round(WAIT_S * 1e9))
+    assert told.type is NoAnswerError
+    device.close()
+
+
+@pytest.mark.parametrize("acquires", [0, 2])
+def test_who_is_reached_anew_is_asked_anew_whether_it_acquires(monkeypatch, acquires):
+    monkeypatch.setattr(devices, "ANSWER_S", WAIT_S)
+    server, until_ns = NetworkEvents(), time.monotonic_ns() + round(WAIT_S * 1e9)
+    device = ttl(server.address)
+    device.on(until_ns)
+    device.close()  # as after anything that went wrong
+    server.acquires = acquires
+    with pytest.raises(NoAnswerError, match="does not acquire"):
+        device.on(until_ns)
+    assert server.heard == ["TTL Line=1 State=1"]
+    device.close()
+    server.close()
+
+
+def test_a_connection_to_spikeglx_is_kept_from_falling_asleep():
+    server = CommandServer()
+    device = nido(server.address)
+    device.keep()
+    assert server.heard == ["NOOP\n"]
+    device.close()
+    server.close()
 
 
 def test_what_comes_too_late_is_not_done(act):
