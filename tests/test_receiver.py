@@ -2,11 +2,24 @@
 
 import numpy as np
 import pytest
+import zmq
 
 from rt_neds.errors import WireError
 from rt_neds.frames import SPIKE_DTYPE, SpikeBatch
+from rt_neds.stream.live import LiveBehaviours
 from rt_neds.stream.receiver import Announcement, Receiver
-from rt_neds.wire import LEAP_MESSAGES, MAX_MESSAGE_S, pack_source, pack_spikes, unpack_spikes
+from rt_neds.wire import (
+    LEAP_MESSAGES,
+    MAX_MESSAGE_S,
+    MAX_SPIKES,
+    BehaviourBatch,
+    TaskEvent,
+    pack_behaviour,
+    pack_event,
+    pack_source,
+    pack_spikes,
+    unpack_spikes,
+)
 
 RATE, MS = 30_000, 30
 
@@ -16,6 +29,19 @@ def receiver():
     one = Receiver("tcp://127.0.0.1:9", "p")  # nobody is there: messages are given by hand
     yield one
     one.close()
+
+
+@pytest.fixture
+def observing():
+    one = Receiver("tcp://127.0.0.1:9", "p", LiveBehaviours({"choice": ("left", "right"), "x": ()}))
+    yield one
+    one.close()
+
+
+def observed(first, value, epoch=1):
+    """A state of the task and a value, from one sample on."""
+    batch = BehaviourBatch("x", epoch, 0, first, 1000.0, np.array([value], np.float32))
+    return [pack_event("p", TaskEvent(epoch, first, "choice", "right")), pack_behaviour(batch)]
 
 
 def message(seq, first, *, epoch=1, length=MS):
@@ -148,6 +174,27 @@ def test_spikes_at_another_rate_than_was_announced_are_malformed(receiver):
     batch = SpikeBatch(1, 1, MS, 2 * MS, 20_000.0, 1, 0, np.zeros(0, SPIKE_DTYPE))
     assert came(receiver, pack_spikes("p", batch)) == []
     assert counts(receiver, "messages", "malformed") == (1, 1)
+
+
+def test_what_is_observed_is_of_the_run_of_the_spikes(observing):
+    came(observing, message(0, 0), *observed(5, 3.0), message(1, MS))
+    assert observing.live.at(1, 2 * MS, 2 * MS).tolist() == [1, 3.0]
+    came(observing, message(0, 0, epoch=2), *observed(7, 4.0, epoch=2))
+    assert observing.live.at(2, MS, MS).tolist() == [1, 4.0]
+    came(observing, pack_event("p", TaskEvent(2, 8, "a kind that nobody asked for", 1)))
+    assert counts(observing, "observed", "malformed") == (5, 0)
+
+
+def test_what_is_observed_before_a_run_that_is_joined_late_is_believed_is_not_lost(observing):
+    came(
+        observing, message(1 << 40, FAR), *observed(FAR + 5, 3.0), message((1 << 40) + 1, FAR + MS)
+    )
+    assert observing.live.at(1, FAR + 2 * MS, 2 * MS).tolist() == [1, 3.0]
+
+
+def test_no_message_may_take_more_memory_than_one_of_the_protocol_can(receiver):
+    assert receiver.socket.get(zmq.MAXMSGSIZE) == MAX_SPIKES * SPIKE_DTYPE.itemsize
+    assert receiver.socket.get(zmq.RCVHWM) > 0  # nor all that wait
 
 
 def test_every_message_is_counted_in_one_place(receiver):

@@ -190,13 +190,16 @@ class Receiver:
         self._pass_on(batch)
 
     def _take_live(self, live: LiveBehaviours, frames: list[bytes]) -> None:
+        rate, end = self._rate, self._end
+        if self._epoch is None and self._leap is not None:  # joined late: that is all we know
+            rate, end = self._leap.rate, self._leap.end
         name = self._values.get(frames[0])
         if name is not None and len(frames) == 3:
-            live.take(unpack_behaviour(name, frames[1], frames[2]), self._rate, self._end)
+            live.take(unpack_behaviour(name, frames[1], frames[2]), rate, end)
         elif frames[0] == self._events and len(frames) == 2:
             event = unpack_event(frames[1])
             if event.kind in live.classes:
-                live.take_event(event, self._rate, self._end)
+                live.take_event(event, rate, end)
         else:
             raise WireError(f"{len(frames)} frames under topic {frames[0][:40]!r}")
         self.counters["observed"] += 1
