@@ -172,6 +172,7 @@ def test_nobody_there_is_counted_said_once_and_made_up_for(act):
     assert said[1] == "trigger go.ttl: answers again"
     fire(actuators)
     until(lambda: actuators.status("p")["go.ttl"]["done"] == 1)
+    assert len(said) == 2
     server.close()
 
 

@@ -7,13 +7,14 @@ from rt_neds.assemble import assemble, unit_map
 from rt_neds.bundle import build_model, load_spec
 from rt_neds.clock import ClockFit, samples_per_bin
 from rt_neds.errors import ConfigError, StreamError
-from rt_neds.frames import SPIKE_DTYPE, Flag, SpikeBatch
+from rt_neds.frames import SPIKE_DTYPE, BinnedFrame, Flag, SpikeBatch
 from rt_neds.replay import batches
 from rt_neds.serve_config import ServeConfig
 from rt_neds.session import load_session
 from rt_neds.stream.binner import CHUNK
 from rt_neds.stream.decoder import Decoder
 from rt_neds.stream.receiver import Announcement
+from rt_neds.stream.validity import Validity
 
 RATE, WIDTH, CONTEXT = 30_000.0, 600, 10
 MS = 1_000_000
@@ -148,6 +149,45 @@ def test_a_source_that_fell_silent_is_stale(run):
     assert loop.status(0)["frame_counters"]["stale"] == 1
 
 
+def test_a_slip_of_the_clock_is_flagged_for_a_context_and_another_epoch_is_none(run):
+    def at_ns(k):  # after fifteen seconds samples went missing without a word
+        return (k + 1) * 20 * MS + (50 * MS if k >= 750 else 0)
+
+    again = silence(0, 400, epoch=2, at_ns=lambda k: 30_000 * MS + at_ns(k))
+    sink, loop = run([*silence(0, 1500, at_ns=at_ns), *again])
+    slipped = [(f.epoch, f.bin) for f in sink.frames if f.flags & Flag.SLIPPED]
+    first = slipped[0][1]
+    assert 750 < first < 1000
+    assert slipped == [(1, first + k) for k in range(CONTEXT)]
+    assert loop.status(0)["frame_counters"]["slips"] == 1
+
+
+def test_a_hole_of_another_run_is_none_of_this_one(run):
+    sink, _ = run([*silence(0, 20), *silence(22, 3, seq=20), *silence(0, 15, epoch=2)])
+    assert [(f.epoch, f.bin) for f in sink.frames if f.flags & Flag.GAP] == [
+        (1, n) for n in range(20, 25)
+    ]
+
+
+def test_who_goes_on_distrusts_what_the_one_before_had_not_yet_said():
+    def validity(fit):
+        return Validity(CONTEXT, 20 * MS, fit, stale_ms=100.0, units_missing=False)
+
+    fit = ClockFit(RATE)
+    before, after = validity(fit), validity(ClockFit(RATE))
+    for batch in silence(0, 300):
+        before.take(batch)
+    fit.observe = lambda *_: True  # slipped, and silent for two seconds; no bin has closed since
+    before.take(silence(300, 1, at_ns=lambda _: 8000 * MS)[0])
+    del fit.observe
+    after.go_on_from(before)
+    after.take(silence(301, 1, at_ns=lambda _: 8001 * MS)[0])
+    frame = BinnedFrame(1, 301, 302 * WIDTH, np.zeros(1), True, 0, 0, 0, 0, False, 0, 0)
+    assert after.flags(frame) & (Flag.STALE | Flag.SLIPPED) == Flag.STALE | Flag.SLIPPED
+    assert after.realtime  # the clock is the same, and so is what it was found to be
+    assert after.counters["stale"] == after.counters["slips"] == 1
+
+
 def pieces_of(batches_, parts):
     """The same stream in so many messages a batch, each a part of it later."""
     for batch in batches_:
@@ -184,8 +224,15 @@ def test_bins_held_open_on_purpose_are_not_late(run, monkeypatch):
     sink, loop = run(silence(0, 400), lateness_ms=50.0)
     assert loop.status(0)["realtime"]
     assert [f.bin for f in sink.frames if f.flags & Flag.LATE] == [396]
+    assert loop.status(0)["frame_counters"]["late"] == 1
     ended, published = (sink.frames[-1].stamps[which] for which in ("ended", "published"))
     assert (published - ended) / MS == pytest.approx(121, abs=1)  # the truth, all the same
+
+
+def test_what_does_not_run_in_real_time_has_no_end_to_be_late_after(run):
+    sink, loop = run(silence(0, 400, at_ns=lambda k: (k + 1) * 10 * MS))  # twice as fast
+    assert not loop.status(0)["realtime"]
+    assert not any("ended" in f.stamps or f.flags & Flag.LATE for f in sink.frames)
 
 
 def test_another_session_or_rate_restarts_and_counts_go_on(tiny):

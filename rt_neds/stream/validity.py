@@ -53,7 +53,7 @@ class Validity:
     def go_on_from(self, before: Validity) -> None:
         """Go on with the same stream where another ended; what was silent meanwhile were we."""
         self.counters, self._fit, self._epoch = before.counters, before._fit, before._epoch
-        self._began_before, self._held_ns = before._began_before, before._held_ns
+        self._began_before = before._began_before
         self._stale, self._stale_told = before._stale, before._stale_told
         self._bins_since_slip = before._bins_since_slip
 
