@@ -96,7 +96,7 @@ class Hand(threading.Thread):
                 self._put_low()
             if wanted is not None:
                 self._act(*wanted)
-            elif self._ending:
+            elif self._ending and not self._waiting:  # it may have come while a line was put low
                 break
             elif time.monotonic() >= keep_at:
                 self._try(self._device.keep)

@@ -4,13 +4,14 @@ import socket
 import socketserver
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import zmq
 
 from rt_neds import actuators as actuators_module
 from rt_neds import devices
-from rt_neds.actuators import WAITING, Actuators
+from rt_neds.actuators import WAITING, Actuators, Hand
 from rt_neds.children import free_port
 from rt_neds.devices import Marker, Nido, NoAnswerError, TooLateError, Ttl, UnansweredError
 from rt_neds.errors import ConfigError
@@ -449,6 +450,50 @@ def test_a_pulse_is_ended_before_the_end(act):
     actuators.end()
     assert server.heard[-1] == "TTL Line=1 State=0"
     server.close()
+
+
+def test_what_was_handed_over_before_the_end_is_done(monkeypatch):
+    monkeypatch.setattr(actuators_module, "END_S", WAIT_S)
+    server = NetworkEvents()
+    apart = Actuators(
+        rules_of({"p": {"go": rule(ttl=TtlConfig(line=1, to=server.address))}}), print
+    )
+    apart.connect()
+    fire(apart)
+    apart.run(lambda: True)
+    assert apart.status("p")["go.ttl"]["done"] == 1
+    server.close()
+
+
+class Line:
+    """A device whose line is seen; answers with what it is told to."""
+
+    pulse_s = 0.05
+
+    def __init__(self):
+        self.high, self.error = False, None
+
+    def on(self, until_ns):
+        if self.error:
+            raise self.error
+        self.high = True
+
+    def off(self):
+        self.high = False
+
+    def close(self):
+        pass
+
+
+def test_a_pulse_lasts_as_long_as_the_device_says(monkeypatch):
+    monkeypatch.setattr(actuators_module, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    row = dict.fromkeys(("done", "late", "failed", "dropped", "took_ns"), 0)
+    hand = Hand("go", Line(), row, print)
+    hand._put_low()
+    assert hand._off_at == float("inf")
+    hand._act(0, 0)
+    assert hand._off_at == 100.0 + Line.pulse_s
+    assert (row["done"], row["took_ns"] > 0) == (1, True)
 
 
 def test_what_waits_is_bounded_and_handing_over_never_waits(act):
