@@ -10,6 +10,7 @@ from rt_neds.stream.watermark import BEYOND, DEFAULT_LATENESS_MS, TAIL, Watermar
 
 RATE, BLOCK = 30_000.0, 1024
 LATENESS = round(DEFAULT_LATENESS_MS * 30)
+BACK, LEAP = 30_000, 60 * 30_000
 
 
 def begun(whole=True, lateness_ms=0.0):
@@ -95,6 +96,54 @@ def test_by_spikes_loss_makes_everything_suspect_that_may_still_have_come():
     assert trusted[0][0] == 20_000 + LATENESS
     assert all(first == end for first, end in spans if end <= 20_000 + LATENESS)
     assert spans[0][0] > complete
+
+
+def test_what_was_lost_by_spikes_is_as_suspect_once_blocks_come():
+    watermark = begun()
+    for sample in range(0, 20_000, 10):
+        watermark.see(sample)
+    watermark.lose()
+    watermark.see(20_000)
+    at = 20 * BLOCK - TAIL
+    assert at < 20_000 + LATENESS
+    assert blocks(watermark, 19, 1) == [(at, at)]
+    assert blocks(watermark, 20, 1) == [(at, at + BLOCK)]
+
+
+def test_by_spikes_it_begins_before_the_oldest_and_not_where_another_was_suspect():
+    watermark = begun()
+    watermark.lose()
+    watermark.see(50_000)
+    watermark.begin(whole=True)
+    spans = [span for sample in (5000, 4000, 20_000) for span in watermark.see(sample)]
+    assert spans == [(4000 - LATENESS, (20_000 - LATENESS) // 30 * 30)]
+
+
+def test_by_spikes_a_second_back_or_a_minute_ahead_is_another_acquisition():
+    watermark = begun()
+    assert not watermark.breaks(10**9)  # nothing to go by
+    watermark.see(100_000)
+    assert not watermark.breaks(100_000 - BACK)
+    assert watermark.breaks(100_000 - BACK - 1)
+    assert not watermark.breaks(100_000 + LEAP)
+    assert watermark.breaks(100_000 + LEAP + 1)
+    assert not watermark.jumps(100_000 + BACK)
+    assert watermark.jumps(100_000 + BACK + 1)
+
+
+def test_a_block_that_follows_leaves_nothing_out():
+    watermark = begun()
+    blocks(watermark, 0, 3)
+    assert not watermark.block_jumps(3 * BLOCK)
+    assert watermark.block_jumps(3 * BLOCK + 1)
+
+
+def test_spikes_that_come_before_their_block_do_not_say_that_none_will():
+    watermark = begun()
+    blocks(watermark, 0, 3)
+    for k in range(10 * BEYOND):
+        assert watermark.see(3 * BLOCK + k) == []
+    assert watermark.by_data is True
 
 
 def test_deselected_channels_are_noticed():
