@@ -8,13 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import zmq
+from msgspec.structs import replace
 
 from rt_neds import actuators as actuators_module
 from rt_neds import devices
-from rt_neds.actuators import WAITING, Actuators, Hand
+from rt_neds.actuators import WAITING, Actuators, Hand, prepare
+from rt_neds.bundle import load_spec
 from rt_neds.children import free_port
 from rt_neds.devices import Marker, Nido, NoAnswerError, TooLateError, Ttl, UnansweredError
 from rt_neds.errors import ConfigError
+from rt_neds.serve_config import ServeConfig
 from rt_neds.stream.trigger import HANDED
 from rt_neds.trigger_config import (
     NidoConfig,
@@ -435,9 +438,17 @@ def test_two_rules_do_not_share_a_line():
     refuse_shared_lines(both(nido=lambda n: NidoConfig(lines=f"Dev6/port0/line{n}", bits=1 + n)))
     with pytest.raises(ConfigError, match="trigger right: its ttl has a line of trigger left"):
         refuse_shared_lines(both(ttl=lambda n: TtlConfig(line=1)))
-    ranges = {0: "Dev6/port0/line0:3", 1: "dev6/port0/line3"}
-    with pytest.raises(ConfigError, match="trigger right: its nido has a line of trigger left"):
-        refuse_shared_lines(both(nido=lambda n: NidoConfig(lines=ranges[n], bits=8)))
+    refuse_shared_lines(both(ttl=lambda n: TtlConfig(line=1, to=f"tcp://rig{n}:5556")))
+    refuse_shared_lines(both(nido=lambda n: NidoConfig(lines="x", bits=1, to=f"rig{n}:4142")))
+    for ranges in [
+        ("Dev6/port0/line0:3", "dev6/port0/line3"),
+        ("Dev6/port0", "Dev6/port0/line7"),
+        ("Dev6/port0/line3:1", "Dev6/port0/line2"),
+        ("Dev6/port0/line9,Dev6/port0/line2", "Dev6/port0/line2"),
+    ]:
+        with pytest.raises(ConfigError, match="trigger right: its nido has a line of trigger left"):
+            refuse_shared_lines(both(nido=lambda n, of=ranges: NidoConfig(lines=of[n], bits=255)))
+    NidoConfig(lines="Dev6/port0/line0,something", bits=2)  # who knows
     with pytest.raises(ConfigError, match="trigger right: its nido has a line of trigger left"):
         Actuators(both(nido=lambda n: NidoConfig(lines="stimulator", bits=1)), print)
 
@@ -513,6 +524,44 @@ def test_what_waits_is_bounded_and_handing_over_never_waits(act):
             break
     assert dropped == 1
     silent.close()
+
+
+def test_each_probe_has_its_own_rules_and_each_rule_its_own_line(tiny):
+    server, spec = NetworkEvents(), load_spec(tiny[1] / "bundle")
+
+    def one(probe, name, line, **options):
+        does = TriggerConfig(
+            when="speed > 1", refractory_ms=50.0, ttl=TtlConfig(line=line, to=server.address)
+        )
+        return ServeConfig(probe=probe, bundle="b", trigger={name: does}, **options)
+
+    both = [one("p", "a", 1), one("q", "b", 2)]
+    triggers, actuators = prepare(both, {"b": spec}, print)
+    assert {probe: list(of.status()) for probe, of in triggers.items()} == {"p": ["a"], "q": ["b"]}
+    assert [list(actuators.status(probe)) for probe in "pq"] == [["a.ttl"], ["b.ttl"]]
+    actuators._rows[0]["took_ns"] = 2_500_000
+    assert actuators.status("p")["a.ttl"]["took_ms"] == 2.5
+    actuators.start()
+    fire(actuators, rule=1)
+    until(lambda: actuators.status("q")["b.ttl"]["done"] == 1)
+    actuators.end()
+    assert actuators.status("p")["a.ttl"]["done"] == 0
+    assert "TTL Line=1 State=1" not in server.heard
+    server.close()
+
+    session = spec.sessions[0]
+    blind = replace(session, id="blind", behaviours=["choice"])
+    spec = replace(spec, sessions=[session, blind])
+    prepare([one("p", "a", 1)], {"b": spec}, print)  # one of them can answer
+    with pytest.raises(ConfigError, match="trigger a: 'speed'"):
+        prepare([one("p", "a", 1, session="blind")], {"b": spec}, print)
+
+
+def test_rules_of_a_probe_share_its_marker_stream(monkeypatch):
+    monkeypatch.setattr(actuators_module, "_check_pylsl", lambda rule: None)
+    rules = rules_of({"p": {"a": rule(lsl="x"), "b": rule(lsl="y")}, "q": {"c": rule(lsl="z")}})
+    a, b, c = (device._stream for _, _, device in Actuators(rules, print)._things)
+    assert a is b is not c
 
 
 def test_markers_are_heard_through_liblsl(act):

@@ -5,7 +5,7 @@ import pytest
 
 from rt_neds.assemble import assemble, unit_map
 from rt_neds.bundle import build_model, load_spec
-from rt_neds.clock import ClockFit, samples_per_bin
+from rt_neds.clock import ClockFit, same_rate, samples_per_bin
 from rt_neds.errors import ConfigError, StreamError
 from rt_neds.frames import SPIKE_DTYPE, BinnedFrame, Flag, SpikeBatch
 from rt_neds.replay import batches
@@ -425,17 +425,48 @@ def test_a_rate_that_is_off_by_fifty_ppm_is_followed_and_is_no_slip():
     assert feed(fit, 300, rate=RATE * (1 + 50e-6)) == 0
     error_ms = (fit.host_ns(round(299 * RATE * (1 + 50e-6)), round(299e9)) - 299e9) / 1e6
     assert abs(error_ms) < 1
+    assert fit.status()["ppm"] == pytest.approx(-50, abs=1)  # the probe's clock is the faster
+    assert len(fit._minima) == ClockFit.KEPT
 
 
 def test_a_slip_is_seen_once_and_a_stall_is_not_one():
     fit = ClockFit(RATE)
     assert feed(fit, 30) == 0
-    assert feed(fit, 30, start=30, shift_s=0.05) == 1  # samples went missing without a word
+    assert feed(fit, 4.2, start=30, shift_s=0.05) == 1  # samples went missing without a word
+    assert fit.last_slip_ms == pytest.approx(50, abs=1)
+    assert feed(fit, 30, start=34.2, shift_s=0.05) == 0
     assert fit.slips == 1
+    assert feed(fit, 30, start=64.2) == 1  # and back: now they come too soon
+    assert fit.last_slip_ms == pytest.approx(-50, abs=1)
     stalled = ClockFit(RATE)
     assert feed(stalled, 30) == 0
     assert feed(stalled, 1.5, start=30, delay=lambda rng: 0.3) == 0
     assert feed(stalled, 30, start=31.5) == 0
+    for start in (61.5, 71.5, 81.5):  # nor are some
+        assert feed(stalled, 2.5, start=start, delay=lambda rng: 0.3) == 0
+        assert feed(stalled, 7.5, start=start + 2.5) == 0
+
+
+def test_the_fit_begins_with_the_second_second_and_knows_nothing_of_another_epoch():
+    fit = ClockFit(RATE)
+    feed(fit, 1.9)
+    assert fit.host_ns(0, 0) is None
+    feed(fit, 1.1, start=1.9)
+    assert fit.host_ns(0, 0) == pytest.approx(0, abs=MS)
+    feed(fit, 27, start=3)
+    assert fit.realtime
+    fit.restart()
+    assert not fit.realtime
+    assert fit.host_ns(0, 0) is None
+    for k in range(500):
+        assert not fit.observe(k * 300, (100_000 + k * 10) * MS)
+    assert fit.host_ns(0, 100_000 * MS) == pytest.approx(100_000 * MS, abs=MS)
+
+
+def test_a_measured_rate_is_the_nominal_one_and_another_is_not():
+    assert same_rate(30_030, 30_000)
+    assert not same_rate(30_031, 30_000)
+    assert not same_rate(29_969, 30_000)
 
 
 def test_samples_of_which_nanoseconds_would_overflow_are_followed_too():

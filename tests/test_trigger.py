@@ -14,8 +14,8 @@ from rt_neds.config import parse_config
 from rt_neds.errors import ConfigError
 from rt_neds.frames import DecodedFrame, Flag
 from rt_neds.serve_config import ServeConfig, each_probe
-from rt_neds.stream.trigger import HANDED, NO_AGE, Triggered, Triggers, bins_of
-from rt_neds.trigger_config import TriggerConfig, rules_of
+from rt_neds.stream.trigger import HANDED, NO_AGE, REASONS, Triggered, Triggers, bins_of
+from rt_neds.trigger_config import DRIFTED, REFUSABLE, TriggerConfig, flags_of, rules_of
 from tests import naive_trigger
 
 OUTPUTS = [
@@ -355,6 +355,7 @@ def test_the_sink_says_what_was_decided_after_the_frame():
         ({"when": "a > 1", "hold": 3}, "unknown key trigger.go.hold; did you mean .*hold_ms"),
         ({"when": "a > 1", "hold_ms": -1}, "hold_ms -1; 0 to 86400000 ms can be had"),
         ({"when": "a > 1", "ttl": {"line": 0}}, ">= 1"),
+        ({"when": "a > 1", "ttl": {"line": 257}}, "<= 256"),
         ({"when": "a > 1", "ttl": {"line": 1, "to": "ipc://x"}}, "expected an address"),
         ({"when": "a > 1", "ttl": {"line": 1, "pulse_ms": 0}}, "pulse_ms 0"),
         ({"when": "a > 1", "ttl": {"line": 1, "puls_ms": 1}}, "trigger.go.ttl.puls_ms; did you"),
@@ -364,13 +365,29 @@ def test_the_sink_says_what_was_decided_after_the_frame():
         ({"when": "a > 1", "nido": {"lines": "x", "bits": 1}}, "nido.pulse_ms 10; a firing"),
         ({"when": "a > 1", "nido": {"lines": "a b", "bits": 1}}, "lines 'a b'"),
         ({"when": "a > 1", "nido": {"lines": "a\nb", "bits": 1}}, "lines 'a"),
+        ({"when": "a > 1", "nido": {"lines": "a", "bits": 1, "pulse_ms": 0}}, "pulse_ms 0"),
         ({"when": "a > 1", "nido": {"lines": "a", "bits": 1, "to": "host"}}, "HOST:PORT"),
+        ({"when": "a > 1", "nido": {"lines": "a", "bits": 1, "to": "host:0"}}, "HOST:PORT"),
+        ({"when": "a > 1", "nido": {"lines": "a", "bits": 1, "to": "host:65536"}}, "HOST:PORT"),
         ({}, "required field `when`"),
     ],
 )
 def test_a_table_that_cannot_be_meant_is_refused(table, words):
     with pytest.raises(ConfigError, match=words):
         parse_config({"probe": "p", "trigger": {"go": table}}, ServeConfig, "test")
+
+
+def test_without_a_word_a_rule_refuses_whatever_can_be_refused():
+    assert {flag.name.lower() for flag in Flag} | {"drifted"} == set(REFUSABLE)
+    config = TriggerConfig(when="a > 1")
+    assert set(config.refuse) == set(REFUSABLE)
+    assert flags_of(config.refuse) == flags_of([*config.refuse, "gap"]) == sum(Flag) + DRIFTED
+    assert len({*REASONS}) == len(Flag) + 4  # nor do two reasons share a bit
+
+
+def test_a_time_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="hold_ms nan"):
+        TriggerConfig(when="a > 1", hold_ms=float("nan"))
 
 
 def test_a_rule_listens_to_one_probe():
