@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,6 +95,22 @@ def test_an_acquisition_that_is_over_does_not_come_back():
     assert turns.refused == 1
     assert turns.due_ns is None
     assert turns.overdue(100) == []
+
+
+def test_a_replacement_that_is_behind_brings_no_acquisition_back():
+    turns = Turns(HOLD)
+    turns.take(ACTIVE, frame(7), 0)
+    turns.take(ACTIVE, frame(0, epoch=2), 1)
+    assert turns.take(ACTIVE, frame(8, writer=2), 2) == []
+    assert turns.refused == 1
+
+
+def test_acquisitions_that_are_over_are_not_remembered_for_ever():
+    turns = Turns(HOLD)
+    for epoch in range(100):
+        assert bins(turns.take(ACTIVE, frame(3, epoch=epoch), 0)) == [(epoch, 3, ACTIVE)]
+    assert turns.take(OTHER, frame(4, OTHER, epoch=98), 0) == []
+    assert len(turns._over) < 20
 
 
 @given(st.lists(st.sampled_from([ACTIVE, OTHER]), max_size=60), st.integers(2, 4))
@@ -307,6 +324,36 @@ def test_when_a_frame_goes_out_and_whether_that_is_late_is_the_gates_to_say(
     assert came.values_V == sent.values_V
 
 
+def test_a_frame_waits_half_a_bin_for_the_active_worker_and_no_longer(gated, monkeypatch):
+    now, waits = [10**15], []
+    monkeypatch.setattr(gate, "monotonic_ns", lambda: now[0])
+    one, turned = gated(), iter([False, True])
+    one.gate._poller = SimpleNamespace(poll=waits.append)
+    one.sink(0, 0).note("status", {})
+    one.sink(1, 1).write(decoded(5, None))
+    one.turn()
+    assert one.passed.frames == []
+    now[0] += BIN_NS // 2 - 1_000_000
+    one.gate.run(lambda: next(turned))
+    assert waits == [2]  # milliseconds, rounded up
+    assert one.passed.frames == []
+    now[0] += 1_000_000
+    one.turn()
+    assert [came.bin for came in one.passed.frames] == [5]
+
+
+def test_a_gate_in_the_place_of_another_publishes_no_bin_again(gated):
+    one = gated()
+    sink = one.sink(0, 0)
+    sink.write(decoded(5, None))
+    one.turn()
+    one.replace()
+    sink.write(decoded(5, None))
+    sink.write(decoded(6, None))
+    one.turn()
+    assert [came.bin for came in one.passed.frames] == [5, 6]
+
+
 def test_what_was_held_up_in_the_gate_does_not_fire(gated):
     triggers = Triggers(rules_of({"p": {"go": TriggerConfig(when="x > 0.5")}}))
     one = gated(p=triggers)
@@ -389,9 +436,10 @@ def test_what_the_gate_refuses_is_counted(gated):
     first.write(decoded(0, None, epoch=2))
     one.turn()
     other.write(decoded(6, None))
+    other.write(decoded(7, None))
     other.note("status", {})
     first.note("status", {})
     one.turn()
     first.note("status", {})
     one.turn()
-    assert one.passed.notes[-1][1]["gate"] == {"late": 0, "refused": 1}
+    assert one.passed.notes[-1][1]["gate"] == {"late": 0, "refused": 2}

@@ -217,6 +217,14 @@ def test_an_acquisition_that_goes_back_without_counting_anew_is_another(source):
     assert source.counters["epochs"] == 2
 
 
+def test_by_spikes_an_acquisition_that_goes_back_is_joined_midway(source):
+    samples = [*range(1_000_000, 1_020_000, 100), *range(5_000, 25_000, 100)]
+    got = fed(source, [naive.spike(1 + k, "E1", sample) for k, sample in enumerate(samples)])
+    last = [batch for batch in got if batch.epoch == got[-1].epoch]
+    assert source.counters["epochs"] == 2
+    assert (last[0].seq, last[0].first) == (0, 5_000 + 1500)  # what came before may be missing
+
+
 AWAY = {  # by the host's clock and by the numbers, in seconds; pace; epochs
     "another acquisition, further on than ours was": (40.0, 4.0, 1, 2),
     "the same, which went on": (40.0, 40.0, 1, 1),
