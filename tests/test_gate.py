@@ -225,7 +225,7 @@ class Passed:
     """In the place of the publisher of a gate."""
 
     def __init__(self, *_):
-        self.frames, self.notes = [], []
+        self.frames, self.notes, self.probes = [], [], []
 
     def pass_on(self, parts):
         kind = parts[0].partition(b"/")[0].decode()
@@ -238,6 +238,7 @@ class Passed:
         self.notes.append((kind, fields))
 
     def beside(self, probe):
+        self.probes.append(probe)
         return self
 
     def close(self):
@@ -363,6 +364,7 @@ def test_what_was_held_up_in_the_gate_does_not_fire(gated):
     one.turn()
     told = [(of["bin"], of["refused"]) for kind, of in one.passed.notes if kind == "trigger"]
     assert told == [(5, ["late"])]
+    assert one.passed.probes == ["p"]
     sink.note("status", {})
     one.turn()
     assert one.passed.notes[-1][1]["gate"]["late"] == 1

