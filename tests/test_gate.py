@@ -248,10 +248,10 @@ class Passed:
 class Gated:
     """A gate and the sinks of its two workers, all in this process."""
 
-    def __init__(self, monkeypatch, **triggers):
-        self.passed = Passed()
+    def __init__(self, monkeypatch, probes="p", **triggers):
+        self.passed, self.probes = Passed(), list(probes)
         monkeypatch.setattr(gate, "Publisher", lambda *_: self.passed)
-        self.pairs, board, self.counts = datagrams(2), Board(["p"], 3), Counts(["p"])
+        self.pairs, board, self.counts = datagrams(2), Board(self.probes, 3), Counts(self.probes)
         board.also["gate"] = self.counts.status
         self.board, self._triggers = board, triggers
         self.heard, self.told = {}, 0
@@ -262,16 +262,16 @@ class Gated:
         workers = [ours for ours, _ in self.pairs]
         heard = json.loads(json.dumps(self.heard))
         self.gate = Gate(
-            "nowhere", {"p": BIN_NS}, {"p": HELD_NS}, workers, self.board, self.counts,
-            self._triggers, heard, self.remember,
+            "nowhere", dict.fromkeys(self.probes, BIN_NS), dict.fromkeys(self.probes, HELD_NS),
+            workers, self.board, self.counts, self._triggers, heard, self.remember,
         )  # fmt: skip
 
     def remember(self, key, value):
         self.heard[key] = value
         self.told += 1
 
-    def sink(self, place, writer):
-        return GateSink(self.pairs[place][1], ["p"], self.board, writer, "p")
+    def sink(self, place, writer, probe="p"):
+        return GateSink(self.pairs[place][1], self.probes, self.board, writer, probe)
 
     def turn(self):
         self.gate.run(lambda: True)
@@ -286,8 +286,8 @@ class Gated:
 def gated(monkeypatch):
     made = []
 
-    def make(**triggers):
-        made.append(Gated(monkeypatch, **triggers))
+    def make(**options):
+        made.append(Gated(monkeypatch, **options))
         return made[-1]
 
     yield make
@@ -411,6 +411,19 @@ def test_a_gate_in_the_place_of_another_decides_from_its_first_frame_on(gated):
     assert decisions(0, 1) == [11]
     assert list(one.heard) == ["schema of p 0", "schema of p 1"]
     assert one.told == 2  # what has not changed is not told again
+
+
+def test_each_frame_is_decided_by_the_schema_of_who_decoded_it(gated):
+    one = gated(probes="pq", q=Triggers(rules_of({"q": {"go": TriggerConfig(when="x > 0.5")}})))
+    behind = [{**OUTPUTS[0], "name": "y"}, {**OUTPUTS[0], "offset": 1}]
+    one.sink(1, 1, "q").note("schema", {**SCHEMA, "outputs": behind})
+    one.sink(0, 0, "q").note("schema", SCHEMA)
+    one.turn()
+    one.replace()  # and who comes next knows both
+    one.sink(0, 0, "q").write(decoded(5, None))
+    one.turn()
+    assert [of["bin"] for kind, of in one.passed.notes if kind == "trigger"] == [5]
+    assert one.passed.probes == ["q"]
 
 
 def test_somebody_speaks_after_the_active_worker_is_lost_while_no_spikes_come(gated):

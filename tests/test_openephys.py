@@ -211,6 +211,15 @@ def test_a_restart_whose_first_messages_were_lost_says_how_many(source):
     assert got[0].first == got[0].end == 4 * BLOCK - TAIL
 
 
+def test_a_message_that_comes_twice_is_a_repetition_unless_it_is_the_first(source):
+    first, second = naive.data(1, 0, 0, BLOCK), naive.data(2, 0, BLOCK, BLOCK)
+    fed(source, [first, first])
+    assert (source.counters["epochs"], source.counters["repeated"]) == (2, 0)
+    fed(source, [second, second])
+    assert (source.counters["epochs"], source.counters["repeated"]) == (2, 1)
+    assert source.counters["lost"] == 0
+
+
 def test_an_acquisition_that_goes_back_without_counting_anew_is_another(source):
     fed(source, [naive.data(1 + k, 0, k * BLOCK, BLOCK) for k in range(5)])
     fed(source, [naive.data(6, 0, 0, BLOCK)])
