@@ -211,6 +211,15 @@ def test_a_restart_whose_first_messages_were_lost_says_how_many(source):
     assert got[0].first == got[0].end == 4 * BLOCK - TAIL
 
 
+def test_all_that_was_lost_before_a_batch_is_said_with_it(source):
+    fed(source, [naive.data(1, 0, 0, BLOCK)])
+    spikes = [naive.spike(number, "E1", BLOCK + number) for number in (4, 8)]
+    got = fed(
+        source, [*spikes, naive.data(9, 0, BLOCK, BLOCK), naive.data(10, 0, 2 * BLOCK, BLOCK)]
+    )
+    assert [batch.lost for batch in got] == [5, 0]
+
+
 def test_a_message_that_comes_twice_is_a_repetition_unless_it_is_the_first(source):
     first, second = naive.data(1, 0, 0, BLOCK), naive.data(2, 0, BLOCK, BLOCK)
     fed(source, [first, first])

@@ -51,7 +51,7 @@ HANDED = struct.Struct("<qqq")  # number of the rule, when decided, no later tha
 
 # Columns of a rule's state, and of the stream's.
 HELD, MET, DECIDED, FIRED_BIN, FIRED, REFUSED, REASON, AT_NS = range(8)
-KNOWN, EPOCH, BIN, DRIFT = range(4)
+EPOCH, BIN, DRIFT = range(3)
 
 
 @numba.njit(
@@ -110,7 +110,7 @@ def decide(  # type: ignore[no-untyped-def]
     bool
         Whether anything was decided.
     """
-    another = stream[KNOWN] == 0 or stream[EPOCH] != epoch
+    another = stream[EPOCH] != epoch
     hole = another or bin_ != stream[BIN] + 1
     begin, any_decided = 0, False
     for r in range(rule_R5.shape[0]):
@@ -165,7 +165,7 @@ def decide(  # type: ignore[no-untyped-def]
         else:
             state[FIRED] += 1
             state[FIRED_BIN] = bin_
-    stream[KNOWN], stream[EPOCH], stream[BIN] = 1, epoch, bin_
+    stream[EPOCH], stream[BIN] = epoch, bin_
     return any_decided
 
 
@@ -184,7 +184,7 @@ class Triggers:
         self, rules: Sequence[Rule], hand_over: Callable[[bytes], None] | None = None
     ) -> None:
         self._rules, self._hand_over = list(rules), hand_over
-        self._stream = shared(4, np.dtype(np.int64))
+        self._stream = shared(3, np.dtype(np.int64))
         self._state_RC = shared(8 * len(self._rules), np.dtype(np.int64)).reshape(-1, 8)
         self._decision_R = np.zeros(len(self._rules), np.int64)
         self._schema: Mapping[str, Any] | None = None
