@@ -151,7 +151,7 @@ class Health:
         if now_ns - self._heard_ns > UNHEARD_NS:
             ago = (now_ns - self._heard_ns) / 1e9
             return [Finding("wrong", f"serve not heard for {ago:.0f} s", "is it still running?")]
-        while self._recent and now_ns - self._recent[0][0] > RECENT_NS and len(self._recent) > 1:
+        while self._recent and now_ns - self._recent[0][0] > RECENT_NS:
             self._recent.popleft()
         while self._missed and now_ns - self._missed[0][0] > RECENT_NS:
             self._missed.popleft()

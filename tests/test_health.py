@@ -76,6 +76,20 @@ def test_every_flag_of_the_last_frame_has_a_sentence(flag):
     assert health.findings(S) == []
 
 
+def test_each_of_several_flags_has_its_sentence():
+    health = Health()
+    health.take(frame(1, Flag.GAP | Flag.SLIPPED), S)
+    assert {finding.says for finding in health.findings(S)} == {
+        FLAGS[Flag.GAP][0], FLAGS[Flag.SLIPPED][0],
+    }  # fmt: skip
+
+
+def test_a_source_of_which_nothing_came_yet_is_told():
+    health = Health()
+    health.take(status(1, "waiting"), S)
+    assert said(health, S) == "no spikes have come yet"
+
+
 def test_flags_are_all_known():
     assert set(FLAGS) == set(Flag)
 
@@ -131,6 +145,9 @@ def test_bins_that_never_came():
     assert "3 bins were not heard" in said(health, S)
     health.take(frame(900, epoch=2), S)  # another acquisition is no hole
     assert "3 bins" in said(health, S)
+    later = S + RECENT_NS + 1
+    health.take(frame(901, epoch=2), later)
+    assert health.findings(later) == []
 
 
 def test_source_units_triggers_and_drift():
