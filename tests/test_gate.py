@@ -416,11 +416,11 @@ def test_a_gate_in_the_place_of_another_decides_from_its_first_frame_on(gated):
 def test_each_frame_is_decided_by_the_schema_of_who_decoded_it(gated):
     one = gated(probes="pq", q=Triggers(rules_of({"q": {"go": TriggerConfig(when="x > 0.5")}})))
     behind = [{**OUTPUTS[0], "name": "y"}, {**OUTPUTS[0], "offset": 1}]
-    one.sink(1, 1, "q").note("schema", {**SCHEMA, "outputs": behind})
-    one.sink(0, 0, "q").note("schema", SCHEMA)
+    one.sink(0, 0, "q").note("schema", {**SCHEMA, "outputs": behind})
+    one.sink(1, 1, "q").note("schema", SCHEMA)
     one.turn()
     one.replace()  # and who comes next knows both
-    one.sink(0, 0, "q").write(decoded(5, None))
+    one.sink(1, 1, "q").write(decoded(5, None))
     one.turn()
     assert [of["bin"] for kind, of in one.passed.notes if kind == "trigger"] == [5]
     assert one.passed.probes == ["q"]
