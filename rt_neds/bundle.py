@@ -151,7 +151,10 @@ def load_spec(folder: str | Path) -> BundleSpec:
     folder = Path(folder)
     path = folder / JSON_NAME
     if not path.is_file():
-        raise BundleError(f"{folder} is not a bundle (no {JSON_NAME}); rt-neds train leaves one")
+        # The folder of a run, which has the bundle in it, is what is given by mistake most often.
+        of_run = folder / "bundle"
+        do = f"name {of_run}" if (of_run / JSON_NAME).is_file() else "rt-neds train leaves one"
+        raise BundleError(f"{folder} is not a bundle (no {JSON_NAME}); {do}")
     try:
         spec = msgspec.json.decode(path.read_bytes(), type=BundleSpec)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

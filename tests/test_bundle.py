@@ -42,6 +42,12 @@ def test_damage_is_told_in_one_line(bundle, tmp_path):
         shutil.copytree(tmp_path / "whole", bundle)
 
 
+def test_the_folder_of_a_run_is_told_from_its_bundle(tiny):
+    with pytest.raises(BundleError) as told:
+        load_spec(tiny[1])
+    assert str(told.value).endswith(f"name {tiny[1] / 'bundle'}")
+
+
 def test_weights_of_another_shape_are_refused_by_name(bundle):
     weights = load_file(bundle / "model.safetensors")
     weights["sessions.0.spikes_out.linear.bias"] = weights["sessions.0.spikes_out.linear.bias"][:3]
