@@ -40,10 +40,12 @@ def load_config(path: str | Path | None, kind: type[T], overrides: Iterable[str]
         Missing file, bad TOML, unknown key (with the nearest right one) or a value of another type.
     """
     table = {} if path is None else _read_toml(Path(path))
+    sources = [] if path is None else [str(path)]
     for override in overrides:
         _apply(table, override)
-    where = str(path) if path is not None else "--set"
-    return parse_config(table, kind, where)
+        sources.append(f"--set {override}")
+    # Each is named: a slip in an override would be looked for in the file, in vain.
+    return parse_config(table, kind, " and ".join(sources) or "--set")
 
 
 def parse_config(table: dict[str, Any], kind: type[T], where: str) -> T:

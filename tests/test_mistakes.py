@@ -199,3 +199,10 @@ def test_a_setting_says_where_it_is(tmp_path):
     (tmp_path / "c.toml").write_text("[training]\nlearning_rate = inf\n")
     with pytest.raises(ConfigError, match=r"c\.toml: training\.learning_rate is inf"):
         load_config(tmp_path / "c.toml", TrainConfig)
+
+
+def test_a_slip_in_an_override_is_not_looked_for_in_the_file(tmp_path):
+    (tmp_path / "c.toml").write_text("[training]\nbatch = 8\n")
+    for change in ("training.step=3", "training.steps=few"):
+        with pytest.raises(ConfigError, match=rf"c\.toml and --set {change}: .*training\.step"):
+            load_config(tmp_path / "c.toml", TrainConfig, [change])
