@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rt_neds.errors import ConfigError
+from rt_neds.result import refuse_existing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +34,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from offline.prepare.recording import open_recording, raw_of
     from offline.prepare.spikeinterface import load_analyzer
     from offline.prepare.templates import calibrate, with_templates
-    from rt_neds.detector_folder import save_folder
+    from rt_neds.detector_folder import JSON_NAME, save_folder
 
+    refuse_existing(args.out, JSON_NAME)  # bundles know its units by name: they would fit another
     analyzer = load_analyzer(args.analyzer) if args.analyzer else None
     if args.recording:
         raw = open_recording(args.recording, args.stream)

@@ -40,6 +40,24 @@ def refuse_unwritable(target: str | None) -> None:
         raise ConfigError(f"cannot write {target}; name a file in a folder that exists")
 
 
+def refuse_existing(out: str | Path, holds: str = "") -> None:
+    """Say so before the work if what it makes is there already: it may be the only one.
+
+    Parameters
+    ----------
+    out : path
+        What would be written.
+    holds : str, optional
+        Of a folder: the file by which it is what would be written.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if (Path(out) / holds).exists():
+        raise ConfigError(f"{out} is there already; name another, or remove it")
+
+
 def make_folder(folder: str | Path) -> None:
     """Make a folder that results go into, or say in one line that they cannot.
 

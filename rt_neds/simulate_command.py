@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from rt_neds.errors import ConfigError
+from rt_neds.result import refuse_existing
 from rt_neds.simulate import simulate_file
 
 
@@ -18,8 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if Path(args.out).exists():
-        raise ConfigError(f"{args.out} is there already; name another file, or remove it")
+    refuse_existing(args.out)
     try:
         summary = simulate_file(args.out, units=args.units, minutes=args.minutes, seed=args.seed)
     except OSError as error:

@@ -164,7 +164,15 @@ def test_what_is_there_is_not_overwritten(tiny, tmp_path, capsys):
     again += ["--set", "masking.schemes={neuron=1.0}", "--out", str(run)]
     assert main(again) == 2
     assert main(["simulate", "--out", str(path)]) == 2
-    for line in capsys.readouterr().err.splitlines():
+    assert main(["prepare", "ibl", "--alf", str(tmp_path), "--out", str(path)]) == 2
+    (tmp_path / "detector").mkdir()
+    (tmp_path / "detector" / "detector.json").write_text("{}")
+    (tmp_path / "raw").mkdir()
+    argv = ["detector", "--recording", str(tmp_path / "raw"), "--out", str(tmp_path / "detector")]
+    assert main(argv) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 4
+    for line in told:
         assert "is there already; name another" in line
     assert (run / "bundle" / "bundle.json").read_bytes() == before
 

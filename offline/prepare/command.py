@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rt_neds.errors import ConfigError
+from rt_neds.result import refuse_existing
 
 EXPECTED = {
     "spikeinterface": "--detector FOLDER --recording DIR, or --analyzer DIR",
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if not Path(args.out).parent.is_dir():
         raise ConfigError(f"{args.out} lies in no existing folder; create it or name another")
+    refuse_existing(args.out)
     given = {
         "spikeinterface": bool(args.analyzer) != bool(args.detector and args.recording),
         "ibl": bool(args.alf),
