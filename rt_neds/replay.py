@@ -273,6 +273,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _check_part(session: Session, from_s: float, to_s: float | None) -> None:
+    """Refuse a part of which nothing was recorded before anybody is waited for, or served."""
+    domain_K2 = session.domain_K2 / session.rate
+    part_K2 = np.clip(domain_K2, from_s, np.inf if to_s is None else max(from_s, to_s))
+    if not (np.diff(part_K2, axis=1) > 0).any():
+        end = "" if to_s is None else f" --to {to_s:g}"
+        raise ConfigError(
+            f"{session.path} has nothing recorded --from {from_s:g}{end}; it was recorded from "
+            f"{domain_K2[0, 0]:g} to {domain_K2[-1, 1]:g} s: name a part of that"
+        )
+
+
 def on_time(speed: float) -> bool:
     """Whether to send at real-time priority, as an acquisition; a faster one would fill a core."""
     return 0 < speed <= 1
@@ -300,6 +312,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.raw is not None:
         raise ConfigError(f"{args.raw} holds no spikes; raw samples go out --as spikeglx")
     session = load_session(args.session)
+    _check_part(session, args.from_s, args.to_s)
     with quiet_machine(on_time(args.speed)):
         summary = _send_session(session, args)
     if not args.quiet:

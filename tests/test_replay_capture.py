@@ -105,6 +105,16 @@ def test_a_capture_without_spikes_is_told(tmp_path):
             replay_capture(Capture(tmp_path), bind=bind, speed=0)
 
 
+@pytest.mark.parametrize("sender", ["rtneds", "openephys"])
+def test_a_part_without_a_recording_is_told_before_anybody_is_waited_for(tiny, capsys, sender):
+    argv = ["replay", "--session", str(tiny[0]), "--probe", "p", "--as", sender]
+    for part in (["--from", "1000"], ["--from", "20", "--to", "10"]):
+        assert cli.main([*argv, *part]) == 2  # not after 30 s, for want of a listener
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1
+        assert f"nothing recorded {' '.join(part)}; it was recorded from 0 to 60 s" in told
+
+
 def test_a_session_needs_a_probe(capsys):
     assert cli.main(["replay", "--session", "s.h5"]) == 2
     assert "--probe NAME" in capsys.readouterr().err
