@@ -9,6 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from rt_neds.clock import monotonic_ns
@@ -256,8 +257,14 @@ def parse_listen(listen: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def tell(probe: str, connect: str, listen: str, stop: Callable[[], bool]) -> None:
-    """Listen to ``serve`` and answer Prometheus until told to stop.
+def tell(
+    probe: str,
+    connect: str,
+    listen: str,
+    stop: Callable[[], bool],
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Listen to ``serve`` and answer Prometheus until told to stop; say where, once it is so.
 
     Raises
     ------
@@ -275,6 +282,7 @@ def tell(probe: str, connect: str, listen: str, stop: Callable[[], bool]) -> Non
                 f"cannot listen at {listen} ({error.strerror}); end what uses it or give another "
                 "--listen"
             ) from None
+        say(f"metrics of {probe} at http://{listen}/metrics")
         while not stop():
             metrics.take(listener.read(200))
         server.shutdown()
@@ -302,6 +310,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     stop = asked_to_stop()
-    if not args.quiet:
-        print(f"metrics of {args.probe} at http://{args.listen}/metrics", file=sys.stderr)
-    tell(args.probe, args.connect, args.listen, stop)
+    say = (lambda line: None) if args.quiet else partial(print, file=sys.stderr)
+    tell(args.probe, args.connect, args.listen, stop, say)

@@ -211,7 +211,7 @@ def test_mistakes_are_told(capsys, monkeypatch):
     assert parse_listen("[::1]:80") == ("::1", 80)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        assert main(["metrics", "--probe", "p", "--listen", address, "--quiet"]) == 2
+        assert main(["metrics", "--probe", "p", "--listen", address]) == 2
     words = capsys.readouterr().err
     assert words.count("\n") == 1
     assert f"cannot listen at {address}" in words
