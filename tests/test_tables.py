@@ -55,6 +55,16 @@ def test_rows_that_say_nothing_of_the_recording_are_counted(session, tmp_path, c
     assert "trials: 2 rows; 1 left out, of no start or end" in told
 
 
+def test_rows_between_pieces_of_a_recording_are_outside_of_it(tmp_path, capsys):
+    session = write_session(
+        tmp_path / "s.h5", domain=[(0.0, 10.0), (20.0, 40.0)], leave_out=("wheel",)
+    )
+    (tmp_path / "wheel.csv").write_text("time,speed\n5,0\n15,1\n16,2\n20,2\n40,3\n")
+    argv = ["prepare", "session", str(session), "--out", str(tmp_path / "o.h5"), "--tables"]
+    assert main([*argv, str(tmp_path / "wheel.csv")]) == 0
+    assert "wheel: 5 rows, 2 of them outside what was recorded" in capsys.readouterr().err
+
+
 def test_what_was_a_session_is_the_same_by_way_of_csv(tmp_path):
     whole = load_session(write_session(tmp_path / "whole.h5"))
     series, trials = whole.data.wheel, whole.data.trials

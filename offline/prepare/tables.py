@@ -170,7 +170,7 @@ def _check_numbers(path: Path, columns: dict[str, NDArray[Any]], names: list[str
 
 
 def _check_times(path: Path, time_R: NDArray[np.float64], domain: Any) -> int:
-    """How many were recorded. Most: milliseconds, samples and other clocks are told by that."""
+    """How many were recorded. Most in its span: other clocks, and units, are told by that."""
     start, end = float(np.min(domain.start)), float(np.max(domain.end))
     inside = int(np.count_nonzero((time_R >= start) & (time_R <= end)))
     if 2 * inside < len(time_R):
@@ -179,4 +179,5 @@ def _check_times(path: Path, time_R: NDArray[np.float64], domain: Any) -> int:
             f"lie within the recording of {start:g} to {end:g} s; expected seconds of the probe's "
             "clock (not samples or milliseconds), and no more than was recorded"
         )
-    return inside
+    piece_R = np.searchsorted(domain.start, time_R, side="right") - 1
+    return int(np.count_nonzero((piece_R >= 0) & (time_R <= np.asarray(domain.end)[piece_R])))
