@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from rt_neds.bench_step import paced, percentiles, served_step, timed
+from rt_neds.bundle import load_spec
 from rt_neds.errors import ConfigError
 from rt_neds.latency import stolen_ms
 from rt_neds.priority import quiet_machine
@@ -238,6 +239,8 @@ def examine(
     dict
         ``machine``, ``findings``, ``timer_us`` and, with a bundle, ``step_us`` and ``bins``.
     """
+    if bundle:
+        load_spec(bundle)  # before the measurements: a wrong name need not wait for them
     about = machine()
     findings = [
         *processor(about),

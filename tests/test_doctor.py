@@ -89,4 +89,6 @@ def test_by_command_with_a_bundle(tiny, capsys):
         if not finding["good"]:
             assert f"{finding['what']}: {finding['do']}" in captured.err
     assert cli.main(["doctor", "--bundle", "nowhere"]) == 2
+    told = capsys.readouterr()
+    assert "measuring" not in told.out + told.err
     assert cli.main(["doctor", "--seconds", "0"]) == 2
