@@ -275,7 +275,8 @@ def show(result: dict[str, Any]) -> None:
     for column in columns:
         table.add_column(column.replace("p99_9", "p99.9"), justify="right")
     for name, marks in rows.items():
-        table.add_row(name.replace("_", " "), *(f"{marks[c]:.2f}" for c in columns))
+        cells = (str(m) if isinstance(m, int) else f"{m:.2f}" for m in map(marks.get, columns))
+        table.add_row(name.replace("_", " "), *cells)
     console = Console()
     console.print(table)
     if "stages_ms" in result:

@@ -5,12 +5,23 @@ import os
 import numpy as np
 import pytest
 
-from rt_neds.bench import late_line, term_lines, terms
+from rt_neds.bench import late_line, show, term_lines, terms
 from rt_neds.bench_input import random_bundle
 from rt_neds.bench_step import bench_step, paced, percentiles
 from rt_neds.bundle import load_spec
 from rt_neds.frames import DecodedFrame
 from rt_neds.latency import Tally, stolen_ms
+
+
+def test_counts_are_shown_whole(capsys):
+    took = percentiles([1.0] * 200)
+    step = {"step_us": {"hot": took, "paced": took}, "eager_us": {"hot": took, "paced": took}}
+    ratios = {"window_over_step": 1.0, "eager_over_step": 1.0, "eager_over_step_paced": 1.0}
+    about = {"machine": {"cpu": "a cpu"}, "device": "cpu", "model": "small", "units": 3}
+    show({**about, **step, **ratios, "window_us": took, "max_abs_error": 0.0})
+    shown = capsys.readouterr().out
+    assert " 200 " in shown
+    assert "200.00" not in shown
 
 
 def report(p50, p99_9, missed, control_p50=0.3, control_p99_9=2.0):
