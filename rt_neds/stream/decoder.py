@@ -362,7 +362,7 @@ def outputs_of(
             can = ", ".join(b.name for b in learned if b.live) or "none"
             do = f"put live = true under [behaviour.{name}] and train again"
             if name not in [b.name for b in learned]:
-                do = "name one of those, or none"
+                do = "name one of those" if any(b.live for b in learned) else "leave it out"
             raise BundleError(
                 f"live behaviour {name}; this bundle can be shown {can} of session {session.id}: "
                 f"{do}"

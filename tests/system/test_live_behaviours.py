@@ -134,6 +134,7 @@ def test_what_cannot_be_shown_is_told_in_one_line(shown, tiny):
     _, run, _ = tiny
     for options, expected in (
         (("serve", "--bundle", str(run / "bundle"), "--live", "speed"), "can be shown none"),
+        (("serve", "--bundle", str(run / "bundle"), "--live", "no"), "tiny: leave it out"),
         (("serve", "--bundle", str(bundle), "--live", "sped"), "choice of session tiny: name one"),
         (("serve", "--bundle", str(bundle), "--live", "speed", "choice"), "nothing to decode"),
         (
