@@ -164,6 +164,12 @@ class Health:
         state, trouble = self.status.get("source"), str(self.status.get("trouble") or "")[:200]
         if trouble:
             yield Finding("wrong", trouble)
+        elif state == "silent" and (again := self._grew("source_counters.repeated")) > 0:
+            yield Finding(
+                "wrong",
+                f"nothing new is arriving: {again} messages that were had before came just now",
+                "for a capture played again start serve anew; an acquisition needs a new epoch",
+            )
         elif state == "silent":
             yield Finding("wrong", "no spikes are arriving", "is the acquisition running?")
         elif state == "waiting":

@@ -182,6 +182,14 @@ def test_source_units_triggers_and_drift():
     assert levels == sorted(levels, key=["wrong", "doubtful", "note"].index)
 
 
+def test_a_capture_played_again_is_told_from_an_acquisition_that_is_silent():
+    health = Health()
+    for second, repeated in ((1, 5), (2, 905)):
+        health.take(status(second, "silent", source_counters={"repeated": repeated}), second * S)
+    assert "nothing new is arriving: 900 messages that were had before" in said(health, 2 * S)
+    assert "no spikes are arriving" not in said(health, 2 * S)
+
+
 def test_trouble_of_a_source_is_said_in_its_own_words():
     health = Health()
     health.take(status(1, "waiting", trouble="nothing listens at 127.0.0.1:4142"), S)
