@@ -52,6 +52,8 @@ def export(folder: Path, out: Path, subject: dict[str, str] | None = None) -> di
     """
     if out.exists() or out.suffix != ".nwb":
         raise ConfigError(f"{out}; expected the name of a new .nwb file: name another")
+    if not out.parent.is_dir():
+        raise ConfigError(f"{out} lies in no existing folder; create it or name another")
     pynwb = _pynwb()
     capture = Capture(folder)
     contents = Contents(capture)
@@ -253,6 +255,14 @@ def _write(pynwb: Any, nwb: Any, out: Path) -> None:
 AGE = re.compile(r"P(?=[\dT])(\d+[YMWD])*(T(\d+[HMS])+)?(/(P(\d+[YMWD])+)?)?")
 """A duration, or with a stroke from one to another, or from one on."""
 
+SKIPPED = {
+    "malformed": "malformed",
+    "repeated": "repeated",
+    "other": "of the status or of other probes",
+    "unplaced": "of a run of which nothing says when it was",
+}
+"""What :class:`Contents` has left out, in words."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("capture", metavar="DIR", help="folder that rt-neds record wrote")
@@ -275,12 +285,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.quiet:
         print(
             f"{summary['spikes']} spikes of {summary['units']} units and {summary['bins']} decoded "
-            f"bins in {summary['epochs']} runs to {summary['out']}",
+            f"bins of {summary['epochs']} run{'s' * (summary['epochs'] != 1)} to {summary['out']}",
             file=sys.stderr,
         )
         left = {key: n for key, n in summary["skipped"].items() if n}
         if left:
-            print(f"messages left out: {left}", file=sys.stderr)
+            words = ", ".join(f"{n} {SKIPPED[key]}" for key, n in left.items())
+            print(f"messages left out: {words}", file=sys.stderr)
         if summary["damage"]:
             print(
                 f"the capture is damaged ({summary['damage']}): {summary['unread_bytes']} bytes "

@@ -250,7 +250,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     say(
         f"{summary['spikes']} messages of the spike stream and {summary['decoded']} decoded, "
-        f"{summary['bytes'] / 1e6:.3g} MB in {summary['files']} files, {summary['seconds']} s"
+        f"{summary['bytes'] / 1e6:.3g} MB in {summary['files']} "
+        f"file{'s' * (summary['files'] != 1)}, {summary['seconds']} s"
     )
     for name, endpoint in (("spikes", args.source), ("decoded", args.decoded)):
         if not summary[name]:

@@ -254,6 +254,15 @@ def test_whatever_came_is_read_or_counted(spoilt):
             assert len(decoded.ends) == len(decoded.flags) == len(decoded.values)
 
 
+def test_what_is_left_out_is_told_in_words(tmp_path, capsys):
+    pytest.importorskip("pynwb", reason="pynwb is not installed (extra nwb)")
+    write_capture(tmp_path / "c", [spikes(1, 0, [(5, 0)], MS), (1, Stream.SPIKES, [b"\xff"])])
+    assert cli.main(["export", str(tmp_path / "c"), "--out", str(tmp_path / "x.nwb")]) == 0
+    told = capsys.readouterr().err
+    assert "decoded bins of 1 run to" in told
+    assert "messages left out: 1 of the status or of other probes" in told
+
+
 def test_without_announcement_units_are_called_by_their_numbers(tmp_path):
     write_capture(tmp_path / "c", [spikes(1, 0, [(1, 7), (2, 3), (3, 1 << 31)], MS)])
     names, _, place_S, dropped = Contents(Capture(tmp_path / "c")).spikes()
@@ -361,6 +370,7 @@ def test_without_pynwb_one_line_says_what_to_install(capsys, capture, tmp_path, 
         (["no", "--out", "x.nwb"], "is no capture"),
         (["empty", "--out", "x.nwb"], "has no spikes"),
         (["empty", "--out", "x.h5"], "new .nwb file"),
+        (["empty", "--out", "no/x.nwb"], "no/x.nwb lies in no existing folder; create it"),
         (["empty", "--out", "x.nwb", "--sex", "F"], "add --subject"),
     ],
 )
