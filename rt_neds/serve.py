@@ -22,7 +22,7 @@ from rt_neds.clock import monotonic_ns
 from rt_neds.config import load_config
 from rt_neds.errors import ConfigError
 from rt_neds.priority import WATCHER, give_back, quiet_machine, take_priority
-from rt_neds.serve_config import ServeConfig, each_probe, source_endpoint
+from rt_neds.serve_config import ServeConfig, each_probe, refuse_overruled, source_endpoint
 from rt_neds.spikeglx_wire import is_spikeglx
 from rt_neds.stopping import asked_to_stop
 from rt_neds.wire import DEFAULT_DECODED
@@ -400,6 +400,7 @@ def run(args: argparse.Namespace) -> None:
     if args.probe is not None:
         given["probe"] = " ".join(args.probe)
     config = msgspec.structs.replace(load_config(args.config, ServeConfig, args.set), **given)
+    refuse_overruled(config, given)
     stop = asked_to_stop()
     say = (lambda line: None) if args.quiet else tell
     from rt_neds.supervise import CAN_FORK

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
 from rt_neds.errors import ConfigError
@@ -125,6 +127,30 @@ def source_endpoint(url: str) -> str:
     return f"tcp://{rest}"
 
 
+def refuse_overruled(config: ServeConfig, given: Iterable[str]) -> None:
+    """Refuse what the command line says in vain: of all probes, each of which has its own.
+
+    Parameters
+    ----------
+    config : ServeConfig
+        With what was given.
+    given : iterable of str
+        Keys that the command line gave.
+
+    Raises
+    ------
+    ConfigError
+    """
+    names = config.probe.split() or list(config.probes)
+    for key in given:
+        own = [getattr(config.probes.get(name), key, "") for name in names]
+        if own and all(own) and own != [getattr(config, key)] * len(own):
+            raise ConfigError(
+                f"--{key} {getattr(config, key)} with probes.{names[0]}.{key} = {own[0]}, which "
+                f"goes before it; leave one out, or --set probes.{names[0]}.{key}=..."
+            )
+
+
 def each_probe(config: ServeConfig) -> list[ServeConfig]:
     """One configuration for each probe.
 
@@ -138,6 +164,11 @@ def each_probe(config: ServeConfig) -> list[ServeConfig]:
         raise ConfigError(
             f"probes {', '.join(names) or '(none)'}; serve needs --probe NAME and --bundle FOLDER, "
             "each name once, or a --config with them"
+        )
+    if config.probes and not config.probes.keys() & set(names):
+        raise ConfigError(
+            f"probes {', '.join(names)} with tables of {', '.join(config.probes)} alone, which say "
+            "nothing of them; name one of those"
         )
     for rule, trigger in config.trigger.items():
         if (trigger.probe or len(names) > 1) and trigger.probe not in names:

@@ -11,6 +11,7 @@ import torch
 from rt_neds.assemble import assemble
 from rt_neds.bundle import build_model, load_spec
 from rt_neds.children import free_port
+from rt_neds.cli import main
 from rt_neds.config import parse_config
 from rt_neds.errors import ConfigError
 from rt_neds.frames import BinnedFrame, DecodedFrame
@@ -53,11 +54,24 @@ def test_each_probe_has_what_is_said_of_it_and_else_what_is_said_of_all():
         ({"bundle": "b"}, r"\(none\); serve needs --probe"),
         ({"bundle": "b", "probe": "a a"}, "each name once"),
         ({"probe": "a b", "probes": {"a": {"bundle": "b"}}}, "probe b has no bundle"),
+        (
+            {"bundle": "b", "probe": "imec7", "probes": {"imec0": {}, "imec1": {}}},
+            "probes imec7 with tables of imec0, imec1 alone",
+        ),
     ],
 )
 def test_mistakes_are_told(table, words):
     with pytest.raises(ConfigError, match=words):
         each_probe(parse_config(table, ServeConfig, "test"))
+
+
+def test_an_option_that_a_table_overrules_is_refused(tmp_path, capsys):
+    (tmp_path / "rig.toml").write_text('bundle = "b"\n[probes.imec0]\nsource = "rtneds://a:1"\n')
+    argv = ["serve", "--config", str(tmp_path / "rig.toml"), "--source", "rtneds://a:2"]
+    assert main(argv) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "--source rtneds://a:2 with probes.imec0.source = rtneds://a:1" in told
 
 
 @pytest.fixture(scope="module")
