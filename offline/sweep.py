@@ -21,6 +21,7 @@ import numpy as np
 from offline.config import TrainConfig
 from rt_neds.config import load_config
 from rt_neds.errors import ConfigError, DeviceError, RtNedsError
+from rt_neds.result import make_folder
 
 if TYPE_CHECKING:
     from offline.validation import Scores
@@ -157,13 +158,13 @@ def sweep(
     DeviceError
         If Ray does not start here.
     """
+    started, out = time.monotonic(), Path(out).resolve()
+    longest = _longest(search, base)  # what cannot be used is told first, with Ray or without
     tune = _ray_tune(address)
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
-    started, out = time.monotonic(), Path(out).resolve()
-    longest = _longest(search, base)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     _start_ray(address)
     tuner = tune.Tuner(
         tune.with_resources(_trial, {"cpu": search.cpus, "gpu": search.gpus}),

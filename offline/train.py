@@ -44,6 +44,7 @@ from rt_neds.bundle import BundleSession, save_bundle
 from rt_neds.config import load_config
 from rt_neds.errors import ConfigError
 from rt_neds.model.neds import AHEAD, NEDS, SCHEMES
+from rt_neds.result import make_folder
 from rt_neds.session import load_session
 
 BUNDLED = ("steps", "best_step", "val", "by_regression")
@@ -95,6 +96,7 @@ def train(
         raise ConfigError(
             f"{init} is what this run begins with, and would leave; name another --out"
         )
+    make_folder(out)  # told before the work
     processes = join(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)

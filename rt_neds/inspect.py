@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+MOST_LINES = 12
+"""Sessions of a bundle that are shown; ``--json`` has all."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="a session file (.h5) or the folder of a bundle")
@@ -18,8 +21,29 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     facts = bundle_facts(path) if path.is_dir() else session_facts(path)
     if not args.quiet:
         for name, value in facts.items():
-            print(f"{name:<12} {value}")
+            first, *rest = _lines(value)
+            print(f"{name:<12} {first}")
+            for line in rest:
+                print(f"{'':<12} {line}")
     return facts
+
+
+def _lines(value: Any) -> list[str]:
+    """A fact as people read it."""
+    if isinstance(value, dict):
+        lines = [f"{name}: {_in_a_line(of)}" for name, of in value.items()]
+        if len(lines) > MOST_LINES:
+            lines[MOST_LINES:] = [f"and {len(lines) - MOST_LINES} more (--json - has all)"]
+        return lines or ["none"]
+    return [_in_a_line(value)]
+
+
+def _in_a_line(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_in_a_line(of)}" for name, of in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def session_facts(path: Path) -> dict[str, Any]:

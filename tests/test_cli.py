@@ -61,7 +61,8 @@ def test_train_and_evaluate_by_command_and_the_json_contract(capsys, tmp_path):
     assert result["stream_vs_offline_max_abs"] <= 1e-4
     code, out, _ = run(capsys, "inspect", bundle)
     assert code == 0
-    assert "speed" in out
+    assert "tiny: 6" in out  # units of its session
+    assert not set("{}[]'") & set(out), "that is for programs; --json has it"
 
 
 def test_simulate_by_command_carries_its_ideal(capsys, tmp_path):
@@ -73,7 +74,7 @@ def test_simulate_by_command_carries_its_ideal(capsys, tmp_path):
     assert set(json.loads(out)["ideal"]) >= {"wheel_speed", "choice"}
     code, out, _ = run(capsys, "inspect", path)
     assert code == 0
-    assert "wheel.wheel_speed" in out
+    assert "wheel.wheel_speed, whisker.whisker_motion_energy" in out
 
 
 @pytest.mark.parametrize(

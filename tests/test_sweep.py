@@ -101,6 +101,8 @@ def test_a_missing_ray_is_one_line(base, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'rt-neds\[sweep\]'"):
         sweep(search({"model.layers": {"choice": [1]}}), base, ["s.h5"], tmp_path / "out")
+    with pytest.raises(ConfigError, match="unknown key model.layer"):  # told without it
+        sweep(search({"model.layer": {"choice": [1]}}), base, ["s.h5"], tmp_path / "out")
 
 
 def told_by_a_trial(monkeypatch, base, settings, sessions, out):
