@@ -185,14 +185,6 @@ def test_a_report_that_cannot_be_written_is_told_before_the_work(tiny, tmp_path,
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_run_that_cannot_be_written_is_told_before_the_work(tiny, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    path, *_ = tiny
-    argv = ["train", "--config", "configs/demo.toml", "--sessions", str(path), "--quiet"]
-    assert main([*argv, "--out", str(tmp_path / "file")]) == 2
-    assert capsys.readouterr().err.startswith(f"rt-neds: cannot write into {tmp_path / 'file'}")
-
-
 @pytest.mark.parametrize("argv", [["serve", "--badflag"], ["replay"], ["serve", "--device", "x"]])
 def test_wrong_options_are_one_line(argv, capsys):
     with pytest.raises(SystemExit) as ended:
