@@ -155,7 +155,7 @@ def test_a_place_that_cannot_be_written_is_one_line(capsys, tmp_path):
     args = ["train", "--config", str(config), "--sessions", str(session), "--out", str(file)]
     code, _out, err = run(capsys, *args, "--quiet")
     assert code == 2
-    assert err.startswith(f"rt-neds: {file}")
+    assert err.startswith(f"rt-neds: cannot write into {file}")
     assert err.count("\n") == 1
 
 
