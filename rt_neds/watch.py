@@ -159,9 +159,11 @@ class View:
         ]
         if len(findings) > SHOWN:
             lines.append(Text(f"and {len(findings) - SHOWN} more", style="dim"))
+        well = "green" if self.frames else STYLES["note"]  # before the first there is none to trust
         if not findings:
-            lines.append(Text("all well: nothing is known against it", style="green"))
-        worst = STYLES[findings[0].level] if findings else "green"
+            said = "all well: nothing is known against it" if self.frames else "nothing decoded yet"
+            lines.append(Text(said, style=well))
+        worst = STYLES[findings[0].level] if findings else well
         lines += [*self._triggers(), Text(self._counters(), style="dim")]
         return Panel(Group(*lines), title="health", border_style=worst)
 

@@ -74,3 +74,11 @@ def test_frames_before_any_schema_are_counted():
     assert (one.frames, one.holes) == (2, 2)
     one.take(schema("x", "y"))
     assert "waits for spikes" in screen(one)
+
+
+def test_all_is_well_only_once_something_was_decoded(monkeypatch):
+    monkeypatch.setattr("rt_neds.health.Health.findings", lambda self, now: [])
+    one = view(schema("x"))
+    assert "all well" not in screen(one)
+    one.take(frame(7))
+    assert "all well" in screen(one)
