@@ -385,11 +385,13 @@ def _fields(config: DataConfig) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bundle", required=True, metavar="DIR")
+    parser.add_argument("--bundle", required=True, metavar="DIR", help="folder that train left")
     parser.add_argument(
         "--session", required=True, nargs="+", metavar="S.h5", help="one session file, or several"
     )
-    parser.add_argument("--split", default="test", choices=["train", "val", "test"])
+    parser.add_argument(
+        "--split", default="test", choices=["train", "val", "test"], help="what to score (test)"
+    )
     parser.add_argument(
         "--baselines",
         default="linear",

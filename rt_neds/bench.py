@@ -180,12 +180,16 @@ def _in_turns(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["latency", "step", "soak"])
+    parser.add_argument(
+        "what",
+        choices=["latency", "step", "soak"],
+        help="bin end to publication; the network alone; hours with faults",
+    )
     parser.add_argument("--bundle", metavar="DIR", help="a trained one; random weights by default")
     parser.add_argument("--seconds", type=float, default=None, help="60 for latency, 10 for step")
     parser.add_argument("--minutes", type=float, default=60.0, help="of soak (60)")
     parser.add_argument("--size", choices=list(SIZES), default=None, help="of the random bundle")
-    parser.add_argument("--units", type=int, default=400)
+    parser.add_argument("--units", type=int, default=400, help="of the random bundle (400)")
     parser.add_argument("--behaviours", type=int, default=4, help="decoded, for step (4)")
     parser.add_argument(
         "--spikes-per-s",

@@ -187,7 +187,7 @@ def headline(scores: dict[str, Any]) -> tuple[str, float]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="runs/demo", metavar="DIR", help="(runs/demo)")
-    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--seed", type=int, default=SEED, help=f"of session and training ({SEED})")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

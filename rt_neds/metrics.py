@@ -299,7 +299,9 @@ HAS_RESULT = False
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--probe", required=True, help="name of the probe, such as imec0")
-    parser.add_argument("--connect", default=DEFAULT_DECODED, metavar="URL")
+    parser.add_argument(
+        "--connect", default=DEFAULT_DECODED, metavar="URL", help="where serve publishes"
+    )
     parser.add_argument(
         "--listen",
         default=DEFAULT_LISTEN,

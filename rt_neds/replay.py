@@ -266,8 +266,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "alone, what --bundle says they are",
     )
     parser.add_argument("--bundle", metavar="B", help="what says what --live means by a name alone")
-    parser.add_argument("--from", dest="from_s", type=float, default=0.0, metavar="S")
-    parser.add_argument("--to", dest="to_s", type=float, default=None, metavar="S")
+    parser.add_argument(
+        "--from", dest="from_s", type=float, default=0.0, metavar="S", help="second to begin at (0)"
+    )
+    parser.add_argument(
+        "--to",
+        dest="to_s",
+        type=float,
+        default=None,
+        metavar="S",
+        help="second to end at (the last)",
+    )
     parser.add_argument(
         "--wait", type=float, default=30.0, metavar="S", help="for a subscriber, at most (30)"
     )

@@ -12,9 +12,9 @@ from rt_neds.simulate import simulate_file
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="S.h5", help="session file to write")
-    parser.add_argument("--units", type=int, default=300)
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--units", type=int, default=300, help="300")
+    parser.add_argument("--minutes", type=float, default=20.0, help="20")
+    parser.add_argument("--seed", type=int, default=0, help="the same gives the same session (0)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -273,7 +273,9 @@ def watch(probe: str, connect: str, seconds: float | None, quiet: bool) -> dict[
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--probe", required=True, help="name of the probe, such as imec0")
-    parser.add_argument("--connect", default=DEFAULT_DECODED, metavar="URL")
+    parser.add_argument(
+        "--connect", default=DEFAULT_DECODED, metavar="URL", help="where serve publishes"
+    )
     parser.add_argument("--seconds", type=float, default=None, help="stop after so long")
 
 

@@ -1,5 +1,6 @@
 """The command line: the JSON contract, exit codes, and one line for each mistake."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -165,6 +166,21 @@ def test_overview_and_version(capsys):
     assert code == 0
     assert all(name in out for name in cli.COMMANDS)
     assert run(capsys)[0] == 2
+
+
+def parsers(parser):
+    """A command's, and those of what it is told to do."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from parsers(inner)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_option_says_what_it_is(name):
+    for parser in parsers(cli.command(name)[1]):
+        assert [action.dest for action in parser._actions if not action.help] in ([], ["kind"])
 
 
 def test_importing_the_package_is_quick_and_brings_no_torch():
