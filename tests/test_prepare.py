@@ -160,6 +160,7 @@ def test_dead_and_wild_channels_are_not_used():
     [
         (["detector", "--out", "D"], "expects --analyzer DIR, --recording DIR or both"),
         (["detector", "--recording", "nowhere", "--out", "D"], "no such recording: nowhere"),
+        (["detector", "--recording", __file__, "--out", "D"], "name the folder of the recording"),
         (["detector", "--analyzer", "nowhere", "--out", "D"], "no such SortingAnalyzer"),
         (["detector", "--recording", ".", "--out", "D"], "cannot be read"),
         (["detector", "--recording", "x", "--seconds", "0", "--out", "D"], "seconds 0"),

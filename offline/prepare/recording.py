@@ -72,6 +72,8 @@ def open_recording(path: str | Path, stream: str | None = None) -> Raw:
     path = Path(path)
     if not path.exists():
         raise ConfigError(f"no such recording: {path}; check the path")
+    if not path.is_dir():  # SpikeInterface would take a pickle
+        raise ConfigError(f"{path} is a file; name the folder of the recording")
     return as_raw(_read(path, stream), str(path))
 
 
