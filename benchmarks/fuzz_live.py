@@ -54,7 +54,8 @@ def interface_may_go(frames: Frames) -> bool:
 
 def native_total(counters: dict[str, int]) -> int:
     """Messages that are accounted for."""
-    return sum(counters[name] for name in ("messages", "announcements", "malformed"))
+    names = ("messages", "announcements", "observed", "malformed", "others")
+    return sum(counters[name] for name in names)
 
 
 def interface_total(counters: dict[str, int]) -> int:
