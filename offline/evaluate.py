@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from offline.compared import Baselines, baseline_values, ideal_values, of_present
 from offline.config import DataConfig, TrainConfig
 from offline.encoding import Predicted, encoding_scores, glm_scores, predict_spikes
 from offline.metrics import (
@@ -35,8 +36,6 @@ from rt_neds.model.readout import Behaviour
 from rt_neds.result import make_folder
 from rt_neds.session import Session, load_session
 from rt_neds.stream.decoder import outputs_of
-
-Baselines = Literal["linear", "all", "none"]
 
 
 @dataclass
@@ -250,76 +249,6 @@ def refuse_unusable(spec: BundleSpec, paths: list[str | Path]) -> None:
     ids = [open_session(spec, path)[0].id for path in paths]
     if len(set(ids)) < len(ids):
         raise ConfigError(f"{', '.join(map(str, paths))}: a session is given twice; give each once")
-
-
-# -- what it is compared with --------------------------------------------------------------------
-
-
-def of_present(binned: BinnedSession, names: list[str]) -> BinnedSession:
-    """The session without the columns of behaviours that it lacks, as baselines read it."""
-    at = [0, *(1 + names.index(name) for name in binned.present)]
-    return replace(
-        binned,
-        values_TM=binned.values_TM[:, at],
-        shown_TM=binned.shown_TM[:, at],
-        scored_TM=binned.scored_TM[:, at],
-    )
-
-
-def baseline_values(
-    binned: BinnedSession,
-    behaviours: list[Behaviour],
-    bins: dict[str, NDArray[np.int64]],
-    which: Baselines,
-    live: Sequence[Behaviour] = (),
-) -> dict[str, dict[str, NDArray]]:
-    """What each baseline, fitted on the same training bins, gives: by method, by behaviour."""
-    guesses: dict[str, dict[str, NDArray]] = {}
-    if which == "none" or not behaviours:
-        return guesses
-    from offline.baselines.linear import logistic, ridge
-
-    classes = {b.name: len(b.classes) for b in behaviours if b.kind == "categorical"}
-    for name, at_S in bins.items():
-        if name in classes:
-            guess = logistic(binned, name, at_S, classes=classes[name])
-            guesses.setdefault("logistic", {})[name] = guess
-        else:
-            guesses.setdefault("ridge", {})[name] = ridge(binned, name, at_S)[:, None]
-    if which == "all":
-        from offline.baselines.gru import gru
-
-        asked = np.unique(np.concatenate(list(bins.values())))
-        classes |= {b.name: len(b.classes) for b in live if b.kind == "categorical"}
-        of_gru = gru(binned, list(bins), asked, classes=classes, live=[b.name for b in live])
-        guesses["gru"] = {
-            name: of_gru[name][np.searchsorted(asked, at_S)].reshape(len(at_S), -1)
-            for name, at_S in bins.items()
-        }
-    return guesses
-
-
-SIMULATED = ("wheel.wheel_speed", "whisker.whisker_motion_energy", "trials.choice")
-"""What the ideal observer of a simulated session estimates; another table's column is not that."""
-
-
-def ideal_values(
-    binned: BinnedSession, behaviour: Behaviour, config: TrainConfig, at_S: NDArray[np.int64]
-) -> NDArray | None:
-    """Estimates of the ideal observer, where a simulated session carries them."""
-    of = config.behaviour[behaviour.name]
-    source, name = of.sources[0], of.sources[0].rpartition(".")[2]
-    if source not in SIMULATED or of.transform != "none" or not binned.session.has(f"ideal.{name}"):
-        return None
-    series = binned.session.series(f"ideal.{name}")
-    last = np.searchsorted(series.samples_L, (at_S + 1) * binned.width, side="right") - 1
-    value_S = series.values_L[np.maximum(last, 0)]
-    if behaviour.kind != "categorical":
-        return value_S[:, None]
-    codes = list(of.classes.values())
-    if sorted(codes) != [0.0, 1.0]:
-        return None
-    return np.stack([value_S if code == 1.0 else 1.0 - value_S for code in codes], axis=1)
 
 
 # -- scores --------------------------------------------------------------------------------------
