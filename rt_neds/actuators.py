@@ -45,7 +45,8 @@ WAITING = 16
 LISTEN_S = 0.1
 END_S = 1.0
 
-_ROW = np.dtype([(name, "<i8") for name in ("done", "late", "failed", "dropped", "took_ns")])
+COUNTS = ("done", "overdue", "late", "failed", "dropped")
+_ROW = np.dtype([(name, "<i8") for name in (*COUNTS, "took_ns")])
 
 
 class Hand(threading.Thread):
@@ -57,8 +58,9 @@ class Hand(threading.Thread):
         For people.
     device : Device
     row : record of int64
-        Counts: ``done``; ``late``, not done because it was; ``failed``; ``dropped``, too many
-        waited, or the line was high; and ``took_ns`` from the last decision until it was done.
+        Counts: ``done``; of these ``overdue``, known to be done only when it was too late;
+        ``late``, not done because it was; ``failed``; ``dropped``, too many waited, or the line was
+        high; and ``took_ns`` from the last decision until it was done.
     say : callable
         Takes a line for a person.
     """
@@ -133,7 +135,9 @@ class Hand(threading.Thread):
             self._unsure = isinstance(error, UnansweredError)
             self._off_at = time.monotonic()
         else:
-            self._row["took_ns"] = monotonic_ns() - decided_ns
+            now = monotonic_ns()
+            self._row["took_ns"] = now - decided_ns
+            self._row["overdue"] += now > until_ns
             self._row["done"] += 1
             if self._device.pulse_s:
                 self._high, self._off_at = True, time.monotonic() + self._device.pulse_s
@@ -248,12 +252,11 @@ class Actuators:
         Returns
         -------
         dict
-            ``done``, ``late``, ``failed``, ``dropped``: see :class:`Hand`; ``took_ms``: from the
-            last decision until it was done.
+            ``COUNTS``: see :class:`Hand`; ``took_ms``: from the last decision until it was done.
         """
         return {
             name: {
-                **{count: int(row[count]) for count in ("done", "late", "failed")},
+                **{count: int(row[count]) for count in COUNTS[:-1]},
                 "dropped": int(row["dropped"]) + int(self._undelivered_R[rule.number]),
                 "took_ms": row["took_ns"] / 1e6,
             }

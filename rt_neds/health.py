@@ -245,8 +245,9 @@ class Health:
                 yield Finding("doubtful", f"trigger {rule} held, and was refused: {why}")
         for name, now in (self.status.get("actuators") or {}).items():
             before = self._before("actuators", name)
-            for what in ("failed", "dropped", "late"):
-                grew = now[what] - before.get(what, now[what])
+            for what in ("failed", "dropped", "late", "overdue"):
+                count = now.get(what, 0)
+                grew = count - before.get(what, count)
                 if grew > 0:
                     yield Finding(
                         "wrong", f"{name}: {grew} {what} just now", "see docs/triggers.md"

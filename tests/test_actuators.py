@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from rt_neds import actuators as actuators_module
 from rt_neds import devices
-from rt_neds.actuators import WAITING, Actuators, Hand, prepare
+from rt_neds.actuators import COUNTS, WAITING, Actuators, Hand, prepare
 from rt_neds.bundle import load_spec
 from rt_neds.children import free_port
 from rt_neds.devices import Marker, Nido, NoAnswerError, TooLateError, Ttl, UnansweredError
@@ -493,7 +493,7 @@ class Line:
 
 
 def hand_of(device):
-    row = dict.fromkeys(("done", "late", "failed", "dropped", "took_ns"), 0)
+    row = dict.fromkeys((*COUNTS, "took_ns"), 0)
     return Hand("go", device, row, print), row
 
 
@@ -505,6 +505,14 @@ def test_a_pulse_lasts_as_long_as_the_device_says(monkeypatch):
     hand._act(0, 0)
     assert hand._off_at == 100.05
     assert (row["done"], row["took_ns"] > 0) == (1, True)
+
+
+def test_what_is_answered_only_when_it_is_too_late_is_overdue(monkeypatch):
+    monkeypatch.setattr(actuators_module, "monotonic_ns", lambda: 100)
+    hand, row = hand_of(Line(pulse_s=0.0))
+    for until_ns in (101, 100, 99):
+        hand._act(0, until_ns)
+    assert (row["done"], row["overdue"]) == (3, 1)
 
 
 def test_what_waits_is_done_in_its_order_and_what_does_not_fit_is_counted():

@@ -153,7 +153,7 @@ def test_bins_that_never_came():
 def test_source_units_triggers_and_drift():
     health = Health()
     rule = {"fired": 1, "refused": 0, "fired_ns": 5, "why": []}
-    hand = {"done": 1, "late": 0, "failed": 0, "dropped": 0, "took_ms": 0.1}
+    hand = {"done": 1, "overdue": 0, "late": 0, "failed": 0, "dropped": 0, "took_ms": 0.1}
     units = {"bundle": 300, "missing": 12, "unknown": 0}
     health.take(status(1, triggers={"go": rule}, actuators={"go.ttl": hand}), S)
     health.take(
@@ -162,7 +162,7 @@ def test_source_units_triggers_and_drift():
             "silent",
             units=units,
             triggers={"go": rule | {"refused": 2, "why": ["late"]}},
-            actuators={"go.ttl": hand | {"failed": 1}},
+            actuators={"go.ttl": hand | {"failed": 1, "overdue": 2}},
             drift={"drifted": True, "surprise": 3.21, "seconds": 30.0},
         ),
         2 * S,
@@ -175,6 +175,7 @@ def test_source_units_triggers_and_drift():
         "12 of 300 units",
         "trigger go held, and was refused: late",
         "go.ttl: 1 failed",
+        "go.ttl: 2 overdue",
         "3.2 times as far",
     ):
         assert words in text
