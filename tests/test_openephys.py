@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rt_neds.stream.openephys as module
+import rt_neds.stream.openephys_heartbeat as heartbeat_module
 from rt_neds.assemble import open_source, unit_map
 from rt_neds.bundle import load_spec
 from rt_neds.children import free_port
@@ -576,8 +577,8 @@ def test_in_silence_the_clock_closes_bins_for_a_quarter_of_a_second(source, monk
 
 
 def test_heartbeats_go_on_when_the_plugin_comes_back(port, source, monkeypatch):
-    monkeypatch.setattr(module, "HEARTBEAT_NS", 20_000_000)
-    monkeypatch.setattr(module, "UNANSWERED_NS", 60_000_000)
+    monkeypatch.setattr(heartbeat_module, "EVERY_NS", 20_000_000)
+    monkeypatch.setattr(heartbeat_module, "UNANSWERED_NS", 60_000_000)
 
     def live(plugin, seconds):
         deadline = time.monotonic() + seconds
@@ -602,6 +603,37 @@ def test_heartbeats_go_on_when_the_plugin_comes_back(port, source, monkeypatch):
     unanswered = source.counters["heartbeats_unanswered"]
     live(None, 0.3)
     assert source.counters["heartbeats_unanswered"] > unanswered
+
+
+@pytest.mark.parametrize("named", ["", "?stream=ProbeA"])
+def test_it_is_told_why_nothing_of_ours_comes(port, monkeypatch, named):
+    source = OpenEphysSource(f"openephys://127.0.0.1:{port}{named}", known(["E0"]))
+    assert source.trouble == ""  # it may still come
+    monkeypatch.setattr(module, "PATIENCE_NS", 0)
+    assert f"nothing comes from Open Ephys at 127.0.0.1:{port}" in source.trouble
+    plugin = naive.Plugin(port)
+    try:
+        deadline = time.monotonic() + 10
+        while "answers but sends nothing" not in source.trouble and time.monotonic() < deadline:
+            source.read(5)
+            plugin.answer()
+        assert "does it acquire?" in source.trouble
+        fed(source, [naive.spike(1, "X0", 20, stream="ProbeB")])
+        ours = "stream 'ProbeA'" if named else "the bundle's electrodes"
+        assert f"sends, but nothing of {ours}" in source.trouble
+        fed(source, [naive.spike(2, "E0", 30, stream="ProbeA")])
+        assert source.trouble == ""
+    finally:
+        plugin.close()
+        source.close()
+
+
+def test_a_batch_that_was_looked_at_is_read_next(source):
+    first = fed(source, [naive.data(1, 0, 0, BLOCK)])
+    source._ready.extend(first)
+    assert source.peek_spikes(0)
+    assert source.read(0) is first[0]
+    assert not source.peek_spikes(0)
 
 
 def test_read_never_waits_longer_than_it_may(source):

@@ -9,7 +9,6 @@ enough; from more than ``MAX_CHANNELS`` spikes could drown, and then the samples
 
 from __future__ import annotations
 
-import uuid
 from collections import deque
 from dataclasses import replace
 from time import time_ns
@@ -30,12 +29,12 @@ from rt_neds.openephys_wire import (
     Message,
     Spike,
     electrode_of,
-    heartbeat,
     parse,
     parse_broadcast,
     parse_url,
     unit_name,
 )
+from rt_neds.stream.openephys_heartbeat import Heartbeat
 from rt_neds.stream.receiver import Announcement
 from rt_neds.stream.watermark import Span, Watermark
 
@@ -54,8 +53,8 @@ STOCK_S = 30.0
 """How often electrodes are compared with the units of the bundle, where any is unknown."""
 SILENCE_NS = 250_000_000
 """So long the clock may stand in for spikes; then nothing is published until one comes."""
-HEARTBEAT_NS = 2_000_000_000
-UNANSWERED_NS = 6_000_000_000
+PATIENCE_NS = 2_000_000_000
+"""So long nothing need come before it is said."""
 
 COUNTERS = (
     "messages",
@@ -150,15 +149,31 @@ class OpenEphysSource:
         self._stock_at: int | None = None
         self._renumber()
         self.socket = self._subscriber()
-        self._beat: zmq.Socket | None = None
-        self._application, self._uuid = f"rt-neds {uuid.uuid4().hex[:4]}", str(uuid.uuid4())
-        self._beat_ns = self._answered_ns = monotonic_ns() - HEARTBEAT_NS
-        self._awaiting = False
+        self._made_ns = monotonic_ns()
+        self._heartbeat: Heartbeat | None = None
+        if not self.address.broadcaster:
+            at = f"tcp://{self.address.host}:{self.address.port + 1}"
+            self._heartbeat = Heartbeat(at, self.counters, self._made_ns)
+
+    @property
+    def trouble(self) -> str:
+        """Why nothing of ours has come, for a person; empty once something has, or may yet."""
+        if self._last_message_ns or monotonic_ns() - self._made_ns < PATIENCE_NS:
+            return ""
+        at = f"{self.address.host}:{self.address.port}"
+        if self.counters["other_stream"]:
+            ours = f"stream {self._stream!r}" if self._stream else "the bundle's electrodes"
+            return f"Open Ephys at {at} sends, but nothing of {ours}; ?stream=NAME says which"
+        if self._heartbeat is not None and self._heartbeat.answered:
+            return f"Open Ephys at {at} answers but sends nothing: does it acquire?"
+        plugin = "Event Broadcaster" if self.address.broadcaster else "ZMQ Interface"
+        return f"nothing comes from Open Ephys at {at}: does it run, with {plugin} in its chain?"
 
     def read(self, timeout_ms: int) -> SpikeBatch | None:
         """The next batch, or None if nothing was completed in time. Waits nowhere else."""
         now = monotonic_ns()
-        self._keep_alive(now)
+        if self._heartbeat is not None:
+            self._heartbeat.keep(now)
         self._take_stock()
         deadline = now + timeout_ms * 1_000_000
         for _ in range(MESSAGES_PER_READ):
@@ -177,6 +192,12 @@ class OpenEphysSource:
             now = monotonic_ns()
             self.take(frames, now)
         return None
+
+    def peek_spikes(self, timeout_ms: int) -> bool:
+        """Whether a batch is here; it is kept for the next ``read``."""
+        if not self._ready and (batch := self.read(timeout_ms)) is not None:
+            self._ready.appendleft(batch)
+        return bool(self._ready)
 
     def take(self, frames: list[bytes], received_ns: int) -> None:
         """Take in one message; what it completes comes with the next reads."""
@@ -211,8 +232,8 @@ class OpenEphysSource:
     def close(self) -> None:
         """Close the sockets."""
         self.socket.close(linger=0)
-        if self._beat is not None:
-            self._beat.close(linger=0)
+        if self._heartbeat is not None:
+            self._heartbeat.close()
 
     # -- messages --------------------------------------------------------------------------------
 
@@ -409,28 +430,3 @@ class OpenEphysSource:
                 "openephys://127.0.0.1:5556"
             ) from None
         return socket
-
-    def _keep_alive(self, now: int) -> None:
-        """Tell the plugin that we live, every two seconds, without ever waiting for its answer."""
-        if self.address.broadcaster:
-            return
-        if self._awaiting and self._beat is not None and self._beat.poll(0):
-            self._beat.recv()
-            self._awaiting, self._answered_ns = False, now
-        if now - self._beat_ns < HEARTBEAT_NS:
-            return
-        if self._awaiting and now - self._answered_ns < UNANSWERED_NS:
-            return
-        if self._awaiting or self._beat is None:
-            # A request without a reply blocks its socket for ever: begin with a new one.
-            self.counters["heartbeats_unanswered"] += self._awaiting
-            if self._beat is not None:
-                self._beat.close(linger=0)
-            self._beat = zmq.Context.instance().socket(zmq.REQ)
-            self._beat.set(zmq.LINGER, 0)
-            self._beat.set(zmq.MAXMSGSIZE, 64 * 1024)
-            self._beat.connect(f"tcp://{self.address.host}:{self.address.port + 1}")
-            self._answered_ns = now
-        self._beat.send(heartbeat(self._application, self._uuid))  # queued: it has a connection
-        self.counters["heartbeats"] += 1
-        self._awaiting, self._beat_ns = True, now

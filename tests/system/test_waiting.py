@@ -4,11 +4,20 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from rt_neds.children import free_port
 
 
-def test_serve_says_that_nothing_comes(tiny):
-    source = f"rtneds://127.0.0.1:{free_port()}"
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        ("rtneds", "nothing of imec9 comes from {}; start the sender"),
+        ("openephys", "nothing comes from Open Ephys at {}: does it run"),
+    ],
+)
+def test_serve_says_that_nothing_comes(tiny, scheme, words):
+    source = f"{scheme}://127.0.0.1:{free_port()}"
     argv = ["serve", "--probe", "imec9", "--bundle", str(tiny[1] / "bundle"), "--source", source]
     argv += ["--publish", f"tcp://127.0.0.1:{free_port()}"]
     child = subprocess.Popen(
@@ -21,4 +30,5 @@ def test_serve_says_that_nothing_comes(tiny):
     finally:
         child.terminate()
         child.communicate(timeout=60)
-    assert f"waiting: nothing of imec9 comes from {source}; start the sender" in lines[-1]
+    named = source if scheme == "rtneds" else source.removeprefix("openephys://")
+    assert f"waiting: {words.format(named)}" in lines[-1]
