@@ -1,24 +1,27 @@
-"""What other animals are worth: scores of a new one against minutes of its calibration.
+"""What other animals are worth: scores of new ones against minutes of their calibration.
 
 Simulated animals, each with its own units and tuning and one shared task; an exact ideal observer
-says how much could be known. A network is pretrained on 1, 5 and 20 of them and fine-tuned on the
-last minutes of a new animal's training split; beside it the same network from scratch.
+says how much could be known. A network is pretrained on 5 and 20 of them and fine-tuned on the last
+minutes of each new animal's training split; beside it the same network from scratch.
 
-    python benchmarks/scaling.py --out runs/scaling
+    python benchmarks/scaling.py --out runs/scaling --new 1000 1001 1002 1003 1004
 
-writes ``results/scaling.json``: pretrained on -> minutes -> {scores, seconds}, and draws all that
-is in it as ``results/scaling.png``.
+writes ``results/scaling.json``: pretrained on -> minutes -> new animal -> {scores, seconds}, draws
+all that is in it as ``results/scaling.png``, and prints the gain over each animal by itself, with
+its interval over animals (Student's t).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 
 from offline.config import TrainConfig
 from offline.evaluate import evaluate
@@ -28,7 +31,7 @@ from rt_neds.result import machine
 from rt_neds.simulate import simulate_file
 
 RESULTS = Path(__file__).resolve().parent / "results"
-UNITS, PAST_MINUTES, NEW_MINUTES, NEW_SEED = 80, 8.0, 40.0, 1000
+UNITS, PAST_MINUTES, NEW_MINUTES = 80, 8.0, 40.0
 TRAIN_SHARE = 0.7
 DRAWN = {"wheel_speed": "wheel", "whisker": "whisker"}
 
@@ -56,6 +59,22 @@ def tested(bundle: Path, session: Path) -> dict[str, dict[str, float]]:
     }
 
 
+def gains(results: dict[str, Any], sessions: int) -> None:
+    """Print what other animals gave the same new ones, with the same minutes."""
+    alone, after = (results.get(f"pretrained_on_{n}", {}) for n in (0, sessions))
+    for minutes, by_animal in after.items():
+        both = sorted(set(by_animal) & set(alone.get(minutes, {})))
+        if len(both) < 2:
+            continue
+        for name in DRAWN:
+            gain = [by_animal[a]["scores"][name] - alone[minutes][a]["scores"][name] for a in both]
+            reach = stats.t.ppf(0.975, len(both) - 1) * stats.sem(gain)
+            print(
+                f"after {sessions}, {minutes} minutes, {name}: {np.mean(gain):.3f} "
+                f"({np.mean(gain) - reach:.3f} to {np.mean(gain) + reach:.3f}) of {len(both)}"
+            )
+
+
 def draw(results: dict[str, Any], path: Path) -> None:
     """Each behaviour's score against minutes of calibration, a curve for each number of animals."""
     import matplotlib
@@ -66,24 +85,25 @@ def draw(results: dict[str, Any], path: Path) -> None:
     kept = NEW_MINUTES * TRAIN_SHARE
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for ax, (name, title) in zip(axes, DRAWN.items(), strict=True):
-        for shade, sessions in enumerate((0, 1, 5, 20)):
+        for shade, sessions in enumerate((0, 5, 20)):
             by_label = results.get(f"pretrained_on_{sessions}", {})
             points = sorted(
                 (kept if label == "all" else float(label), entry["scores"][name])
-                for label, by_seed in by_label.items()
-                for entry in by_seed.values()
+                for label, by_animal in by_label.items()
+                for entry in by_animal.values()
             )
             if not points:
                 continue
             minutes = sorted({m for m, _ in points})
             mean = [float(np.mean([r2 for m, r2 in points if m == at])) for at in minutes]
-            color = plt.get_cmap("viridis_r")(0.15 + 0.25 * shade)
-            label = f"after {sessions} other{'s' if sessions > 1 else ''}" if sessions else "alone"
+            color = plt.get_cmap("viridis_r")(0.15 + 0.35 * shade)
+            label = f"after {sessions} others" if sessions else "alone"
             ax.plot(minutes, mean, color=color, label=label)
             ax.plot(*zip(*points, strict=True), "o", color=color, markersize=4)
-        ax.axhline(results["ideal"][name], color="0.5", linestyle=":", label="ideal observer")
-        ticks = (1, 2, 5, 10, 20, kept)
-        ax.set(title=title, xscale="log", xlabel="minutes of the new animal's own")
+        ideal = np.mean([of[name] for of in results["ideal"].values()])
+        ax.axhline(ideal, color="0.5", linestyle=":", label="ideal observer")
+        ticks = (1, 2, 5, 10, kept)
+        ax.set(title=title, xscale="log", xlabel="minutes of a new animal's own")
         ax.set_xticks(ticks, [f"{m:g}" for m in ticks], minor=False)
         ax.minorticks_off()
         ax.spines[["top", "right"]].set_visible(False)
@@ -93,53 +113,60 @@ def draw(results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def pretrained(past: list[Path], args: argparse.Namespace, seed: str) -> Path:
+    """A bundle of other animals, trained now or found."""
+    run = args.out / f"pretrained{len(past)}-{args.seed}"
+    if not (run / "bundle").is_dir():
+        # Few sessions are soon known by heart: what is kept is the best on their validation.
+        config = config_of(f"training.steps={args.steps}", "training.validate_every=500", seed)
+        train(config, [str(p) for p in past], run)
+    return run / "bundle"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/scaling"))
-    parser.add_argument("--pretrained-on", type=int, nargs="+", default=[0, 1, 5, 20])
+    parser.add_argument("--pretrained-on", type=int, nargs="+", default=[0, 5, 20])
     parser.add_argument(
-        "--minutes", type=float, nargs="+", default=[1, 2, 5, 10, 20, 0], help="0 for all there is"
+        "--minutes", type=float, nargs="+", default=[1, 2, 5, 10, 0], help="0 for all there is"
     )
-    parser.add_argument("--steps", type=int, default=3000, help="of pretraining")
+    parser.add_argument("--new", type=int, nargs="+", default=[1000], help="seeds of new animals")
+    parser.add_argument("--steps", type=int, default=2500, help="of pretraining")
     parser.add_argument("--tuning-steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     past = [args.out / f"past{n:02d}.h5" for n in range(max(args.pretrained_on))]
-    new = args.out / "new.h5"
     for n, path in enumerate(past):
         if not path.is_file():
             simulate_file(path, units=UNITS, minutes=PAST_MINUTES, seed=n)
-    if not new.is_file():
-        simulate_file(new, units=UNITS, minutes=NEW_MINUTES, seed=NEW_SEED)
+    for animal in args.new:
+        if not (path := args.out / f"new{animal}.h5").is_file():
+            simulate_file(path, units=UNITS, minutes=NEW_MINUTES, seed=animal)
     seed = f"training.seed={args.seed}"
     path = RESULTS / "scaling.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     results["machine"] = machine()
     for sessions in args.pretrained_on:
-        init = None
-        if sessions:
-            run = args.out / f"pretrained{sessions}-{args.seed}"
-            # Few sessions are soon known by heart: what is kept is the best on their validation.
-            config = config_of(f"training.steps={args.steps}", "training.validate_every=500", seed)
-            init = Path(train(config, [str(p) for p in past[:sessions]], run)["bundle"])
-        for minutes in args.minutes:
+        init = pretrained(past[:sessions], args, seed) if sessions else None
+        for animal, minutes in product(args.new, args.minutes):
+            new = args.out / f"new{animal}.h5"
             changes = [f"training.steps={args.tuning_steps}", "training.validate_every=100", seed]
             changes.append(f"data.train_minutes={minutes}")
             if init is not None:
                 changes += ["training.frozen_steps=60", "training.trunk_rate=0.3"]
-            config = config_of(*changes)
-            run = args.out / f"tuned{sessions}-{minutes:g}-{args.seed}"
-            summary = train(config, [str(new)], run, init=init)
+            run = args.out / f"tuned{sessions}-{minutes:g}-{animal}-{args.seed}"
+            summary = train(config_of(*changes), [str(new)], run, init=init)
             scores = tested(run / "bundle", new)
-            results["ideal"] = scores["ideal"]
+            results.setdefault("ideal", {})[str(animal)] = scores["ideal"]
             entry = {"scores": scores["decoding"], "seconds": summary["seconds"]}
             label = f"{minutes:g}" if minutes else "all"
-            by_seed = results.setdefault(f"pretrained_on_{sessions}", {}).setdefault(label, {})
-            by_seed[f"seed_{args.seed}"] = entry
-            print(sessions, label, entry, flush=True)
+            of = results.setdefault(f"pretrained_on_{sessions}", {}).setdefault(label, {})
+            of[f"animal_{animal}_seed_{args.seed}"] = entry
+            print(sessions, label, animal, entry, flush=True)
             path.write_text(json.dumps(results, indent=1) + "\n")
+        gains(results, sessions)
     draw(results, path.with_suffix(".png"))
 
 
