@@ -1,8 +1,8 @@
 """What other animals are worth: scores of new ones against minutes of their calibration.
 
 Simulated animals, each with its own units and tuning and one shared task; an exact ideal observer
-says how much could be known. A network is pretrained on 5 and 20 of them and fine-tuned on the last
-minutes of each new animal's training split; beside it the same network from scratch.
+says how much could be known. A network is pretrained on 1, 5 and 20 of them and fine-tuned on the
+last minutes of each new animal's training split; beside it the same network from scratch.
 
     python benchmarks/scaling.py --out runs/scaling --new 1000 1001 1002 1003 1004
 
@@ -85,7 +85,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     kept = NEW_MINUTES * TRAIN_SHARE
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for ax, (name, title) in zip(axes, DRAWN.items(), strict=True):
-        for shade, sessions in enumerate((0, 5, 20)):
+        for shade, sessions in enumerate((0, 1, 5, 20)):
             by_label = results.get(f"pretrained_on_{sessions}", {})
             points = sorted(
                 (kept if label == "all" else float(label), entry["scores"][name])
@@ -96,13 +96,13 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 continue
             minutes = sorted({m for m, _ in points})
             mean = [float(np.mean([r2 for m, r2 in points if m == at])) for at in minutes]
-            color = plt.get_cmap("viridis_r")(0.15 + 0.35 * shade)
-            label = f"after {sessions} others" if sessions else "alone"
+            color = plt.get_cmap("viridis_r")(0.15 + 0.25 * shade)
+            label = f"after {sessions} other{'s' if sessions > 1 else ''}" if sessions else "alone"
             ax.plot(minutes, mean, color=color, label=label)
             ax.plot(*zip(*points, strict=True), "o", color=color, markersize=4)
         ideal = np.mean([of[name] for of in results["ideal"].values()])
         ax.axhline(ideal, color="0.5", linestyle=":", label="ideal observer")
-        ticks = (1, 2, 5, 10, kept)
+        ticks = (1, 2, 5, 10, 20, kept)
         ax.set(title=title, xscale="log", xlabel="minutes of a new animal's own")
         ax.set_xticks(ticks, [f"{m:g}" for m in ticks], minor=False)
         ax.minorticks_off()
@@ -126,9 +126,9 @@ def pretrained(past: list[Path], args: argparse.Namespace, seed: str) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/scaling"))
-    parser.add_argument("--pretrained-on", type=int, nargs="+", default=[0, 5, 20])
+    parser.add_argument("--pretrained-on", type=int, nargs="+", default=[0, 1, 5, 20])
     parser.add_argument(
-        "--minutes", type=float, nargs="+", default=[1, 2, 5, 10, 0], help="0 for all there is"
+        "--minutes", type=float, nargs="+", default=[1, 2, 5, 10, 20, 0], help="0 for all there is"
     )
     parser.add_argument("--new", type=int, nargs="+", default=[1000], help="seeds of new animals")
     parser.add_argument("--steps", type=int, default=2500, help="of pretraining")
