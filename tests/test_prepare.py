@@ -1,10 +1,15 @@
 """Detectors made of recordings, and sessions made of recordings, ALF folders and NWB."""
 
 import json
+import pickle
+import shutil
+from pathlib import Path
 
+import numcodecs
 import numpy as np
 import pytest
 import spikeinterface as si
+import zarr
 from spikeinterface.preprocessing import highpass_filter
 
 from offline.prepare import templates
@@ -125,6 +130,49 @@ def test_a_sorting_is_taken_as_it_is(made, tmp_path):
     truth = sorting.to_spike_vector()
     assert session.records_S["sample"].tolist() == truth["sample_index"].tolist()
     assert session.domain_K2.tolist() == [[0, SECONDS * 30_000]]
+
+
+class Evil:
+    """What leaves a file wherever it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("kept_as", ["binary_folder", "zarr", "file", "recording"])
+def test_no_pickle_is_opened(made, tmp_path, capsys, kept_as):
+    folder, touched = tmp_path / "analyzer", tmp_path / "touched"
+    shutil.copytree(made[0] / "analyzer", folder)
+    pickled = pickle.dumps(Evil(touched))
+    if kept_as == "binary_folder":
+        (folder / "recording.json").unlink()
+        (folder / "recording.pickle").write_bytes(pickled)
+    elif kept_as == "zarr":
+        analyzer = si.load_sorting_analyzer(folder)
+        folder = tmp_path / "analyzer.zarr"
+        analyzer.save_as(folder=folder, format="zarr")
+        group = zarr.open(folder, mode="r+")
+        kept = np.empty(1, object)
+        kept[0] = Evil(touched)
+        group.create_dataset(
+            "recording", data=kept, overwrite=True, object_codec=numcodecs.Pickle()
+        )
+        zarr.consolidate_metadata(group.store)
+    elif kept_as == "recording":
+        (folder := tmp_path / "old").mkdir()
+        (folder / "cached.pkl").write_bytes(pickled)
+    else:
+        folder = tmp_path / "analyzer.pkl"
+        folder.write_bytes(pickled)
+    argv = ("detector", "--out", tmp_path / "D", "--quiet")
+    assert run(*argv, "--recording" if kept_as == "recording" else "--analyzer", folder) == 2
+    said = capsys.readouterr().err.strip()
+    assert ("expected the folder" if kept_as == "file" else "is a pickle") in said
+    assert "\n" not in said
+    assert not touched.exists()
 
 
 def test_noise_is_numpys_median_absolute_deviation(made):

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from rt_neds.errors import ConfigError
 
 PIECE_S = 1.0
+OPENED = ("recording", "sorting", "cached")
+"""Names under which SpikeInterface, of whatever version, looks for a pickle in a folder."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,26 @@ def open_recording(path: str | Path, stream: str | None = None) -> Raw:
         raise ConfigError(f"no such recording: {path}; check the path")
     if not path.is_dir():  # SpikeInterface would take a pickle
         raise ConfigError(f"{path} is a file; name the folder of the recording")
+    refuse_pickles(path)
     return as_raw(_read(path, stream), str(path))
+
+
+def refuse_pickles(path: Path) -> None:
+    """Refuse a folder in which lies a pickle that SpikeInterface would open by itself.
+
+    Raises
+    ------
+    ConfigError
+    """
+    found = [path / (name + end) for name in OPENED for end in (".pickle", ".pkl")]
+    zarr = path / "recording" / ".zarray"
+    if zarr.is_file() and '"pickle"' in zarr.read_text():
+        found.append(zarr.parent)
+    for one in filter(Path.exists, found):
+        raise ConfigError(
+            f"{one} is a pickle, which could run any code; take it out of the folder, and name the "
+            "raw recording with --recording where it is needed"
+        )
 
 
 def as_raw(recording: Any, name: str) -> Raw:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from temporaldata import Data
 
-from offline.prepare.recording import Raw
+from offline.prepare.recording import Raw, refuse_pickles
 from offline.prepare.spikes import Tell, detect_recording
 from offline.prepare.writing import session_data
 from rt_neds.errors import ConfigError
@@ -21,14 +21,16 @@ def load_analyzer(path: str | Path) -> Any:
     Raises
     ------
     ConfigError
-        There is none.
+        There is none, or its recording is kept as a pickle.
     """
     import spikeinterface as si
 
     if not Path(path).exists():
         raise ConfigError(f"no such SortingAnalyzer: {path}; check the path")
+    refuse_pickles(Path(path))
     try:
-        analyzer = si.load(path)
+        # What was computed is read when it is asked for: models of it are pickles, too.
+        analyzer = si.load_sorting_analyzer(path, load_extensions=False)
     except Exception as error:  # spikeinterface raises whatever it meets
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
