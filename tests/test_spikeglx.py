@@ -1,5 +1,6 @@
 """SpikeGLX over real sockets: bins are what was sent, reports are what was injected."""
 
+import socket
 import time
 
 import numpy as np
@@ -245,6 +246,24 @@ def test_too_late_is_a_gap_of_exact_length(serve):
     assert source.counters["connections"] == 1
 
 
+def test_too_late_before_the_detector_has_settled_begins_it_anew(serve):
+    data = naive.recording(60_000, AP)
+    detector = naive.Threshold(AP, lag=LAG, settle=300)
+    source, server, _ = serve(data, steps=(77,), ring=10_000, detector=detector)
+    server.count = 1
+
+    def stall(server, connection):
+        server.count += 30_000
+        connection.sendall(b"ERROR FETCH: Too late.\n")
+
+    server.faults[2] = stall
+    got = read_until(source, len(data) - LAG)
+    resumed = 1 + 2 * 77 + 30_000
+    agree(frames_of(got)[0], expected(data, [(resumed, len(data))], settle=300))
+    assert detector.resets == [0, 1, resumed]
+    assert (source.counters["too_late"], source.counters["lost"]) == (1, 0)
+
+
 def test_a_server_that_answers_from_further_on_has_left_out_what_is_between(serve):
     data = naive.recording(30_000, AP)
     source, server, _ = serve(data, steps=(300,))
@@ -442,6 +461,26 @@ def test_a_server_that_hangs_does_not_hold_the_loop(serve, monkeypatch):
     assert source.counters["lost"] == 0
 
 
+def test_no_wait_is_longer_than_a_read_may_take(serve, monkeypatch):
+    """However long ago the question went out: a worker that does not return is taken for hung."""
+    monkeypatch.setattr(line_module, "SILENT_NS", 300_000_000)
+    receive, waits = line_module.Line.receive, []
+
+    def watched(line, wait_ns):
+        waits.append(wait_ns)
+        return receive(line, wait_ns)
+
+    monkeypatch.setattr(line_module.Line, "receive", watched)
+    source, server, _ = serve(naive.recording(9_000, AP), steps=(300,))
+    server.count = 1
+    server.faults = {5: naive.silence}
+    deadline = time.monotonic() + PATIENCE_S
+    while not source.counters["silent"]:
+        assert time.monotonic() < deadline
+        source.read(5)
+    assert max(waits) <= 5_000_000
+
+
 def test_a_reply_that_trickles_is_given_up(serve, monkeypatch):
     monkeypatch.setattr(line_module, "SILENT_NS", 200_000_000)
     data = naive.recording(9_000, AP)
@@ -544,6 +583,25 @@ def test_a_host_that_nobody_knows():
         SpikeGLXSource("spikeglx://no.such.host.invalid:1", "s", naive.Threshold(AP))
     with pytest.raises(ConfigError, match="expected spikeglx://HOST:4142"):
         SpikeGLXSource("spikeglx://h/p", "s", naive.Threshold(AP))
+
+
+def test_a_name_of_both_kinds_of_address_is_looked_for_where_spikeglx_listens(serve, monkeypatch):
+    """``localhost`` is ::1 first on Windows, and SpikeGLX's server listens on an IPv4 address."""
+    ask = socket.getaddrinfo
+
+    def both(host, port, *rest, **options):
+        found = ask("127.0.0.1", port, *rest, **options)
+        six = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0))
+        return [six, *found] if host == "localhost" else found
+
+    monkeypatch.setattr(line_module.socket, "getaddrinfo", both)
+    data = naive.recording(9_000, AP)
+    _, server, detector = serve(data, steps=(300,))
+    server.count = 1
+    source = SpikeGLXSource(f"spikeglx://localhost:{server.port}", "s", detector)
+    read_until(source, len(data) - LAG)
+    assert source.counters["refused"] == source.counters["unreachable"] == 0
+    source.close()
 
 
 def test_several_sources_take_turns_without_waiting(serve):

@@ -232,7 +232,7 @@ class SpikeGLXSource:
             self._line = Line(self._where)
             self._talk = self._converse()
             self._question, self._asked_ns = None, 0
-        if not self._line.connect(max(0, until_ns - now)):
+        if not self._line.connect(max(0, until_ns - monotonic_ns())):
             return
         if self._question is None:
             self.counters["connections"] += 1
@@ -242,7 +242,7 @@ class SpikeGLXSource:
                 return
             self._line.ask(self._question)
             self._asked_ns = monotonic_ns()
-        reply = self._line.receive(max(0, until_ns - self._asked_ns))
+        reply = self._line.receive(max(0, until_ns - monotonic_ns()))
         if reply is None:
             return
         self._question = self._talk.send(reply)
@@ -346,8 +346,9 @@ class SpikeGLXSource:
                     return
                 if self._seq:
                     self._skip_to(count, "skipped")
-                else:  # of this run nothing was here yet that could have a gap
+                else:  # of this run nothing was stated yet that could have a gap
                     self._next = self._end = count
+                    self._broken = True
                 continue
             if reply.error:
                 self._waited = "ot running" in reply.error

@@ -35,17 +35,20 @@ Where = tuple[socket.AddressFamily, tuple]
 def look_up(host: str, port: int) -> Where:
     """Address of a host. To be done once, before anything is read: a name may take seconds.
 
+    Of a name that has addresses of both kinds it is the IPv4 one, where SpikeGLX listens.
+
     Raises
     ------
     StreamError
     """
     try:
-        family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         raise StreamError(
             f"nobody knows the host {host}; expected a name or a number, such as "
             "spikeglx://192.168.1.5:4142"
         ) from None
+    family, _, _, _, where = min(found, key=lambda one: one[0] != socket.AF_INET)
     return family, where
 
 
