@@ -55,6 +55,18 @@ def test_loss_leaves_a_hole_as_wide_as_what_may_be_missing():
     assert blocks(watermark, 5, 1) == [(at, at + BLOCK)]
 
 
+def test_what_is_held_back_does_not_make_a_hole_narrower():
+    """Of a block that came, all but its tail may have been in what was lost."""
+    watermark = begun(lateness_ms=10)
+    blocks(watermark, 0, 3)
+    watermark.lose()
+    at = 5 * BLOCK - TAIL
+    assert blocks(watermark, 4, 1) == [(at, at)]
+    assert blocks(watermark, 5, 1) == [(at, at + BLOCK - 300)]
+    joined = begun(whole=False, lateness_ms=10)
+    assert blocks(joined, 4, 2) == [(at, at), (at, at + BLOCK - 300)]
+
+
 def test_blocks_shorter_than_the_tail_do_not_hide_a_loss():
     watermark = begun()
     spans = [watermark.see_block(k * 30, (k + 1) * 30) for k in range(10)]
@@ -155,6 +167,18 @@ def test_deselected_channels_are_noticed():
     assert spans[-1]
     assert watermark.by_data is False
     assert blocks(watermark, 60, 1)  # and selected again
+    assert watermark.by_data is True
+
+
+def test_channels_that_are_selected_again_leave_no_hole_and_begin_nothing_anew():
+    watermark = begun()
+    blocks(watermark, 0, 3)
+    for sample in range(3 * BLOCK, 3 * BLOCK + 2 * LEAP, 100):
+        watermark.see(sample)
+    assert watermark.by_data is False
+    complete, first = watermark.end, 3 * BLOCK + 2 * LEAP - 500
+    assert not watermark.block_breaks(first)
+    assert watermark.see_block(first, first + BLOCK) == [(complete, first + BLOCK - TAIL)]
     assert watermark.by_data is True
 
 

@@ -112,7 +112,7 @@ class Watermark:
             self._beyond += sample > self._block[1] + self._back
             if self._beyond < BEYOND:
                 return []
-            self.by_data = False
+            self.by_data, self._block = False, None
         self._oldest = sample if self._oldest < 0 else min(self._oldest, sample)
         self.newest = max(self.newest, sample)
         if self._lost:
@@ -133,7 +133,8 @@ class Watermark:
         self.by_data, self._block = True, (first, end)
         self.newest = max(self.newest, end - 1)
         lost = self._lost or (began_by_spikes and (self.end or 0) < self._suspect_to)
-        complete = max(end - self._tail, self.end or 0)
+        # All but the tail of this block may have been in what was lost, whatever is held back.
+        complete = max(end - (TAIL if lost else self._tail), self.end or 0)
         self._lost = lost and complete == self.end  # a block shorter than its tail closes nothing
         if self.end is None:
             start = complete if lost else first
