@@ -126,6 +126,16 @@ def test_another_run_leaves_nothing_behind_and_absurd_samples_do_not_stay():
     assert live.at(2, 1200, WIDTH)[0] == 3.0
 
 
+def test_bins_that_the_last_run_still_closes_take_nothing_from_the_next():
+    live = listening()
+    live.begin_run(2)
+    live.take(values(500, [1.0], epoch=2), RATE, 0)
+    assert np.isnan(live.at(1, 100 * WIDTH, WIDTH)[0])
+    live.take(values(WIDTH + 10, [2.0], epoch=2, seq=1), RATE, 0)
+    assert live.counters["speed"]["late"] == 0
+    assert [live.at(2, (b + 1) * WIDTH, WIDTH)[0] for b in range(2)] == [1.0, 2.0]
+
+
 def test_values_beyond_what_training_saw_are_counted():
     live = listening()
     live.learned({"speed": (-1.0, 2.0)})

@@ -90,3 +90,21 @@ def test_a_listener_hears_no_probe_whose_name_only_begins_alike():
     assert listener.malformed == 0
     for one in (listener, publisher):
         one.close()
+
+
+def test_a_message_that_breaks_the_protocol_does_not_look_like_silence():
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    publisher, listener = Publisher(endpoint, "p"), DecodedListener(endpoint, "p", ("status",))
+    deadline = time.monotonic() + 60
+    while listener.read(10) is None:  # until it has connected
+        assert time.monotonic() < deadline
+        publisher.note("status", {})
+    while listener.read(200) is not None:
+        pass
+    for broken in ([b"status/p"], [b"status/p", b"\xff"], [b"status/p", bytes(9), b""]):
+        publisher.pass_on(broken)
+    publisher.note("status", {"n": 1})
+    assert listener.read(60_000).fields["n"] == 1
+    assert listener.malformed == 3
+    for one in (listener, publisher):
+        one.close()

@@ -158,18 +158,20 @@ class LiveBehaviours:
         """
         value_M = self._value_of_frame[self._bins % len(self._value_of_frame)]
         self._bins += 1
+        ours = epoch == self._epoch  # the run before may still have bins to close
         for m, track in enumerate(self._tracks.values()):
-            while track.waiting and track.waiting[0][0] <= end:
+            while ours and track.waiting and track.waiting[0][0] <= end:
                 track.last = track.waiting.popleft()
             sample, value = track.last
-            held = sample >= 0 and end - sample <= max(track.hold, width) and epoch == self._epoch
+            held = ours and sample >= 0 and end - sample <= max(track.hold, width)
             value_M[m] = value if held and np.isfinite(value) else np.nan
             if np.isnan(value_M[m]):
                 track.counters["hidden"] += 1
             else:
                 track.counters["shown"] += 1
                 track.counters["beyond"] += not track.learned[0] <= value <= track.learned[1]
-        self._closed = end
+        if ours:
+            self._closed = end
         return value_M
 
 

@@ -136,8 +136,9 @@ class DecodedListener:
         while self._socket.poll(timeout_ms):
             frames = self._socket.recv_multipart()
             # Topics are heard by how they begin: imec1 is sent what is for imec10, too.
-            if kind := self._kinds.get(frames[0]):
-                return self._unpack(kind, frames)
+            kind = self._kinds.get(frames[0])
+            if kind is not None and (message := self._unpack(kind, frames)) is not None:
+                return message
             timeout_ms = max(0, (ends_ns - monotonic_ns()) // 1_000_000)
         return None
 
