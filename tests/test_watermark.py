@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rt_neds.stream.watermark import BEYOND, DEFAULT_LATENESS_MS, TAIL, Watermark
+from rt_neds.stream.watermark import BEYOND, DEFAULT_LATENESS_MS, TAIL, UNDECIDED, Watermark
 
 RATE, BLOCK = 30_000.0, 1024
 LATENESS = round(DEFAULT_LATENESS_MS * 30)
@@ -95,6 +95,15 @@ def test_by_spikes_it_follows_the_newest_less_the_lateness():
     assert all(a[1] == b[0] for a, b in pairwise(spans))
 
 
+def test_it_is_decided_once_no_block_came_for_several_latenesses():
+    watermark = begun()
+    watermark.see(0)
+    assert watermark.see(UNDECIDED * LATENESS) == []
+    assert watermark.by_data is None
+    assert watermark.see(UNDECIDED * LATENESS + 1)
+    assert watermark.by_data is False
+
+
 def test_by_spikes_loss_makes_everything_suspect_that_may_still_have_come():
     watermark = begun()
     for sample in range(0, 20_000, 10):
@@ -122,6 +131,15 @@ def test_what_was_lost_by_spikes_is_as_suspect_once_blocks_come():
     assert blocks(watermark, 20, 1) == [(at, at + BLOCK)]
 
 
+def test_a_block_takes_nothing_back_that_spikes_have_completed():
+    watermark = begun(lateness_ms=5)
+    for sample in range(0, 20_000, 10):
+        watermark.see(sample)
+    complete = watermark.end
+    assert complete > 20_000 - 150 - 30
+    assert watermark.see_block(19_000, 20_000) == [(complete, complete)]
+
+
 def test_by_spikes_it_begins_before_the_oldest_and_not_where_another_was_suspect():
     watermark = begun()
     watermark.lose()
@@ -129,6 +147,24 @@ def test_by_spikes_it_begins_before_the_oldest_and_not_where_another_was_suspect
     watermark.begin(whole=True)
     spans = [span for sample in (5000, 4000, 20_000) for span in watermark.see(sample)]
     assert spans == [(4000 - LATENESS, (20_000 - LATENESS) // 30 * 30)]
+
+
+def test_by_spikes_a_new_acquisition_does_not_begin_where_the_last_did():
+    watermark = begun()
+    watermark.see(100)
+    watermark.begin(whole=True)
+    spans = [span for sample in (50_000, 60_000) for span in watermark.see(sample)]
+    assert spans == [(50_000 - LATENESS, (60_000 - LATENESS) // 30 * 30)]
+
+
+def test_by_spikes_an_older_one_takes_nothing_back():
+    watermark = begun()
+    for sample in (0, 10_000, 20_000):
+        watermark.see(sample)
+    watermark.lose()
+    watermark.see(19_900)
+    assert watermark.newest == 20_000
+    assert watermark.see(30_000)[0][0] == 20_000 + LATENESS  # so far something may be missing
 
 
 def test_by_spikes_a_second_back_or_a_minute_ahead_is_another_acquisition():
@@ -158,10 +194,20 @@ def test_spikes_that_come_before_their_block_do_not_say_that_none_will():
     assert watermark.by_data is True
 
 
+def test_by_data_no_spike_begins_another_acquisition_nor_leaves_anything_out():
+    watermark = begun()
+    blocks(watermark, 0, 60)
+    assert not watermark.breaks(0)
+    assert not watermark.breaks(60 * BLOCK + LEAP + 1)
+    assert not watermark.jumps(60 * BLOCK + 2 * BACK)
+
+
 def test_deselected_channels_are_noticed():
     watermark = begun()
-    blocks(watermark, 0, 3)
+    blocks(watermark, 0, 2)
     far = 3 * BLOCK + 40_000
+    assert not any(watermark.see(far + k) for k in range(BEYOND - 1))
+    blocks(watermark, 2, 1)  # not yet: these only were early
     spans = [watermark.see(far + k) for k in range(BEYOND)]
     assert not any(spans[:-1])
     assert spans[-1]
@@ -189,6 +235,8 @@ def test_the_clock_stands_in_only_by_spikes_and_only_so_far():
         watermark.see(sample)
     complete = watermark.end
     assert watermark.pass_to(25_000) == [(complete, (25_000 - LATENESS) // 30 * 30)]
+    assert watermark.pass_to(24_000) == []
+    assert watermark.newest == 25_000
     assert watermark.pass_to(1 << 45) == []
     by_data = begun()
     blocks(by_data, 0, 3)

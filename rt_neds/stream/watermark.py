@@ -135,7 +135,7 @@ class Watermark:
         lost = self._lost or (began_by_spikes and (self.end or 0) < self._suspect_to)
         # All but the tail of this block may have been in what was lost, whatever is held back.
         complete = max(end - (TAIL if lost else self._tail), self.end or 0)
-        self._lost = lost and complete == self.end  # a block shorter than its tail closes nothing
+        self._lost = False
         if self.end is None:
             start = complete if lost else first
             return self._state((start, max(start, complete)))
