@@ -99,15 +99,22 @@ class Drift:
             None if log_rate_N is None else np.clip(log_rate_N, *LOG_RATE_RANGE)[self._known_N]
         )
 
-    def take(self, counts_N: NDArray[np.float32], observed: bool) -> None:
-        """Compare a bin with what was predicted for it."""
+    def take(
+        self,
+        counts_N: NDArray[np.float32],
+        observed: bool,
+        silent_N: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Compare a bin with what was predicted for it, but for units taken for missing in it."""
         if self._log_rate_N is None or not observed:
             return
         counts_N, log_rate_N = counts_N[self._known_N], self._log_rate_N
         rate_N = np.exp(log_rate_N)
-        self._sums_4N[0] += (counts_N - rate_N) * log_rate_N
-        self._sums_4N[1] += rate_N * log_rate_N**2
-        self._sums_4N[2] += counts_N * (log_rate_N - self._log_usual_N) - rate_N + self._usual_N
+        heard_N = np.float32(1) if silent_N is None else ~silent_N[self._known_N]
+        news_N = counts_N * (log_rate_N - self._log_usual_N) - rate_N + self._usual_N
+        self._sums_4N[0] += heard_N * (counts_N - rate_N) * log_rate_N
+        self._sums_4N[1] += heard_N * rate_N * log_rate_N**2
+        self._sums_4N[2] += heard_N * news_N
         self._sums_4N[3] += counts_N
         self._bins += 1
         if self._bins == self._part:

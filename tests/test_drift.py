@@ -81,6 +81,25 @@ def test_the_verdict_needs_a_whole_stretch_and_twice_the_usual():
         assert drift.status(usual, ["u"], np.array([True]))["surprise"] is None  # all left out
 
 
+def test_a_unit_that_is_back_from_silence_has_not_drifted():
+    usual = Expectation(
+        rates=[1.0, 1.0], surprise=[0.0, 0.0], sd=[1.0, 1.0], bits_per_spike=0.5, seconds=20.0
+    )
+    rng, drift = np.random.default_rng(0), Drift(usual.rates, 1000)
+    rate_N = np.array([3.0, 3.0])
+    silent_N = np.array([True, False])
+    for t in range(1500):
+        counts_N = rng.poisson(rate_N).astype(np.float32)
+        silent = 200 <= t < 1400
+        counts_N[0] *= not silent
+        drift.expect(np.log(rate_N).astype(np.float32))
+        drift.take(counts_N, True, silent_N if silent else None)
+    said = drift.status(usual, ["a", "b"])
+    assert not said["drifted"]
+    assert said["surprise"] > 0
+    assert drift.now()[1] == pytest.approx(math.log2(3) - (2 / 3) / math.log(2), abs=0.05)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_every_step_expects_of_the_next_bin_what_forward_asks_ahead(size):
     model = random_model(size)

@@ -191,6 +191,20 @@ def test_units_that_fall_silent_in_the_middle_of_a_queue_change_nothing_but_thei
     np.testing.assert_allclose(drifts[1], drifts[0], rtol=1e-4, atol=1e-4)
 
 
+def test_while_it_is_taken_for_missing_nothing_is_expected_of_a_unit(trained):
+    spec = load_spec(trained[2])
+    model, session = build_model(trained[2], spec), spec.sessions[0]
+    step = FusedStep(model, session.id, [b.name for b in spec.behaviours])
+    decoder, rng = Decoder(spec, session, step), np.random.default_rng(0)
+    gone_N = np.arange(len(session.units)) == 2
+    for t in range(2 * decoder._drift._part):
+        binned = frame(np.where(gone_N, 0, rng.poisson(0.5, len(gone_N))).astype(np.float32))
+        binned.bin, binned.first_of_run, binned.silent_N = t, t == 0, gone_N
+        decoder.decode(binned)
+        decoder.look_back([binned])
+    assert (decoder._drift._parts[-1].any(axis=0) == ~gone_N).all()
+
+
 def missing_1(missing_N):
     return torch.from_numpy(missing_N)[None, None]
 

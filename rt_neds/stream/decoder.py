@@ -246,7 +246,7 @@ class Decoder:
         for frame, next_N in zip(frames, next_TN, strict=False):
             if frame.first_of_run:
                 self._drift.expect(None)
-            self._drift.take(frame.counts_N, frame.observed)
+            self._drift.take(frame.counts_N, frame.observed, frame.silent_N)
             self._drift.expect(next_N)
         if not frames:
             self._drift.expect(None)
