@@ -5,7 +5,7 @@ Shape suffixes: T bins, K boxcar widths, N units, F features (widths x units).
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 
 import numpy as np
@@ -45,11 +45,13 @@ def build(config: TrainConfig, subjects: list[Subject]) -> NEDS:
     return model
 
 
-def fit_linear(model: NEDS, subjects: list[Subject], known: Collection[str] = ()) -> None:
+def fit_linear(
+    model: NEDS, subjects: list[Subject], known: Mapping[str, Collection[str]] | None = None
+) -> None:
     """Fit each session's linear decoder to its training split, in place.
 
     What was fitted is kept beside a session that is kept on disk. ``known`` sessions go on from a
-    bundle: what their read-outs make of it is not changed.
+    bundle: what the read-outs of their ``known`` behaviours make of it is not changed.
     """
     for subject in subjects:
         parts = model.parts(subject.id)
@@ -59,7 +61,7 @@ def fit_linear(model: NEDS, subjects: list[Subject], known: Collection[str] = ()
         folder, scales = subject.folder, subject.scales
         keep = held if folder is None else partial(kept_fits, folder, scales)
         subject.hear = keep(parts.spikes_in, fitted)
-        subject.hear().give(parts.linear, outs=subject.id not in known)
+        subject.hear().give(parts.linear, but=(known or {}).get(subject.id, ()))
 
 
 def _statistics_sample(

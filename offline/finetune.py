@@ -31,7 +31,7 @@ SHARED = (
 
 
 @torch.no_grad()
-def begin_at_bundle(model: NEDS, folder: str | Path, config: TrainConfig) -> list[str]:
+def begin_at_bundle(model: NEDS, folder: str | Path, config: TrainConfig) -> dict[str, list[str]]:
     """Give a network the trunk of a bundle, and the parts of the sessions they have in common.
 
     The trunk is everything that belongs to no session. Modalities are matched by name, so that
@@ -49,8 +49,8 @@ def begin_at_bundle(model: NEDS, folder: str | Path, config: TrainConfig) -> lis
 
     Returns
     -------
-    list of str
-        Sessions that the bundle knows.
+    dict of str to list of str
+        Sessions that the bundle knows, and the behaviours it knows of each.
 
     Raises
     ------
@@ -61,7 +61,7 @@ def begin_at_bundle(model: NEDS, folder: str | Path, config: TrainConfig) -> lis
     _refuse_another_kind(spec, folder, config)
     known = build_model(folder, spec)
     own, theirs = dict(model.named_parameters()), dict(known.named_parameters())
-    for name in trunk(model):
+    for name in trunk(model).keys() - {"linear_in.weight"}:  # whose columns are of behaviours
         if name in theirs and theirs[name].shape == own[name].shape:
             own[name].copy_(theirs[name])
     for m, name in enumerate(model.modalities):
@@ -79,7 +79,7 @@ def begin_at_bundle(model: NEDS, folder: str | Path, config: TrainConfig) -> lis
         else:
             model.session_XD[x] = known.session_XD.mean(dim=0)
             _begin_like_others(model, session, known, spec)
-    return list(known.session_ids)
+    return {session.id: session.behaviours for session in spec.sessions}
 
 
 def keep_scales(subjects: list[Subject], folder: str | Path, config: TrainConfig) -> None:

@@ -11,6 +11,7 @@ piece), U numbers the decoder says, R targets, C numbers of an output.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import cast
 
@@ -63,12 +64,17 @@ class Fits:
     fit_T: NDArray[np.int8]
     outs: dict[str, Tensor]
 
-    def give(self, decoder: LinearDecoder, outs: bool = True) -> None:
-        """Have a network's decoder say what the one fitted to all of training says."""
+    def give(self, decoder: LinearDecoder, but: Collection[str] = ()) -> None:
+        """Have a network's decoder say what the one fitted to all of training says.
+
+        Read-outs begin at what is made of it, ``but`` those of some behaviours, which are kept.
+        """
         decoder.weight_UF.copy_(self.weight_XUF[0])
         decoder.bias_U.copy_(self.bias_XU[0])
-        if outs:
-            decoder.out.load_state_dict(self.outs)
+        own = decoder.out.state_dict()
+        for key, tensor in self.outs.items():
+            if key.partition(".")[0] not in but:
+                own[key].copy_(tensor)
 
 
 def fit(

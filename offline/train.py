@@ -102,7 +102,7 @@ def train(
         torch.set_num_threads(settings.threads)
     subjects = open_sessions(session_paths, config, out, processes)
     torch.manual_seed(settings.seed)
-    model, known = build(config, subjects), []
+    model, known = build(config, subjects), dict[str, list[str]]()
     if init is not None:
         refuse_other_units(init, {subject.id: subject.units for subject in subjects})
         keep_scales(subjects, init, config)

@@ -43,6 +43,10 @@ def config_of(**sections):
     return tiny_config(model=LINEAR, **sections)
 
 
+def of_behaviours(config, *names):
+    return msgspec.structs.replace(config, behaviour={n: config.behaviour[n] for n in names})
+
+
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
     return write_session(tmp_path_factory.mktemp("linear") / "s.h5", seconds=300.0, units=8)
@@ -340,12 +344,40 @@ def test_a_session_the_bundle_knows_is_fitted_anew_and_read_out_as_before(sessio
 def test_the_trunk_finds_what_is_said_by_name(session, tmp_path):
     config = config_of()
     bundle = train(config, [str(session)], tmp_path / "run")["bundle"]
-    only = msgspec.structs.replace(config, behaviour={"choice": config.behaviour["choice"]})
+    only = of_behaviours(config, "choice")
     model = build(only, [prepare(session, only)])
     begin_at_bundle(model, bundle, only)
     known = build_model(bundle, load_spec(bundle))
     at = where_said(known.behaviours)["choice"]
     assert torch.equal(model.linear_in.weight, known.linear_in.weight[:, at])
+
+
+def test_a_behaviour_that_a_known_session_had_not_begins_at_its_regression(session, tmp_path):
+    config = config_of()
+    bundle = train(of_behaviours(config, "speed"), [str(session)], tmp_path / "run")["bundle"]
+    subject = prepare(session, config)
+    model = build(config, [subject])
+    fit_linear(model, [subject], begin_at_bundle(model, bundle, config))
+    theirs = build_model(bundle, load_spec(bundle)).parts("tiny").linear.out["speed"].state_dict()
+    expected = {f"speed.{key}": tensor for key, tensor in theirs.items()}
+    fitted = subject.hear().outs
+    expected |= {key: fitted[key] for key in ("choice.weight", "choice.bias")}
+    assert fitted["choice.weight"].any()
+    for key, tensor in model.parts("tiny").linear.out.state_dict().items():
+        assert torch.equal(tensor, expected[key]), key
+
+
+def test_a_behaviour_that_the_bundle_does_not_know_takes_nothing_of_another(session, tmp_path):
+    config = config_of()
+    bundle = train(of_behaviours(config, "speed"), [str(session)], tmp_path / "run")["bundle"]
+    fast = {"fast": config.behaviour["speed"]}  # as wide as the one that is left out
+    other = msgspec.structs.replace(config, behaviour=fast)
+    subject = prepare(session, other)
+    model = build(other, [subject])
+    fresh = copy.deepcopy(model)
+    begin_at_bundle(model, bundle, other)
+    assert torch.equal(model.linear_in.weight, fresh.linear_in.weight)
+    assert not torch.equal(model.spikes_shared.weight, fresh.spikes_shared.weight)
 
 
 def test_what_cannot_be_fitted_says_nothing(session):
