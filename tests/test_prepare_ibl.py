@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from offline.prepare.ibl import from_alf, recorded
+from rt_neds.cli import main
 from rt_neds.errors import SessionError
 from rt_neds.session import load_session
 from tests.test_prepare import write_alf
@@ -71,6 +72,41 @@ def test_trials_have_the_columns_that_are_there(tmp_path):
         from_alf(tmp_path / "eid")
 
 
+def write_metrics(probe, **columns):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pa.table(columns), probe / "clusters.metrics.pqt")
+
+
+def test_a_region_is_that_of_the_unit_whose_number_it_stands_beside(tmp_path):
+    write_alf(tmp_path / "eid")
+    probe = tmp_path / "eid" / "alf" / "probe00"
+    write_metrics(probe, cluster_id=[2, 0, 1, 4, 3], acronym=["c", "a", "b", "e", "d"])
+    session = prepared(tmp_path / "eid", tmp_path)
+    assert session.column("units.acronym").tolist() == ["a", "b", "c", "d", "e"]
+    # As many rows as there are units, and yet not one of each.
+    write_metrics(probe, cluster_id=[0, 1, 2, 3, 6], acronym=["a", "b", "c", "d", "g"])
+    session = prepared(tmp_path / "eid", tmp_path)
+    assert len(session.unit_ids) == 7
+    assert not session.has("units.acronym")
+
+
+def test_where_one_probe_was_not_recorded_its_units_are_not_silent(tmp_path):
+    write_alf(tmp_path / "eid")  # from 5 to 15 s, and from 30 to 40 s
+    second = tmp_path / "eid" / "alf" / "probe01"
+    second.mkdir()
+    np.save(second / "spikes.times.npy", np.linspace(6, 39, 3000))
+    np.save(second / "spikes.clusters.npy", np.arange(3000) % 3)
+    session = prepared(tmp_path / "eid", tmp_path)
+    np.testing.assert_allclose(session.domain_K2 / 30_000, [[6, 15], [30, 39]], atol=0.1)
+    second = second.with_name("probe02")  # nothing was found on it: it says nothing
+    second.mkdir()
+    np.save(second / "spikes.times.npy", np.zeros(0))
+    np.save(second / "spikes.clusters.npy", np.zeros(0, int))
+    assert prepared(tmp_path / "eid", tmp_path).domain_K2.tolist() == session.domain_K2.tolist()
+
+
 def test_units_of_two_probes_are_told_apart(tmp_path):
     write_alf(tmp_path / "eid")
     first, second = (tmp_path / "eid" / "alf" / name for name in ("probe00", "probe01"))
@@ -84,8 +120,10 @@ def test_units_of_two_probes_are_told_apart(tmp_path):
     assert session.unit_ids == names
     assert session.column("units.depths").tolist() == [0, 40, 80, 120, 160, 7, 8, 9]
     of_first = np.load(first / "spikes.times.npy"), np.load(first / "spikes.clusters.npy")
+    both = recorded(of_first[0]).clip(6, np.nextafter(39, 40))
     for unit, name in enumerate(names):
         time_S = of_first[0][of_first[1] == unit] if unit < 5 else times[unit - 5 :: 3]
+        time_S = time_S[((both[:, :1] <= time_S) & (time_S < both[:, 1:])).any(axis=0)]
         mine = session.records_S["sample"][session.records_S["unit"] == unit]
         np.testing.assert_array_equal(mine, np.rint(time_S * 30_000), err_msg=name)
     third = tmp_path / "eid" / "alf" / "probe02"
@@ -95,8 +133,10 @@ def test_units_of_two_probes_are_told_apart(tmp_path):
     session = prepared(tmp_path / "eid", tmp_path)
     assert session.unit_ids == [*names, "probe02/0", "probe02/1"]
     assert not session.has("units.depths")  # not of every unit
-    mine = session.records_S["sample"][session.records_S["unit"] == 9]
-    np.testing.assert_array_equal(mine, np.rint((times[1::2] + 0.001) * 30_000))
+    mine = session.records_S["sample"][session.records_S["unit"] == 9] / 30_000 - 0.001
+    for time in times[1::2]:
+        if min(abs(time - edge) for edge in (6, 15, 30, 39)) > 0.1:
+            assert (np.abs(mine - time).min() < 1e-4) == (not 15 < time < 30)
 
 
 def test_spikes_of_no_time_are_left_out_with_their_units(tmp_path):
@@ -155,6 +195,54 @@ def test_what_is_not_known_of_a_trial_stays_unknown(tmp_path):
     np.testing.assert_array_equal(session.column("trials.reward"), [np.nan, 0, 1])
     np.testing.assert_array_equal(session.column("trials.choice"), [1, np.nan, 2])
     assert session.column("trials.block_prior").tolist() == [-1, 1, 0]
+
+
+def test_a_wheel_that_hardly_lasted_is_none_and_a_time_not_known_is_left_out(tmp_path):
+    write_alf(tmp_path / "eid")
+    alf = tmp_path / "eid" / "alf"
+    when = np.load(alf / "_ibl_wheel.timestamps.npy")
+    when[[0, 100]] = np.nan
+    np.save(alf / "_ibl_wheel.timestamps.npy", when)
+    speed = prepared(tmp_path / "eid", tmp_path).series("wheel.wheel_speed")
+    np.testing.assert_allclose(speed.values_L, 3.0, atol=1e-3)
+    np.save(alf / "_ibl_wheel.timestamps.npy", np.linspace(7.001, 7.019, 3000))
+    assert not prepared(tmp_path / "eid", tmp_path).has("wheel")
+
+
+def test_columns_as_matlab_writes_them_are_read(tmp_path):
+    write_alf(tmp_path / "eid")
+    before = prepared(tmp_path / "eid", tmp_path)
+    probe = tmp_path / "eid" / "alf" / "probe00"
+    for file in probe.glob("*.npy"):
+        np.save(file, np.load(file)[:, None])
+    after = prepared(tmp_path / "eid", tmp_path)
+    np.testing.assert_array_equal(after.records_S, before.records_S)
+    assert after.column("units.depths").tolist() == before.column("units.depths").tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("probe00/spikes.times.npy", b"half", "spikes.times.npy cannot be read"),
+        ("probe00/spikes.times.npy", np.zeros((4000, 2)), "shape (4000, 2); a row of numbers"),
+        ("probe00/clusters.depths.npy", np.array([None] * 5), "clusters.depths.npy cannot be"),
+        ("probe00/spikes.clusters.npy", np.full(4000, -1), "a unit -1; units are counted from 0"),
+        ("_ibl_trials.table.pqt", b"half", "_ibl_trials.table.pqt cannot be read"),
+    ],
+)
+def test_a_file_that_came_but_in_part_is_told_in_one_line(tmp_path, capsys, name, content, words):
+    pytest.importorskip("pyarrow")
+    write_alf(tmp_path / "eid")
+    file = tmp_path / "eid" / "alf" / name
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        np.save(file, content)
+    argv = ["prepare", "ibl", "--alf", str(tmp_path / "eid"), "--out", str(tmp_path / "S.h5")]
+    assert main(argv) == 2
+    told = capsys.readouterr().err
+    assert words in told
+    assert told.count("\n") == 1
 
 
 @pytest.mark.parametrize(("units", "rate"), [(4, 1.0), (10, 0.5), (1, 0.2)])

@@ -9,6 +9,8 @@ Shape suffixes: S spikes, U units, R trials.
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import and_
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +82,13 @@ def from_alf(folder: str | Path, session_id: str | None = None) -> Data:
     wheel = _wheel(alf)
     if wheel is not None:
         groups["wheel"] = wheel
-    time_S = np.concatenate(time)
+    pieces = [recorded(time_S) for time_S in time if len(time_S)]
     return session_data(
         session_id or (folder.name if alf != folder else folder.resolve().parent.name),
-        time_S,
+        np.concatenate(time),
         np.concatenate(unit),
         units,
-        recorded(time_S),
+        common_to(pieces) if pieces else np.zeros((0, 2)),
         **groups,
     )
 
@@ -103,6 +105,16 @@ def recorded(time_S: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.stack([starts, ends], axis=1)
 
 
+def common_to(pieces: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """What lies in a piece of each: a probe, or a unit, is not silent while others go on alone."""
+    intervals = [
+        Interval(start=of[:, 0].copy(), end=of[:, 1].copy())
+        for of in (of_K2[np.argsort(of_K2[:, 0])] for of_K2 in pieces)
+    ]
+    common = reduce(and_, intervals)
+    return np.stack([common.start, common.end], axis=1)
+
+
 def _newest(folder: Path, *patterns: str) -> Path | None:
     """A file of a folder, of its newest revision; the first pattern that there is in that."""
     for place in [*sorted(folder.glob(REVISION), reverse=True), folder]:
@@ -115,7 +127,20 @@ def _newest(folder: Path, *patterns: str) -> Path | None:
 def _load(folder: Path, name: str) -> NDArray[Any] | None:
     """An ALF array, whatever revision or hash its file name carries; None if it is not there."""
     file = _newest(folder, f"{name}.npy", f"{name}.*.npy")
-    return None if file is None else np.load(file, allow_pickle=False)
+    if file is None:
+        return None
+    try:
+        values = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        raise SessionError(
+            f"{file} cannot be read as an array of numbers; it may have come but in part: download "
+            "it again"
+        ) from None
+    if values.ndim == 2 and values.shape[1] == 1:  # a column, as MATLAB writes it
+        values = values[:, 0]
+    if values.ndim != 1:
+        raise SessionError(f"{file} has the shape {values.shape}; a row of numbers was expected")
+    return values
 
 
 def _table(folder: Path, name: str) -> Any:
@@ -126,7 +151,12 @@ def _table(folder: Path, name: str) -> Any:
         import pyarrow.parquet as parquet
     except ImportError:
         raise ConfigError(f"{file} needs pyarrow to be read; pip install 'rt-neds[ibl]'") from None
-    table = parquet.read_table(file)
+    try:
+        table = parquet.read_table(file)
+    except (OSError, ValueError):
+        raise SessionError(
+            f"{file} cannot be read as a table; it may have come but in part: download it again"
+        ) from None
     return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
 
 
@@ -139,8 +169,11 @@ def _probe(alf: Path, probe: Path) -> tuple[Any, Any, dict[str, NDArray[Any]]]:
             f"spikes.clusters of {len(unit_S) if unit_S is not None else 0} spikes; they must be "
             "of one sorting"
         )
+    if (least := int(unit_S.min(initial=0))) < 0:
+        raise SessionError(f"{probe}: spikes of a unit {least}; units are counted from 0")
     metrics = _table(probe, "clusters.metrics") or {}
-    n_units = max(int(unit_S.max(initial=0)) + 1, len(metrics.get("cluster_id", ())))
+    number_U = np.asarray(metrics.get("cluster_id", ()), np.int64)
+    n_units = 1 + max(int(unit_S.max(initial=0)), int(number_U.max(initial=-1)))
     name = probe.relative_to(alf).parts[0] if probe != alf else "probe00"
     columns: dict[str, NDArray[Any]] = {
         "id": np.array([f"{name}/{unit}" for unit in range(n_units)]),
@@ -154,9 +187,11 @@ def _probe(alf: Path, probe: Path) -> tuple[Any, Any, dict[str, NDArray[Any]]]:
         values = _load(probe, file)
         if values is not None and len(values) == n_units:
             columns[column] = values
+    order = np.argsort(number_U, kind="stable")
+    whole = np.array_equal(number_U[order], np.arange(n_units))  # a row for each
     for key in ("acronym", "label"):
-        if len(metrics.get(key, ())) == n_units:
-            values = metrics[key]
+        if whole and key in metrics:
+            values = metrics[key][order]
             columns[key] = values.astype(str) if values.dtype == object else values
     finite_S = np.isfinite(time_S)
     return time_S[finite_S], unit_S[finite_S].astype(np.int64), columns
@@ -199,9 +234,15 @@ def _whole(values_R: NDArray[np.float64]) -> NDArray[Any]:
 
 def _wheel(alf: Path) -> IrregularTimeSeries | None:
     time_L, position_L = _load(alf, "_ibl_wheel.timestamps"), _load(alf, "_ibl_wheel.position")
-    if time_L is None or position_L is None or len(time_L) < 2 or len(time_L) != len(position_L):
+    if time_L is None or position_L is None or len(time_L) != len(position_L):
+        return None
+    told = np.isfinite(time_L)  # what has no time cannot be placed
+    time_L, position_L = time_L[told], position_L[told]
+    if not len(time_L):
         return None
     grid = np.arange(np.ceil(time_L[0] * 50) + 1, np.floor(time_L[-1] * 50) + 1) / 50
+    if not len(grid):
+        return None
     moved = np.interp(grid, time_L, position_L) - np.interp(grid - 0.02, time_L, position_L)
     return IrregularTimeSeries(
         timestamps=grid,
