@@ -2,6 +2,7 @@
 
 import datetime
 
+import h5py
 import numpy as np
 import pytest
 
@@ -13,12 +14,26 @@ pynwb = pytest.importorskip("pynwb")
 TIME = np.arange(600) / 10.0
 
 
-def prepared(tmp_path, *series, containers=(), options=()):
-    """The session of an NWB file with six units and these series."""
+def nwb_file(observed=()):
+    """An NWB file of six units, the first of which were observed in these intervals."""
     nwb = pynwb.NWBFile("d", "one", datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC))
     rng = np.random.default_rng(0)
-    for _ in range(6):
-        nwb.add_unit(spike_times=np.sort(rng.uniform(0, 60, 300)))
+    for unit in range(6):
+        when = observed[unit] if unit < len(observed) else np.zeros((0, 2))
+        said = {"obs_intervals": np.array(when)} if observed else {}
+        nwb.add_unit(spike_times=np.sort(rng.uniform(0, 60, 300)), **said)
+    return nwb
+
+
+def written(tmp_path, nwb):
+    with pynwb.NWBHDF5IO(str(tmp_path / "x.nwb"), "w") as file:
+        file.write(nwb)
+    return ["prepare", "nwb", str(tmp_path / "x.nwb"), "--out", str(tmp_path / "S.h5"), "--quiet"]
+
+
+def prepared(tmp_path, *series, containers=(), options=()):
+    """The session of an NWB file with six units and these series."""
+    nwb = nwb_file()
     module = nwb.create_processing_module("behavior", "b")
     for one in series:
         module.add(one)
@@ -26,10 +41,7 @@ def prepared(tmp_path, *series, containers=(), options=()):
         container = pynwb.behavior.BehavioralTimeSeries(name=name)
         container.add_timeseries(inside)
         module.add(container)
-    with pynwb.NWBHDF5IO(str(tmp_path / "x.nwb"), "w") as file:
-        file.write(nwb)
-    argv = ["prepare", "nwb", str(tmp_path / "x.nwb"), "--out", str(tmp_path / "S.h5"), "--quiet"]
-    assert main([*argv, *options]) == 0
+    assert main([*written(tmp_path, nwb), *options]) == 0
     return load_session(tmp_path / "S.h5")
 
 
@@ -55,6 +67,36 @@ def test_values_without_a_time_are_left_out(tmp_path):
 
 def test_a_series_of_no_time_is_none(tmp_path):
     assert prepared(tmp_path, series("w", np.sin(TIME), TIME * np.nan)).behaviours() == []
+
+
+@pytest.mark.parametrize("shape", [(500,), (700,), (2, 600)])  # the last is transposed
+def test_a_series_of_other_times_than_values_is_none(tmp_path, shape):
+    nwb = nwb_file()
+    module = nwb.create_processing_module("behavior", "b")
+    module.add(series("wheel", np.sin(TIME)))
+    module.add(series("other", np.cos(TIME)))
+    argv = written(tmp_path, nwb)
+    with h5py.File(tmp_path / "x.nwb", "r+") as file:
+        group = file["processing/behavior/wheel"]
+        said = dict(group["data"].attrs)
+        del group["data"]
+        group.create_dataset("data", data=np.zeros(shape)).attrs.update(said)
+    assert main(argv) == 0
+    assert load_session(tmp_path / "S.h5").behaviours() == ["behavior_other.other"]
+
+
+def test_recorded_is_what_was_observed_of_all_units_that_say_so(tmp_path):
+    observed = [[[30.0, 50.0], [0.0, 20.0]], [[10.0, 40.0]]]  # in any order; nothing of the others
+    assert main(written(tmp_path, nwb_file(observed))) == 0
+    domain_K2 = load_session(tmp_path / "S.h5").domain_K2
+    assert domain_K2.tolist() == [[300_000, 600_000], [900_000, 1_200_000]]
+
+
+def test_units_of_no_common_time_are_no_session(tmp_path, capsys):
+    assert main(written(tmp_path, nwb_file([[[0.0, 20.0]], [[30.0, 50.0]]]))) == 2
+    said = capsys.readouterr().err
+    assert "at no time were all units observed" in said
+    assert said.count("\n") == 1
 
 
 def test_series_of_one_name_are_told_apart_by_their_containers(tmp_path):

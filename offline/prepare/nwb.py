@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from temporaldata import Data, Interval, IrregularTimeSeries
 
-from offline.prepare.ibl import recorded
+from offline.prepare.ibl import common_to, recorded
 from offline.prepare.writing import series_of, session_data, trials_of
 from rt_neds.errors import ConfigError, SessionError
 
@@ -66,23 +66,26 @@ def _session(path: Path, nwb: Any) -> Data:
         time_S,
         np.repeat(np.arange(len(trains)), [len(train) for train in trains]),
         {"id": np.array([str(unit) for unit in ids])},
-        _domain(units, time_S),
+        _domain(path, units, time_S),
         **groups,
     )
 
 
-def _domain(units: Any, time_S: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Where every unit was observed, in seconds."""
+def _domain(path: Path, units: Any, time_S: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Where every unit was observed of which the file says when, in seconds."""
     if "obs_intervals" not in units.colnames:
         return recorded(time_S)
-    common = None
-    for u in range(len(units)):
-        mine = np.asarray(units["obs_intervals"][u], np.float64).reshape(-1, 2)
-        interval = Interval(start=mine[:, 0].copy(), end=mine[:, 1].copy())
-        common = interval if common is None else common & interval
-    if common is None or not len(common):
+    of_unit = [np.asarray(units["obs_intervals"][u], np.float64) for u in range(len(units))]
+    told = [of_K2.reshape(-1, 2) for of_K2 in of_unit if of_K2.size]
+    if not told:
         return recorded(time_S)
-    return np.stack([common.start, common.end], axis=1)
+    common_K2 = common_to(told)
+    if not len(common_K2):
+        raise SessionError(
+            f"{path}: at no time were all units observed (obs_intervals); leave out those "
+            "that were not recorded with the others"
+        )
+    return common_K2
 
 
 def _trials(nwb: Any) -> Interval | None:
@@ -132,6 +135,8 @@ def _series(one: Any) -> IrregularTimeSeries | None:
         time_L = np.asarray(one.timestamps[:], np.float64)
     else:
         time_L = one.starting_time + np.arange(len(values)) / one.rate
+    if len(time_L) != len(values):  # transposed, it may be
+        return None
     order = np.argsort(time_L, kind="stable")
     order = order[np.isfinite(time_L[order])]  # what has no time cannot be placed
     if len(order) < 2:
