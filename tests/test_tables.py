@@ -1,6 +1,7 @@
 """Behaviour and trials from CSV files."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -43,6 +44,7 @@ def test_tables_become_series_and_trials(session, tmp_path):
     np.testing.assert_array_equal(came.column("trials.choice"), [0, 1])
     np.testing.assert_array_equal(came.column("trials.go_time"), [np.nan, 3.5])
     assert came.column("trials.side").tolist() == ["right", "left"]
+    assert set(came.data.trials.timekeys()) == {"start", "end", "go_time"}
 
 
 def test_rows_that_say_nothing_of_the_recording_are_counted(session, tmp_path, capsys):
@@ -63,6 +65,22 @@ def test_rows_between_pieces_of_a_recording_are_outside_of_it(tmp_path, capsys):
     argv = ["prepare", "session", str(session), "--out", str(tmp_path / "o.h5"), "--tables"]
     assert main([*argv, str(tmp_path / "wheel.csv")]) == 0
     assert "wheel: 5 rows, 2 of them outside what was recorded" in capsys.readouterr().err
+
+
+def test_half_of_a_table_may_lie_outside_and_empty_lines_are_none(session, tmp_path, capsys):
+    (tmp_path / "wheel.csv").write_text("time,speed\n\n1,1\n , \n60,2\n61,3\n62,4\n\n")
+    argv = ["prepare", "session", str(session), "--out", str(tmp_path / "o.h5"), "--tables"]
+    assert main([*argv, str(tmp_path / "wheel.csv")]) == 0
+    assert "wheel: 4 rows, 2 of them outside" in capsys.readouterr().err
+
+
+def test_a_session_without_an_id_is_called_after_its_file(tmp_path):
+    session = write_session(tmp_path / "s.h5", leave_out=("session", "wheel", "trials"))
+    (tmp_path / "wheel.csv").write_text(WHEEL)
+    out, told = tmp_path / "monday.h5", tmp_path / "told.json"
+    argv = ["prepare", "session", str(session), "--out", str(out), "--json", str(told), "--quiet"]
+    assert main([*argv, "--tables", str(tmp_path / "wheel.csv")]) == 0
+    assert json.loads(told.read_text())["session"] == load_session(out).id == "monday"
 
 
 def test_what_was_a_session_is_the_same_by_way_of_csv(tmp_path):
@@ -126,6 +144,15 @@ def test_a_long_pause_is_time_in_which_nobody_looked(session, tmp_path):
             "start,end,side\n1,2,gauch\u00e9\n",
             "'gauch\u00e9' in trials.side; a session",
         ),
+        ("wheel.csv", "time,speed\n-inf,1\n2,2\n3,3\n", "row 2"),
+        ("wheel.csv", "time,speed\n,1\n2,2\n3,3\n", "row 2"),
+        ("wheel.csv", "time,speed\n1,1\n2,2\ninf,3\n", "row 4"),
+        ("wheel.csv", "time,keys\n1,2\n2,3\n", "a column 'keys'"),
+        ("wheel.csv", "time,domain\n1,2\n2,3\n", "a column 'domain'"),
+        ("wheel.csv", "time,timestamps\n1,2\n2,3\n", "a column 'timestamps'"),
+        ("trials.csv", "start,end,timekeys\n1,2,3\n", "a column 'timekeys'"),
+        ("trials.csv", "start,end,self\n1,2,3\n", "a column 'self'"),
+        ("trials.csv", "start,end,choice\n1,3,1\n4,4,1\n", "ends before it begins"),
         ("wheel.csv", b"time,speed\n1,\xff\xfe\n", "not a CSV file"),
         ("wheel.csv", 'time,speed\n1,"2\n', "not a CSV file"),
     ],

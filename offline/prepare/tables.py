@@ -25,6 +25,8 @@ from offline.prepare.writing import series_of, trials_of
 from rt_neds.errors import SessionError
 
 NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+TAKEN = ("self", "timestamps", "domain", "timekeys")
+"""What temporaldata calls something else."""
 
 
 def add_tables(data: Data, paths: Iterable[str | Path]) -> dict[str, dict[str, int]]:
@@ -143,6 +145,7 @@ class _Column:
 
 
 def _intervals(path: Path, columns: dict[str, NDArray[Any]]) -> Interval:
+    _check_names(path, columns, Interval)
     _check_numbers(path, columns, ["start", "end"])
     found = trials_of(columns, ["start", "end", *(n for n in columns if n.endswith("_time"))])
     if not len(found) or (found.end <= found.start).any():
@@ -151,15 +154,26 @@ def _intervals(path: Path, columns: dict[str, NDArray[Any]]) -> Interval:
 
 
 def _series(path: Path, columns: dict[str, NDArray[Any]]) -> IrregularTimeSeries:
+    _check_names(path, columns, IrregularTimeSeries)
     _check_numbers(path, columns, list(columns))
     time_R = columns.pop("time")
-    back = np.flatnonzero(~((np.diff(time_R) > 0) & np.isfinite(time_R[1:])))
-    if len(time_R) < 2 or len(back):
-        row = int(back[0]) + 3 if len(back) else 2
+    wrong_R = ~np.isfinite(time_R)
+    wrong_R[1:] |= ~(time_R[1:] > time_R[:-1])
+    if len(time_R) < 2 or wrong_R.any():
+        row = int(wrong_R.argmax()) + 2
         raise SessionError(
             f"{path}, row {row}: expected two rows or more, the time of each later than the last"
         )
     return series_of(time_R, columns)
+
+
+def _check_names(path: Path, columns: dict[str, NDArray[Any]], kind: type) -> None:
+    for name in columns:
+        if name in TAKEN or hasattr(kind, name):
+            raise SessionError(
+                f"{path}: a column {name!r}; a session keeps something else under that name: call "
+                "it otherwise"
+            )
 
 
 def _check_numbers(path: Path, columns: dict[str, NDArray[Any]], names: list[str]) -> None:

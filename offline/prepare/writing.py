@@ -103,7 +103,7 @@ def write_session(path: str | Path, data: Data) -> dict[str, Any]:
     """
     path = Path(path)
     _refuse_other_letters(path, data)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.stem}.part-{os.getpid()}")  # may be called after it
     try:
         data.save(partial)
         session = load_session(partial)
