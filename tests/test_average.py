@@ -45,6 +45,7 @@ def test_a_step_touches_the_shared_and_its_own_and_nothing_else():
     found = {id(p) for p in touched(model, ["b"])}
     assert found == {id(p) for p in model.parameters()} - others
     average = RunningAverage(model)
+    assert not average.mean.training  # validated without dropout
     before = copy.deepcopy(average.mean.parts("a"))
     for parameter in model.parameters():
         parameter.data += 1

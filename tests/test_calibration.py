@@ -64,6 +64,13 @@ def test_a_long_trial_counts_as_a_short_one():
     assert categorical_d2(*long) == pytest.approx(categorical_d2(raw_SC, class_S, trial_S))
 
 
+def test_bins_outside_trials_count_each_by_itself():
+    raw_SC, class_S, trial_S = drawn(np.random.default_rng(6), 300, 1, 4.0)
+    outside_S = np.where(trial_S < 200, -1, trial_S)
+    for of in (temperature_of, categorical_d2):
+        assert of(raw_SC, class_S, outside_S) == pytest.approx(of(raw_SC, class_S, trial_S))
+
+
 @pytest.mark.parametrize("linear", [False, True])
 def test_it_goes_into_the_read_out_and_changes_no_decision(tmp_path, linear):
     session = write_session(tmp_path / "s.h5", seconds=300.0, units=8)

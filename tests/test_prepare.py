@@ -190,6 +190,22 @@ def test_noise_is_numpys_median_absolute_deviation(made):
     assert np.allclose(arrays["noise_C"][column], np.median(wants, axis=0), rtol=1e-3)
 
 
+@pytest.mark.parametrize("rate", [30_000.0, 24_414.0])
+def test_a_units_mean_has_the_sorters_sample_where_its_template_is_looked_for(rate):
+    class Ramp:  # the samples of a recording are their own numbers, and go through no filter
+        channels = ("0",)
+        reset, rows = (lambda self: None), (lambda self, samples_SC: samples_SC)
+
+        def pieces(self, first, end):
+            for at in range(first, end, 1000):
+                yield at, np.arange(at, min(at + 1000, end), dtype=np.float32)[:, None]
+
+    ramp, before = Ramp(), round(templates.BEFORE_MS * rate / 1000)
+    train = [np.array([500, 990, 1003, 2710])]
+    (mean_WC,) = templates._averages(ramp, ramp, train, 0, 4000, before, 120, lambda *_: None)
+    np.testing.assert_allclose(mean_WC[2 * before], np.mean(train))
+
+
 def test_dead_and_wild_channels_are_not_used():
     rng = np.random.default_rng(0)
     samples = np.rint(10 * rng.standard_normal((20_000, CHANNELS))).astype(np.int16)

@@ -146,7 +146,8 @@ def with_templates(
         if len(train) < FEWEST
     }
     chosen = {unit: train for unit, train in chosen.items() if unit not in left_out}
-    mean_UWC = _averages(raw, front, list(chosen.values()), first, end, width + 2 * before, tell)
+    trains_of = list(chosen.values())
+    mean_UWC = _averages(raw, front, trains_of, first, end, before, width + 2 * before, tell)
     noise_CC = _noise_covariance(raw, first, end, front)
     shank_C = arrays["shank_C"][front.column_C]
     units, parts = [], []
@@ -201,11 +202,11 @@ def _averages(
     trains: list[NDArray[np.int64]],
     first: int,
     end: int,
+    before: int,
     length: int,
     tell: Tell,
 ) -> NDArray[np.float32]:
-    """Mean conditioned samples around each unit's spikes, from twice BEFORE_MS before them."""
-    before = round(2 * BEFORE_MS * raw.rate / 1000)
+    """Mean conditioned samples around each unit's spikes, from twice ``before`` before them."""
     sum_UWC = np.zeros((len(trains), length, len(raw.channels)), np.float32)
     count_U = np.zeros((len(trains), 1, 1), np.float32)
     unit_S = np.repeat(np.arange(len(trains)), [len(train) for train in trains])
@@ -218,7 +219,7 @@ def _averages(
         rows_SC = np.concatenate([kept_SC, front.rows(samples_SC)])
         zero = at - len(kept_SC)
         while next_spike < len(sample_S):
-            top = sample_S[next_spike] - before - zero
+            top = sample_S[next_spike] - 2 * before - zero
             if top + length > len(rows_SC):
                 break
             if top >= 0:
