@@ -17,6 +17,7 @@ from offline.cache import held, kept_fits
 from offline.config import TrainConfig
 from offline.linear import fit
 from offline.windows import BinnedSession, behaviours_of
+from rt_neds.errors import ConfigError
 from rt_neds.model.neds import NEDS
 from rt_neds.model.readin import boxcar_sums
 
@@ -70,6 +71,11 @@ def _statistics_sample(
     """Counts and boxcar sums of recorded bins of the training split, from up to 40 windows."""
     T, before = config.data.window_bins, max(config.model.history)
     usable = np.flatnonzero(binned.of_split("train") & binned.shown_TM[:, 0])
+    if not len(usable):
+        raise ConfigError(
+            f"{binned.session.path}: no whole bin of the training split was recorded "
+            f"(data.split = {config.data.split!r}); choose another split, or leave the session out"
+        )
     counts, sums = [], []
     for first in rng.choice(usable, size=min(WINDOWS_FOR_STATISTICS, len(usable)), replace=False):
         counts_TN = binned.counts_TN(first - before, first + T)

@@ -153,6 +153,19 @@ def test_nothing_is_fitted_but_what_is_scored_and_recorded_in_training(session, 
         assert torch.equal(tensor, after.outs[name])
 
 
+def test_what_is_fitted_of_a_behaviour_does_not_hang_on_its_place(session, begun):
+    config, model, subject = begun
+    turned = of_behaviours(config, "choice", "speed")
+    other = prepare(session, turned)
+    spikes_in = model.parts("tiny").spikes_in
+    fits = linear.fit(subject.binned, model.behaviours, subject.scales, spikes_in)
+    after = linear.fit(other.binned, model.behaviours[::-1], other.scales, spikes_in)
+    assert torch.equal(fits.weight_XUF[:, [1, 2, 0]], after.weight_XUF)
+    assert torch.equal(fits.bias_XU[:, [1, 2, 0]], after.bias_XU)
+    for name, tensor in fits.outs.items():
+        assert torch.equal(tensor, after.outs[name])
+
+
 def test_features_are_what_the_read_in_makes_of_recorded_bins(begun):
     _, model, subject = begun
     binned, spikes_in = copy.deepcopy(subject.binned), model.parts("tiny").spikes_in

@@ -87,6 +87,17 @@ def test_a_behaviour_of_which_nothing_can_be_learned(tmp_path):
         train(tiny_config(), [str(path)], tmp_path / "b")
 
 
+def test_a_training_split_in_which_no_spike_was_recorded(tmp_path):
+    path = write_session(tmp_path / "s.h5", domain=[(40.0, 60.0)])
+    with h5py.File(path, "r+") as file:
+        for name, (start, end) in {"train": (0, 40), "val": (42, 50), "test": (50, 60)}.items():
+            split = file.create_group(f"x_{name}_domain")
+            split.attrs.update(dict(file["domain"].attrs))
+            split["start"], split["end"] = np.array([float(start)]), np.array([float(end)])
+    with pytest.raises(ConfigError, match=r"s\.h5: no whole bin of the training split"):
+        train(tiny_config(data={"split": "x"}), [str(path)], tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     "name", ["spikes", "ahead", "next", "encoding", "neuron", "type", "forward", "half", "keys"]
 )
