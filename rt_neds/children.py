@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import random
 import socket
 import subprocess
 import sys
@@ -20,6 +22,10 @@ from rt_neds.stream.publisher import DecodedListener, Note
 START_S = 300.0
 """A first start compiles, and the machine may be busy; this only bounds the wait for a failure."""
 END_S = 30.0
+PORTS = range(20_000, 30_000, 2)
+"""Below those that systems give to connections: what is free when it is looked for stays so. Two
+processes that look at once take them in orders of their own."""
+_ports = itertools.cycle(random.sample(PORTS, len(PORTS)))
 
 
 class ChildError(RtNedsError):
@@ -29,10 +35,16 @@ class ChildError(RtNedsError):
 
 
 def free_port() -> int:
-    """A TCP port of the loopback that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port of the loopback that is free now, and so is the next."""
+    for port in itertools.islice(_ports, len(PORTS)):
+        try:
+            for each in (port, port + 1):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", each))
+        except OSError:
+            continue
+        return port
+    raise ChildError(f"no port from {PORTS[0]} to {PORTS[-1]} is free; end what holds them")
 
 
 def command(*args: str) -> list[str]:

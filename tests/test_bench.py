@@ -1,14 +1,18 @@
 """What bench concludes from what it measured."""
 
+import itertools
 import os
+import socket
 
 import numpy as np
 import pytest
 
+from rt_neds import children
 from rt_neds.bench import late_line, show, term_lines, terms
 from rt_neds.bench_input import random_bundle
 from rt_neds.bench_step import bench_step, paced, percentiles
 from rt_neds.bundle import load_spec
+from rt_neds.children import free_port
 from rt_neds.frames import DecodedFrame
 from rt_neds.latency import Tally, stolen_ms
 
@@ -127,3 +131,18 @@ def test_a_random_bundle_is_a_bundle_and_its_step_is_measured(tmp_path):
     assert result["max_abs_error"] < 1e-4
     assert result["window_over_step"] > 1
     assert set(result) >= {"step_us", "eager_us", "window_us", "eager_over_step"}
+
+
+def test_a_free_port_is_one_that_nobody_holds_nor_the_next(monkeypatch):
+    taken, free = free_port(), free_port()
+    monkeypatch.setattr(children, "PORTS", (taken, free))
+    monkeypatch.setattr(children, "_ports", itertools.cycle((taken, free)))
+    for held in (taken, taken + 1):
+        with socket.socket() as holder:
+            holder.bind(("127.0.0.1", held))
+            assert free_port() == free
+    with socket.socket() as first, socket.socket() as second:
+        first.bind(("127.0.0.1", taken))
+        second.bind(("127.0.0.1", free + 1))
+        with pytest.raises(children.ChildError, match="no port from"):
+            free_port()
