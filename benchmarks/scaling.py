@@ -166,6 +166,7 @@ def main() -> None:
             of[f"animal_{animal}_seed_{args.seed}"] = entry
             print(sessions, label, animal, entry, flush=True)
             path.write_text(json.dumps(results, indent=1) + "\n")
+    for sessions in filter(None, args.pretrained_on):
         gains(results, sessions)
     draw(results, path.with_suffix(".png"))
 
