@@ -360,6 +360,72 @@ def test_a_restart_is_a_new_epoch_with_the_same_bins(serve):
     assert source.counters["lost"] == 0
 
 
+@pytest.mark.parametrize("began", ["late", "soon", "told"])
+def test_a_run_that_was_seen_to_end_does_not_go_on_however_the_next_counts(serve, began):
+    data = naive.recording(30_000, AP)
+    source, server, _ = serve(data, steps=(300,))
+    server.count = 1
+    read_until(source, 9_000)
+    server.steps, answer = (0,), server.answer
+
+    def ended(connection, line):
+        if not line.startswith("GETSTREAMSAMPLECOUNT"):
+            answer(connection, line)
+            return
+        server.answer = answer
+        connection.sendall(b"0\nOK\n")
+
+    if began == "late":
+        server.running = False
+        read_until_told(source, "no run is going")
+        server.running = True
+    elif began == "soon":
+        server.answer = ended  # begun when we look again
+    else:
+        told = naive.says(b"ERROR FETCH: Not running or stream not enabled.\n")
+        server.faults[server.fetched + 1] = told
+    deadline = time.monotonic() + PATIENCE_S
+    while source.counters["epochs"] < 2:
+        assert time.monotonic() < deadline
+        source.read(5)
+    server.steps = (300,)
+    got = read_until(source, len(data) - LAG)
+    assert source.counters["epochs"] == 2
+    assert len({batch.epoch for batch in got}) == 1
+
+
+def test_a_run_that_we_waited_for_outlives_its_connection(serve):
+    data = naive.recording(30_000, AP)
+    source, server, _ = serve(data, steps=(300,), running=False)
+    read_until_told(source, "no run is going")
+    server.rate = 30_000.5  # what was said of the probe was said of the run before
+    server.running, server.faults = True, {20: naive.hangs_up}
+    got = read_until(source, len(data) - LAG)
+    agree(frames_of(got)[0], expected(data, [(0, len(data))]))
+    assert (source.announced.rate, got[0].rate) == (30_000.5, 30_000.5)
+    assert (source.counters["epochs"], source.counters["disconnected"]) == (1, 1)
+
+
+def test_a_restart_while_we_are_told_too_late_is_no_step_back(serve):
+    data = naive.recording(30_000, AP)
+    source, server, _ = serve(data, steps=(300,))
+    server.count = 1
+
+    def goes_to(count):
+        def too_late(server, connection):
+            server.count = count
+            connection.sendall(b"ERROR FETCH: Too late.\n")
+
+        return too_late
+
+    server.faults |= {39: goes_to(1 + 39 * 300 + 5000), 40: goes_to(0)}
+    got = read_until(source, len(data) - LAG, epochs=2)
+    ours = [batch for batch in got if batch.epoch == got[-1].epoch]
+    agree(frames_of(ours)[0], expected(data, [(0, len(data))]))
+    assert (source.counters["too_late"], source.counters["lost"]) == (2, 5000)
+    assert not any(batch.lost for batch in ours)  # that was of the run before
+
+
 def test_a_restart_that_nobody_saw_is_noticed_by_the_count(serve):
     data = naive.recording(60_000, AP)
     source, server, _ = serve(data, steps=(300,))
@@ -374,6 +440,27 @@ def test_a_restart_that_nobody_saw_is_noticed_by_the_count(serve):
     got = read_until(source, len(data) - LAG, epochs=2)
     ours = [batch for batch in got if batch.epoch == got[-1].epoch]
     assert ours[0].first == 0
+    agree(frames_of(ours)[0], expected(data, [(0, len(data))]))
+    assert source.counters["epochs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("step", "away"),
+    [(300, {20: 40_000, 23: 20_000}), (3000, {10: 20_000})],
+    ids=["less than it had", "less than we have"],
+)
+def test_a_restart_that_nobody_saw_is_noticed_while_we_are_behind(serve, step, away):
+    data = naive.recording(60_000, AP)
+    source, server, _ = serve(data, steps=(step,))
+    server.count = 1
+
+    def breaks(server, connection):
+        server.count = away[server.fetched - 1]
+        naive.reset(connection)
+
+    server.faults = dict.fromkeys(away, breaks)
+    got = read_until(source, len(data) - LAG, epochs=2)
+    ours = [batch for batch in got if batch.epoch == got[-1].epoch]
     agree(frames_of(ours)[0], expected(data, [(0, len(data))]))
     assert source.counters["epochs"] == 2
 
@@ -519,6 +606,7 @@ def test_nobody_listens(serve):
     server.count = 1
     read_until(source, len(data) - LAG)  # it comes up later, and all is well
     assert source.trouble == ""
+    assert source._backoff_ns == module.BACKOFF_NS  # should it be lost once more
     source.close()
     server.close()
 

@@ -178,7 +178,6 @@ class SpikeGLXSource:
         self._broken = True  # what comes next does not follow what came
         self._lost = 0
         self._head, self._head_ns = 0, 0  # the newest sample known of, and when it was
-        self._seen_ns = 0  # when we last heard of the run
         self._waited = False  # whether we saw that there was no run
         self._ready: deque[SpikeBatch] = deque()
         self._held: SpikeBatch | None = None
@@ -320,25 +319,25 @@ class SpikeGLXSource:
     def _follow(self) -> Talk:
         """Fetch from where we are, until the run ends or what comes is of another."""
         assert self.probe is not None
-        stalled_ns = self._seen_ns = monotonic_ns()
+        stalled_ns = seen_ns = monotonic_ns()  # when samples came, and when anything was heard
         after_ns = 0
         while True:
             now = monotonic_ns()
-            if now - self._seen_ns > UNWATCHED_NS or now - stalled_ns > STALL_NS:
+            if now - stalled_ns > STALL_NS:
                 count = yield from sample_count(self.address.probe)
                 now = monotonic_ns()
                 if not count or not self._is_same_run(count, now):
                     self._waited = not count
                     return
                 self._head, self._head_ns = count, now
-                stalled_ns = self._seen_ns = now
+                stalled_ns = seen_ns = now
             reply = yield fetch(
                 self.address.probe, self.probe, self._channels, self._next, after_ns
             )
-            asked_ns, unseen_ns = self._asked_ns, reply.received_ns - self._seen_ns
+            asked_ns, unseen_ns = self._asked_ns, reply.received_ns - seen_ns
             if unseen_ns > UNWATCHED_NS:
                 continue  # who knows of which run that was
-            self._seen_ns = reply.received_ns
+            seen_ns = reply.received_ns
             if reply.error.startswith("FETCH: Too late"):
                 self.counters["too_late"] += 1
                 count = yield from sample_count(self.address.probe)
