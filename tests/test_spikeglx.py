@@ -114,6 +114,7 @@ def test_bins_are_those_of_the_samples_however_they_come(serve, steps):
     agree(frames_of(got)[0], expected(data, [(0, len(data))]))
     assert detector.resets == [0, 0]
     assert [batch.seq for batch in got] == list(range(len(got)))
+    assert got[-1].newest == len(data)  # so far it has come, whatever the detector holds back
     assert sum(len(batch.records_S) for batch in got) == source.counters["spikes"] > 400
     counters = source.counters
     assert (counters["samples"], counters["lost"], counters["epochs"]) == (len(data), 0, 1)
@@ -135,6 +136,26 @@ def test_what_the_server_says_of_the_probe_is_announced(serve):
     assert probe.sites_C[3] == (0, 59.0, 20.0, 1)
     assert probe.serial == "18005116811"
     assert probe.version.startswith("SpikeGLX")
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_detector_is_asked_about_a_gain_that_all_channels_have(serve, alike):
+    source, server, detector = serve(naive.recording(6000, AP))
+    answer, asked = server.answer, []
+
+    def of_two_gains(connection, line):
+        if alike or line.split() != ["GETSTREAMI16TOVOLTS", "2", "0", "0"]:
+            answer(connection, line)
+        else:
+            connection.sendall(b"4.6875e-06\nOK\n")
+
+    server.answer = of_two_gains
+    detector.check_source = lambda *what: asked.append(what)
+    deadline = time.monotonic() + PATIENCE_S
+    while source.announced is None:
+        assert time.monotonic() < deadline
+        source.read(50)
+    assert asked == [(RATE, None, pytest.approx(2.34375) if alike else None)]
 
 
 def test_channels_of_the_field_potential_are_not_fetched(serve):
@@ -551,13 +572,17 @@ def test_a_server_that_hangs_does_not_hold_the_loop(serve, monkeypatch):
 def test_no_wait_is_longer_than_a_read_may_take(serve, monkeypatch):
     """However long ago the question went out: a worker that does not return is taken for hung."""
     monkeypatch.setattr(line_module, "SILENT_NS", 300_000_000)
-    receive, waits = line_module.Line.receive, []
+    waits = []
 
-    def watched(line, wait_ns):
-        waits.append(wait_ns)
-        return receive(line, wait_ns)
+    def watched(method):
+        def waiting(line, wait_ns):
+            waits.append(wait_ns)
+            return method(line, wait_ns)
 
-    monkeypatch.setattr(line_module.Line, "receive", watched)
+        return waiting
+
+    for name in ("connect", "receive"):
+        monkeypatch.setattr(line_module.Line, name, watched(getattr(line_module.Line, name)))
     source, server, _ = serve(naive.recording(9_000, AP), steps=(300,))
     server.count = 1
     server.faults = {5: naive.silence}

@@ -114,7 +114,7 @@ class Detector(Protocol):
         """Forget everything; the next sample has this number."""
 
     def detect(self, samples_SC: NDArray[np.int16], first: int) -> tuple[NDArray[np.void], int]:
-        """Spikes sorted by sample, and up to which sample all of them have been given."""
+        """Spikes by sample, in an array of their own, and up to which sample all are given."""
 
 
 class SpikeGLXSource:
@@ -440,7 +440,7 @@ class SpikeGLXSource:
         assert complete <= self._next, "a detector cannot know what has not come"
         self.counters["spikes"] += len(found_S)
         if complete >= self._end:  # until it has settled there is nothing to state
-            self._state(self._end, complete, found_S.copy(), received_ns)
+            self._state(self._end, complete, found_S, received_ns)
 
     def _state(self, first: int, end: int, records_S: NDArray[np.void], received_ns: int) -> None:
         # SpikeGLX states no time of sending; when it came is the first that is known.
