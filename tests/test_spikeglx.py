@@ -1,6 +1,8 @@
 """SpikeGLX over real sockets: bins are what was sent, reports are what was injected."""
 
+import contextlib
 import socket
+import sys
 import time
 
 import numpy as np
@@ -10,7 +12,7 @@ import rt_neds.stream.spikeglx as module
 import rt_neds.stream.spikeglx_line as line_module
 from rt_neds.children import free_port
 from rt_neds.errors import ConfigError, DetectorError, StreamError
-from rt_neds.spikeglx_wire import LINK_ERRORS, MISSED
+from rt_neds.spikeglx_wire import LINK_ERRORS, MISSED, Question
 from rt_neds.stream.binner import Binner
 from rt_neds.stream.receiver import waiting_for
 from rt_neds.stream.spikeglx import SpikeGLXSource
@@ -634,6 +636,50 @@ def test_nobody_listens(serve):
     assert source._backoff_ns == module.BACKOFF_NS  # should it be lost once more
     source.close()
     server.close()
+
+
+def test_who_asks_where_nobody_listens_any_more_is_told_so():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        line = line_module.Line(line_module.look_up(*listening.getsockname()))
+        assert line.connect(PATIENCE_S * 10**9)
+        accepted, _ = listening.accept()
+    with accepted, contextlib.suppress(ConnectionResetError):
+        naive.reset(accepted)
+    line_module.select.select([line.socket], [], [], PATIENCE_S)
+    with pytest.raises(line_module.LineError, match="disconnected"):
+        line.ask(Question("NOOP"))
+    line.close()
+    assert line.socket.fileno() < 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a full queue refuses")
+def test_nobody_answers(monkeypatch):
+    monkeypatch.setattr(line_module, "CONNECT_NS", 50_000_000)
+    select, waits = line_module.select.select, []
+
+    def watched(*sockets_and_wait):
+        waits.append(sockets_and_wait[-1])
+        return select(*sockets_and_wait)
+
+    monkeypatch.setattr(line_module.select, "select", watched)
+    queue = [socket.socket() for _ in range(4)]
+    full, *waiting = queue
+    full.bind(("127.0.0.1", 0))
+    full.listen(0)
+    for one in waiting:  # for somebody to accept them
+        one.setblocking(False)
+        one.connect_ex(full.getsockname())
+    source = SpikeGLXSource(
+        f"spikeglx://127.0.0.1:{full.getsockname()[1]}", "s", naive.Threshold(AP)
+    )
+    deadline = time.monotonic() + PATIENCE_S
+    while source.counters["unreachable"] < 2:
+        assert time.monotonic() < deadline
+        assert source.read(5) is None
+    assert "nobody answers at that address" in source.trouble
+    assert 0 < max(waits) <= 0.005
+    for one in (source, *queue):
+        one.close()
 
 
 def test_back_off_grows_and_is_bounded(serve, monkeypatch):

@@ -13,7 +13,7 @@ from rt_neds.spikeglx_wire import Question, Reply, ReplyReader
 CONNECT_NS = 3_000_000_000
 SILENT_NS = 2_000_000_000
 """A server that has not answered in full by then is gone."""
-_PENDING = (0, errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EALREADY)
+_PENDING = (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EALREADY)
 
 
 class LineError(Exception):
