@@ -1,6 +1,7 @@
 """SpikeGLX over real sockets: bins are what was sent, reports are what was injected."""
 
 import contextlib
+import itertools
 import socket
 import sys
 import time
@@ -571,20 +572,22 @@ def test_a_server_that_hangs_does_not_hold_the_loop(serve, monkeypatch):
     assert source.counters["lost"] == 0
 
 
+def waits_of(monkeypatch):
+    """How long each wait for the connection may last, in seconds."""
+    select, waits = line_module.select.select, []
+
+    def watched(*sockets_and_wait):
+        waits.append(sockets_and_wait[-1])
+        return select(*sockets_and_wait)
+
+    monkeypatch.setattr(line_module.select, "select", watched)
+    return waits
+
+
 def test_no_wait_is_longer_than_a_read_may_take(serve, monkeypatch):
     """However long ago the question went out: a worker that does not return is taken for hung."""
     monkeypatch.setattr(line_module, "SILENT_NS", 300_000_000)
-    waits = []
-
-    def watched(method):
-        def waiting(line, wait_ns):
-            waits.append(wait_ns)
-            return method(line, wait_ns)
-
-        return waiting
-
-    for name in ("connect", "receive"):
-        monkeypatch.setattr(line_module.Line, name, watched(getattr(line_module.Line, name)))
+    waits = waits_of(monkeypatch)
     source, server, _ = serve(naive.recording(9_000, AP), steps=(300,))
     server.count = 1
     server.faults = {5: naive.silence}
@@ -592,7 +595,19 @@ def test_no_wait_is_longer_than_a_read_may_take(serve, monkeypatch):
     while not source.counters["silent"]:
         assert time.monotonic() < deadline
         source.read(5)
-    assert max(waits) <= 5_000_000
+    assert 0 < max(waits) <= 0.005
+
+
+def test_a_server_that_answers_each_question_in_time_is_not_silent(serve, monkeypatch):
+    ticks = itertools.count(step=10_000_000)
+    monkeypatch.setattr(line_module, "monotonic_ns", lambda: time.monotonic_ns() + next(ticks))
+    monkeypatch.setattr(line_module, "SILENT_NS", 3_000_000_000)
+    data = naive.recording(18_000, AP)
+    source, server, _ = serve(data, steps=(30,))
+    server.count = 1
+    read_until(source, len(data) - LAG)
+    assert next(ticks) > 2 * line_module.SILENT_NS
+    assert (source.counters["silent"], source.counters["connections"]) == (0, 1)
 
 
 def test_a_reply_that_trickles_is_given_up(serve, monkeypatch):
@@ -655,13 +670,7 @@ def test_who_asks_where_nobody_listens_any_more_is_told_so():
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a full queue refuses")
 def test_nobody_answers(monkeypatch):
     monkeypatch.setattr(line_module, "CONNECT_NS", 50_000_000)
-    select, waits = line_module.select.select, []
-
-    def watched(*sockets_and_wait):
-        waits.append(sockets_and_wait[-1])
-        return select(*sockets_and_wait)
-
-    monkeypatch.setattr(line_module.select, "select", watched)
+    waits = waits_of(monkeypatch)
     queue = [socket.socket() for _ in range(4)]
     full, *waiting = queue
     full.bind(("127.0.0.1", 0))
