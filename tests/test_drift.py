@@ -66,6 +66,16 @@ def test_a_unit_that_was_silent_in_training_is_no_infinite_news():
     assert drift.now()[1] == pytest.approx(expected, rel=1e-5)
 
 
+def test_what_is_absurd_to_expect_is_a_large_surprise_and_no_infinite_one():
+    drift = Drift([1.0, 1.0], 10)
+    for _ in range(10):
+        drift.expect(np.array([1e4, -1e4], np.float32))
+        drift.take(np.ones(2, np.float32), True)
+    surprise_N, bits = drift.now()
+    assert np.isfinite([*surprise_N, bits]).all()
+    assert (np.abs(surprise_N) > 2).all()
+
+
 def test_the_verdict_needs_a_whole_stretch_and_twice_the_usual():
     usual = Expectation(rates=[1.0], surprise=[0.5], sd=[0.1], bits_per_spike=0.5, seconds=0.2)
     for log_rate, drifted in ((math.log(0.2), True), (math.log(40), True), (math.log(4), False)):

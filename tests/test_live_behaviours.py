@@ -20,6 +20,7 @@ from rt_neds.stream.fused import FusedStep
 from rt_neds.stream.graph import GraphStep
 from rt_neds.stream.live import WAITING, LiveBehaviours
 from rt_neds.wire import (
+    LEAP_MESSAGES,
     BehaviourBatch,
     TaskEvent,
     pack_behaviour,
@@ -136,6 +137,37 @@ def test_bins_that_the_last_run_still_closes_take_nothing_from_the_next():
     assert [live.at(2, (b + 1) * WIDTH, WIDTH)[0] for b in range(2)] == [1.0, 2.0]
 
 
+def test_a_run_that_begins_anew_is_heard_and_counted_from_its_beginning():
+    live = listening()
+    live.take(values(50_000, [1.0], seq=4), RATE, 50_000)
+    live.begin_run(2)
+    for seq in (0, 1, 3):
+        live.take(values(30 * seq, [2.0], seq=seq, epoch=2), RATE, 0)
+    assert live.at(2, WIDTH, WIDTH)[0] == 2.0
+    counters = live.counters["speed"]
+    assert (counters["skipped"], counters["late"], counters["lost"]) == (0, 0, 1)
+
+
+def test_what_bins_were_shown_lasts_until_a_chunk_of_them_is_decoded():
+    live, shown = listening(), []
+    for b in range(1 + CHUNK):
+        live.take(values(b * WIDTH + 1, [b], seq=b), RATE, b * WIDTH)
+        shown.append(live.at(1, (b + 1) * WIDTH, WIDTH))
+    assert [float(value_M[0]) for value_M in shown] == list(range(1 + CHUNK))
+
+
+def test_a_value_is_too_late_at_the_edge_and_too_early_beyond_ten_seconds():
+    live = listening()
+    live.at(1, WIDTH, WIDTH)
+    live.take(values(WIDTH, [1.0]), RATE, WIDTH)
+    assert live.counters["speed"]["late"] == 1
+    live.take(values(WIDTH + 1, [1.0], seq=1), RATE, WIDTH)
+    live.take(values(WIDTH + 300_001, [1.0], seq=2), RATE, WIDTH)
+    assert live.counters["speed"]["skipped"] == 1
+    live.take(values(WIDTH + 300_000, [1.0], seq=3), RATE, WIDTH)
+    assert (live.counters["speed"]["late"], live.counters["speed"]["skipped"]) == (1, 1)
+
+
 def test_values_beyond_what_training_saw_are_counted():
     live = listening()
     live.learned({"speed": (-1.0, 2.0)})
@@ -156,6 +188,10 @@ def test_lost_messages_are_counted_and_what_waits_is_bounded():
     for seq in (0, 1, 2, 2, 3, 5, 4, 6):  # one came twice, two changed places
         again.take(values(30 * seq, [1.0], seq=seq), RATE, 0)
     assert again.counters["speed"]["lost"] == 1  # the fourth, before it came after the fifth
+    anew = listening()
+    for n, seq in enumerate((LEAP_MESSAGES + 9, 0, 2)):
+        anew.take(values(30 * n, [1.0], seq=seq), RATE, 0)
+    assert anew.counters["speed"]["lost"] == 1
     for n in range(5):
         live.take(values(1000 + n * 150_000, np.zeros(5000)), RATE, n * 150_000)
     assert len(live._tracks["speed"].waiting) == WAITING

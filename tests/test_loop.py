@@ -201,12 +201,13 @@ def pieces_of(batches_, parts):
 @pytest.mark.parametrize("phase", range(0, 20, 3))
 def test_a_stall_is_told_by_the_next_bin_however_short_messages_are(run, phase):
     stream = list(pieces_of(silence(0, 30), 20))
-    for batch in stream[300 + phase :]:
-        batch.received_ns += 1000 * MS
+    for bin_ in (15, 25):
+        for batch in stream[20 * bin_ + phase :]:
+            batch.received_ns += 1000 * MS
     sink, loop = run(stream)
     stale = [f.bin for f in sink.frames if f.flags & Flag.STALE]
-    assert stale == [15]
-    assert loop.status(0)["frame_counters"]["stale"] == 1
+    assert stale == [15, 25]
+    assert loop.status(0)["frame_counters"]["stale"] == 2
 
 
 def test_bins_held_open_on_purpose_are_not_late(run, monkeypatch):

@@ -163,7 +163,7 @@ class LiveBehaviours:
             while ours and track.waiting and track.waiting[0][0] <= end:
                 track.last = track.waiting.popleft()
             sample, value = track.last
-            held = ours and sample >= 0 and end - sample <= max(track.hold, width)
+            held = ours and end - sample <= max(track.hold, width)
             value_M[m] = value if held and np.isfinite(value) else np.nan
             if np.isnan(value_M[m]):
                 track.counters["hidden"] += 1
