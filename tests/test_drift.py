@@ -76,6 +76,25 @@ def test_what_is_absurd_to_expect_is_a_large_surprise_and_no_infinite_one():
     assert (np.abs(surprise_N) > 2).all()
 
 
+def test_stretches_that_are_forgotten_do_not_overlap():
+    drift, complete = Drift([1.0], 20), []
+
+    def take(bins):
+        for _ in range(bins):
+            drift.expect(np.zeros(1, np.float32))
+            drift.take(np.ones(1, np.float32), True)
+            complete.append(drift.complete)
+
+    take(1)
+    drift.forget()
+    take(21)
+    assert np.flatnonzero(complete).tolist() == [20]
+    drift.forget()
+    assert drift.now() is None
+    take(20)
+    assert np.flatnonzero(complete).tolist() == [20, 41]
+
+
 def test_the_verdict_needs_a_whole_stretch_and_twice_the_usual():
     usual = Expectation(rates=[1.0], surprise=[0.5], sd=[0.1], bits_per_spike=0.5, seconds=0.2)
     for log_rate, drifted in ((math.log(0.2), True), (math.log(40), True), (math.log(4), False)):
