@@ -76,6 +76,33 @@ def test_what_is_absurd_to_expect_is_a_large_surprise_and_no_infinite_one():
     assert (np.abs(surprise_N) > 2).all()
 
 
+@pytest.mark.parametrize(
+    ("off_N", "surprise", "units"), [((0, 6, -3), 3.87, ["c", "d"]), ((0.1, 3.2, 0), 1.85, [])]
+)
+def test_units_that_are_off_are_named_by_how_much_once_it_has_drifted(off_N, surprise, units):
+    usual = Expectation(
+        rates=[4.0] * 4, surprise=[0.0] * 4, sd=[1.0] * 4, bits_per_spike=0.0, seconds=2.0
+    )
+    drift = Drift(usual.rates, 100, np.array([True, False, True, True]))
+    counts_N = np.full(4, 4, np.float32)
+    counts_N[[0, 2, 3]] += np.array(off_N) * math.sqrt(400) / 100
+    for _ in range(100):
+        drift.expect(np.full(4, math.log(4), np.float32))
+        drift.take(counts_N, True)
+    said = drift.status(usual, list("abcd"))
+    assert said["surprise"] == pytest.approx(surprise, abs=0.006)
+    assert (said["drifted"], said["units"]) == (bool(units), units)
+
+
+def test_a_stretch_without_spikes_and_without_news_is_no_surprise():
+    drift = Drift([1.0], 10)
+    for _ in range(10):
+        drift.expect(np.zeros(1, np.float32))
+        drift.take(np.zeros(1, np.float32), True)
+    surprise_N, bits = drift.now()
+    assert (surprise_N.tolist(), bits) == ([0.0], 0.0)
+
+
 def test_stretches_that_are_forgotten_do_not_overlap():
     drift, complete = Drift([1.0], 20), []
 
