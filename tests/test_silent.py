@@ -83,6 +83,16 @@ def test_no_limit_is_shorter_than_what_the_read_in_looks_back():
     assert said == [False] * 10 + [True] * 2
 
 
+def test_who_goes_on_with_the_same_units_knows_who_was_silent():
+    before, after, other = (FallenSilent([0.1] * n, BIN_S, 5) for n in (2, 2, 1))
+    for _ in range(200):
+        before.take(frame(np.array([0, 1], np.float32)))
+    after.go_on_from(before)
+    assert after.now_N.tolist() == [True, False]
+    other.go_on_from(before)
+    assert other.now_N is None
+
+
 def of_two_sessions(trained):
     """Two sessions of a bundle, the second with a unit more."""
     first = load_spec(trained[2]).sessions[0]
