@@ -26,7 +26,7 @@ from rt_neds.stream.detector import Detector
 from rt_neds.stream.spikeglx import SpikeGLXSource
 from tests.detecting import spec_of
 from tests.making import write_session
-from tests.test_spikeglx import PATIENCE_S, frames_of, read_until
+from tests.spikeglx.checking import PATIENCE_S, frames_of, read_until
 
 AP = 16
 
