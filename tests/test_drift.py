@@ -8,6 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offline import expectation
+from offline.batches import prepare
+from offline.beginning import build
 from offline.expectation import expectation_of, mean_counts_N
 from offline.predict import ahead_spans
 from offline.train import train
@@ -231,6 +234,63 @@ def test_the_stream_says_what_is_usual_as_offline_and_notices_exchanged_units(fo
         batch.records_S["unit"] = (batch.records_S["unit"] + 6) % 12
     wrong = served(bundle, exchanged)
     assert wrong["drifted"], (wrong, calm)
+
+
+AHEAD_ALONE = {"schemes": {"decoding": 1.0}, "ahead": True}
+
+
+def drawn_model(config, subject):
+    torch.manual_seed(0)
+    model = build(config, [subject]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize(("longest", "most", "stretches"), [(30.0, 20, 5), (5.0, 8, 8)])
+def test_what_is_usual_is_that_of_stretches_of_validation_where_it_was_recorded(
+    tmp_path, monkeypatch, longest, most, stretches
+):
+    monkeypatch.setattr(expectation, "STRETCH_S", longest)
+    monkeypatch.setattr(expectation, "MOST_STRETCHES", most)
+    path = write_session(tmp_path / "s.h5", seconds=165, domain=[(0.0, 80.0), (85.0, 165.0)])
+    config = tiny_config(data={"fractions": [0.3, 0.4, 0.3]}, masking=AHEAD_ALONE)
+    subject = prepare(path, config)
+    binned, model = subject.binned, drawn_model(config, subject)
+    usual = expectation_of(model, binned, config)
+
+    train_T = binned.of_split("train") & binned.scored_TM[:, 0]
+    counts_TN = binned.counts_TN(0, binned.bins)
+    rates_N = counts_TN[train_T].mean(axis=0)
+    val_S = np.flatnonzero(binned.of_split("val"))
+    assert usual.seconds == pytest.approx(min(longest, len(val_S) * 0.02 / 6))
+    bins = Drift.PARTS * -(-round(usual.seconds / 0.02) // Drift.PARTS)
+    spans = binned.spans("val")
+    assert len(spans) == 2
+    rate_SN = ahead_spans(model, binned, spans)
+    use_S = binned.scored_TM[val_S, 0]
+    use_S[round(most * usual.seconds / 0.02) :] = False
+    val_S, rate_SN = val_S[use_S], rate_SN[use_S]
+    surprises, bits = [], []
+    for at in range(0, len(val_S) - bins + 1, bins):
+        of = slice(at, at + bins)
+        surprise_N, more = surprise_and_bits(counts_TN[val_S[of]], rate_SN[of], rates_N)
+        surprises.append(surprise_N)
+        bits.append(more)
+    assert len(surprises) == stretches
+    np.testing.assert_allclose(usual.rates, rates_N, atol=1e-6)
+    np.testing.assert_allclose(usual.surprise, np.mean(surprises, axis=0), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(usual.sd, np.std(surprises, axis=0, ddof=1), rtol=1e-3, atol=1e-3)
+    assert usual.bits_per_spike == pytest.approx(np.mean(bits), rel=1e-3, abs=1e-4)
+
+
+def test_half_a_minute_of_validation_says_what_is_usual_and_less_does_not(tmp_path):
+    config = tiny_config(data={"fractions": [0.3, 0.4, 0.3]}, masking=AHEAD_ALONE)
+    for seconds, said in ((80, True), (70, False)):  # 32 and 28 s of validation
+        subject = prepare(write_session(tmp_path / f"{seconds}.h5", seconds=seconds), config)
+        usual = expectation_of(drawn_model(config, subject), subject.binned, config)
+        assert (usual is not None) == said
 
 
 def test_nothing_is_usual_without_having_been_taught_or_held_out(foreseeing, tiny):

@@ -166,6 +166,28 @@ def test_what_is_fitted_of_a_behaviour_does_not_hang_on_its_place(session, begun
         assert torch.equal(tensor, after.outs[name])
 
 
+def test_how_much_regression_is_believed_is_found_on_bins_it_was_not_fitted_to(begun, monkeypatch):
+    _, model, subject = begun
+    binned, spikes_in, told = subject.binned, model.parts("tiny").spikes_in, {}
+
+    def noted(out, said_SR, value_S, behaviour, scale, trials):
+        told[behaviour.name] = said_SR, value_S, trials
+
+    monkeypatch.setattr(linear, "begin_out", noted)
+    fits = linear.fit(binned, model.behaviours, subject.scales, spikes_in)
+    for m, name in enumerate(("speed", "choice"), start=1):
+        said_SR, value_S, trials = told[name]
+        bins_S = np.flatnonzero(binned.of_split("train") & binned.scored_TM[:, m])
+        z_SF, rows = linear.features(binned, bins_S, spikes_in), where_said(model.behaviours)[name]
+        expected_SR = [
+            (fits.weight_XUF[x, rows].numpy() @ z_F + fits.bias_XU[x, rows].numpy())
+            for x, z_F in zip(fits.fit_T[bins_S], z_SF, strict=True)
+        ]
+        np.testing.assert_allclose(said_SR, expected_SR, atol=1e-3)
+        np.testing.assert_array_equal(value_S, binned.values_TM[bins_S, m])
+        assert trials == (len(np.unique(binned.trial_T[bins_S])) if name == "choice" else 0)
+
+
 def test_features_are_what_the_read_in_makes_of_recorded_bins(begun):
     _, model, subject = begun
     binned, spikes_in = copy.deepcopy(subject.binned), model.parts("tiny").spikes_in
@@ -399,6 +421,50 @@ def test_what_cannot_be_fitted_says_nothing(session):
     model = build(config, [subject])
     fit_linear(model, [subject])
     assert not model.parts("tiny").linear.weight_UF.any()
+
+
+def test_of_what_has_one_value_in_training_nothing_is_said(session):
+    config = config_of()
+    subject = prepare(session, config)
+    subject.binned.values_TM[subject.binned.of_split("train"), 2] = 1.0
+    model = build(config, [subject])
+    fit_linear(model, [subject])
+    decoder = model.parts("tiny").linear
+    assert decoder.weight_UF[0].any()
+    assert not decoder.weight_UF[1:].any()
+    assert not any(tensor.any() for tensor in decoder.out["choice"].state_dict().values())
+    assert decoder.out["speed"].weight.any()
+
+
+def test_late_in_a_trial_and_in_each_class_bins_count_as_written(session, begun, monkeypatch):
+    _, model, subject = begun
+    binned, told = subject.binned, []
+    real = linear.ridge
+
+    def noted(root_SF, target_SR, piece_S, class_S, late_S):
+        told.append((class_S, late_S))
+        return real(root_SF, target_SR, piece_S, class_S, late_S)
+
+    monkeypatch.setattr(linear, "ridge", noted)
+    linear.fit(binned, model.behaviours, subject.scales, model.parts("tiny").spikes_in)
+    (speed_S, even_S), (choice_S, late_S) = told
+    assert not speed_S.any()
+    assert (even_S == 1).all()
+    bins_S = np.flatnonzero(binned.of_split("train") & binned.scored_TM[:, 2])
+    np.testing.assert_array_equal(choice_S, binned.values_TM[bins_S, 2])
+    for trial in np.unique(binned.trial_T[bins_S]):
+        mine = late_S[binned.trial_T[bins_S] == trial]
+        expected = [((n + 1) / len(mine)) ** 2 for n in range(len(mine))]
+        np.testing.assert_allclose(mine, expected)
+
+
+def test_a_count_begins_at_its_mean_rate():
+    licks = Behaviour(name="licks", kind="poisson")
+    rng = np.random.default_rng(0)
+    count_S = rng.poisson(0.3, 4000).astype(np.float32)
+    out = LinearDecoder(4, (licks,)).out["licks"]
+    linear.begin_out(out, 1e-3 * rng.normal(size=(4000, 1)), count_S, licks, Scale())
+    assert out.bias.item() == pytest.approx(np.log(count_S.mean()), abs=0.01)
 
 
 def test_what_was_fitted_is_kept_and_fitted_anew_when_it_must_be(session, tmp_path, monkeypatch):

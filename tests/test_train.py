@@ -4,6 +4,7 @@ import contextlib
 import json
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -34,6 +35,52 @@ def test_a_run_leaves_a_bundle_that_loads(tiny):
     assert [b.name for b in spec.behaviours] == ["speed", "choice"]
     assert spec.session().units == [f"tiny/{n}" for n in range(6)]
     assert spec.training["config"]["model"]["dim"] == 16
+
+
+def begun_at(config, subject):
+    torch.manual_seed(0)
+    parts = build(config, [subject]).parts("tiny")
+    return parts.spikes_in.mean_KN, parts.spikes_in.sd_KN, parts.spikes_out.linear.bias
+
+
+def test_read_ins_begin_at_what_roots_of_counts_are_in_training(tmp_path):
+    path = write_session(tmp_path / "s.h5", seconds=300)
+    config = tiny_config(data={"window_bins": 400})
+    with h5py.File(path, "r+") as file:
+        spikes = file["spikes"]
+        silent = (spikes["unit_index"][()] == 5) & (spikes["timestamps"][()] < 210.0)
+        spikes["unit_index"][silent] = 4  # a unit that is silent in training
+    subject = prepare(path, config)
+    mean_KN, sd_KN, bias_N = begun_at(config, subject)
+    train_T = subject.binned.of_split("train")
+    counts_TN = subject.binned.counts_TN(0, subject.binned.bins)
+    for k, width in enumerate(config.model.history):
+        sums = [counts_TN[max(0, t - width + 1) : t + 1].sum(axis=0) for t in range(len(train_T))]
+        root_TN = np.sqrt(np.array(sums)[train_T])
+        np.testing.assert_allclose(mean_KN[k], root_TN.mean(axis=0), atol=0.05)
+        expected_N = np.maximum(root_TN.std(axis=0), 0.2)
+        np.testing.assert_allclose(sd_KN[k], expected_N, atol=0.05)
+    assert sd_KN[:, 5].tolist() == pytest.approx([0.2, 0.2])
+    assert bias_N[5].item() == pytest.approx(np.log(1e-4))
+    rate_N = counts_TN[train_T].mean(axis=0)
+    np.testing.assert_allclose(bias_N[:5].detach(), np.log(rate_N[:5]), atol=0.15)
+
+
+def test_a_network_begins_knowing_nothing_of_what_is_held_out_or_was_not_recorded(tmp_path):
+    config = tiny_config(model={"history": [1]})
+    subject = prepare(write_session(tmp_path / "s.h5"), config)
+    binned = subject.binned
+    binned.shown_TM[500:700, 0] = False
+    before = begun_at(config, subject)
+    records_S = binned.session.records_S
+    known_S = (binned.of_split("train") & binned.shown_TM[:, 0])[
+        records_S["sample"] // binned.width
+    ]
+    records_S["unit"][~known_S] = 0
+    for was, now in zip(before, begun_at(config, subject), strict=True):
+        assert torch.equal(was, now)
+    records_S["unit"][known_S] = 0
+    assert not torch.equal(before[0], begun_at(config, subject)[0])
 
 
 def test_the_same_seed_gives_the_same_losses_and_weights(tiny, tmp_path):
