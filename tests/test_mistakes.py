@@ -116,9 +116,10 @@ def test_counts_that_are_negative(tmp_path):
         train(tiny_config(behaviour=licks), [str(path)], tmp_path / "run")
 
 
-def test_a_validation_score_that_is_no_number(tmp_path, monkeypatch):
+@pytest.mark.parametrize("score", [float("nan"), -float("inf")])
+def test_a_validation_score_that_is_no_number(tmp_path, monkeypatch, score):
     path = str(write_session(tmp_path / "s.h5"))
-    monkeypatch.setattr("offline.validation.r2", lambda *_: float("nan"))
+    monkeypatch.setattr("offline.validation.r2", lambda *_: score)
     with pytest.raises(ConfigError, match="step 0: the validation score of speed in session tiny"):
         train(tiny_config(), [path], tmp_path / "run")
     assert not (tmp_path / "run" / "bundle").exists()

@@ -154,6 +154,28 @@ def test_each_behaviour_is_scored_on_its_own_scale_where_it_is_scored(tmp_path):
         assert val.scores["tiny"][name] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["continuous", "poisson"])
+def test_windows_of_a_behaviour_lose_what_is_written_and_are_as_many_as_they_are(tmp_path, kind):
+    speed = {**TINY["behaviour"]["speed"], "kind": kind}
+    config = tiny_config(behaviour={"speed": speed}, masking=DECODING)
+    subject = prepare(write_session(tmp_path / "s.h5"), config)
+    model, binned = drawn_model(config, subject), subject.binned
+    (span,) = binned.spans("val")
+    binned.scored_TM[span[0] + 100 : span[0] + 150, 1] = False
+    lost = validate(model, [subject], config, "val", torch.device("cpu")).losses["tiny"]["speed"]
+    bins = np.arange(*span)[binned.scored_TM[slice(*span), 1]]
+    raw = decode_spans(model, binned, [span], wanted=["speed"], window=40)["speed"]
+    raw = torch.from_numpy(raw[bins - span[0]])
+    said = to_values_TV(raw, model.behaviours[0], subject.scales[0]).numpy()[:, 0]
+    true = binned.values_TM[bins, 1]
+    of_bin = {
+        "continuous": (true - said) ** 2 / true.var(),
+        "poisson": said - true * np.log(said),
+    }[kind]
+    expected = [of_bin[bins // 40 == window].sum() for window in np.unique(bins // 40)]
+    np.testing.assert_allclose(np.sort(lost), np.sort(expected), rtol=1e-3)
+
+
 @pytest.mark.parametrize("live", [False, True])
 def test_a_behaviour_is_judged_with_what_will_be_observed_shown(tmp_path, live):
     behaviour = {**TINY["behaviour"], "speed": {**TINY["behaviour"]["speed"], "live": live}}
