@@ -10,7 +10,7 @@ import torch
 
 from offline.batches import prepare
 from offline.beginning import build
-from offline.finetune import begin_at_bundle, trunk
+from offline.finetune import begin_at_bundle, keep_scales, refuse_other_units, trunk
 from offline.train import make_optimiser, set_rates, train
 from rt_neds.bundle import build_model, load_spec
 from rt_neds.errors import BundleError
@@ -54,6 +54,8 @@ def test_a_session_the_bundle_knows_goes_on_where_it_was(pretrained):
     known = build_model(bundle, load_spec(bundle)).parts("b").state_dict()
     for name, tensor in model.parts("b").state_dict().items():
         assert torch.equal(tensor, known[name]), name
+    whole = build_model(bundle, load_spec(bundle))
+    assert torch.equal(model.session_XD[0], whole.session_XD[whole.session_ids.index("b")])
 
 
 @pytest.mark.parametrize("linear", [False, True])
@@ -76,7 +78,7 @@ def test_a_known_session_goes_on_as_it_was_though_its_range_has_grown(tmp_path, 
 
 def test_a_behaviour_may_be_left_out(pretrained, tmp_path):
     bundle, _ = pretrained
-    only = next(iter(TINY["behaviour"]))
+    only = list(TINY["behaviour"])[-1]  # which has another place then
     config = msgspec.structs.replace(tiny_config(), behaviour={only: tiny_config().behaviour[only]})
     subject = prepare(write_session(tmp_path / "c.h5", session_id="c"), config)
     model = build(config, [subject])
@@ -112,7 +114,20 @@ def test_rates_of_trunk_and_sessions(pretrained, tmp_path):
 
 @pytest.mark.parametrize(
     ("section", "field", "value"),
-    [("model", "layers", 1), ("model", "history", [1, 9]), ("data", "bin_ms", 10.0)],
+    [
+        ("model", "dim", 32),
+        ("model", "layers", 1),
+        ("model", "heads", 4),
+        ("model", "widen", 1),
+        ("model", "context", 11),
+        ("model", "attention", "full"),
+        ("model", "tokens", "modality"),
+        ("model", "memory", 20),
+        ("model", "history", [1, 9]),
+        ("model", "linear", True),
+        ("data", "bin_ms", 10.0),
+        ("data", "bin_ms", 40.0),
+    ],
 )
 def test_another_kind_of_network_is_refused_by_name(pretrained, tmp_path, section, field, value):
     bundle, sessions = pretrained
@@ -147,6 +162,36 @@ def test_a_known_session_with_other_units_is_refused(pretrained, tmp_path):
     other = str(write_session(tmp_path / "b.h5", session_id="b", units=6))
     with pytest.raises(BundleError, match="knows session b with 7 units and it came with 6"):
         train(tiny_config(), [other], tmp_path / "run", init=bundle)
+    with pytest.raises(BundleError, match="7 units and it came with 7, not the same"):
+        refuse_other_units(bundle, {"b": [f"b/{n}" for n in (1, 0, 2, 3, 4, 5, 6)]})
+    refuse_other_units(bundle, {"b": [f"b/{n}" for n in range(7)], "c": ["c/0"]})
+
+
+def test_of_sessions_that_lack_a_behaviour_nothing_is_taken_for_it(tmp_path, monkeypatch):
+    config = tiny_config(model={"linear": True}, training={"learning_rate": 1e-2})
+    paths = [
+        str(write_session(tmp_path / f"{name}.h5", session_id=name, seed=seed, leave_out=lack))
+        for seed, (name, lack) in enumerate({"a": ("wheel",), "b": ()}.items())
+    ]
+    train(config, paths, tmp_path / "run")
+    bundle = tmp_path / "run" / "bundle"
+    known = build_model(bundle, load_spec(bundle))
+    with torch.no_grad():  # whether it was kept or left to regression
+        known.parts("b").behaviour_out["speed"].linear.bias.fill_(0.5)
+    monkeypatch.setattr("offline.finetune.build_model", lambda *_: known)
+    new = prepare(write_session(tmp_path / "c.h5", session_id="c"), config)
+    model = build(config, [new])
+    begin_at_bundle(model, bundle, config)
+    assert (model.parts("c").behaviour_out["speed"].linear.bias == 0.5).all()
+    # The same session with its wheel: that has a scale of its own, what was there keeps it.
+    again = [
+        prepare(write_session(tmp_path / "a.h5", session_id="a", seed=7), config),
+        prepare(write_session(tmp_path / "b.h5", session_id="b", seed=7), config),
+    ]
+    own = [list(subject.scales) for subject in again]
+    keep_scales(again, bundle, config)
+    assert again[0].scales[0] == own[0][0]
+    assert again[1].scales[0] == load_spec(bundle).sessions[1].scales["speed"] != own[1][0]
 
 
 def test_fine_tuning_goes_on_as_if_it_had_never_stopped(pretrained, tmp_path, monkeypatch):
