@@ -1,5 +1,6 @@
 """The bundle: a damaged or foreign one is told by name."""
 
+import copy
 import json
 import shutil
 
@@ -9,7 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from rt_neds.bundle import _sha256, build_model, load_spec, save_bundle
 from rt_neds.errors import BundleError
-from rt_neds.model.rounding import is_rounded, round_trunk
+from rt_neds.model.config import ModelConfig
+from rt_neds.model.neds import NEDS
+from rt_neds.model.readout import Behaviour
+from rt_neds.model.rounding import is_rounded, round_trunk, trunk_weights
 
 
 @pytest.fixture
@@ -69,6 +73,25 @@ def test_weights_of_the_trunk_are_rounded_for_everyone(bundle):
     again = build_model(bundle, load_spec(bundle)).state_dict()
     for name, weight in round_trunk(model).state_dict().items():
         torch.testing.assert_close(again[name], weight, rtol=0, atol=0)
+
+
+def test_every_matrix_that_each_bin_reads_whole_is_rounded():
+    behaviours = (Behaviour(name="speed", kind="continuous"),)
+    size = {"dim": 8, "layers": 1, "heads": 2, "context": 4}
+    model = NEDS(ModelConfig(**size, memory=20, linear=True), behaviours, {"a": 3})
+    names = {name for name, _ in trunk_weights(model)}
+    assert {name.partition(".")[0] for name in names} == {
+        "layers", "spikes_shared", "linear_in", "memory"
+    }  # fmt: skip
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and not name.startswith(("sessions.", "next")):
+            assert f"{name}.weight" in names
+    assert not is_rounded(model)
+    before = copy.deepcopy(model.state_dict())
+    assert is_rounded(round_trunk(model))
+    for name, tensor in model.state_dict().items():
+        expected = before[name].bfloat16().float() if name in names else before[name]
+        assert torch.equal(tensor, expected), name
 
 
 def test_sessions_are_chosen_by_id(bundle):

@@ -1,6 +1,7 @@
 """The cache: the same session, read from disk; made anew when the file or the question changes."""
 
 import os
+import shutil
 
 import h5py
 import msgspec
@@ -75,8 +76,11 @@ def test_it_is_made_anew_when_it_must_be_and_only_then(tmp_path):
         kept(path, tiny_config(data={"split": "trials", "fold": fold}), where)
     assert len(folders(where)) == 6
     (tmp_path / "other").mkdir()
-    twin = write_session(tmp_path / "other" / "s.h5", seed=1)
+    twin = shutil.copy(path, tmp_path / "other" / "s.h5")
+    with h5py.File(twin, "r+") as file:
+        file["wheel/wheel_speed"][...] *= 2
     os.utime(twin, ns=(1, 1))
+    assert os.path.getsize(twin) == os.path.getsize(path)
     back = kept(twin, tiny_config(), where)
     np.testing.assert_array_equal(
         back.binned.values_TM, prepare(twin, tiny_config()).binned.values_TM

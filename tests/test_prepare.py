@@ -14,7 +14,7 @@ from spikeinterface.preprocessing import highpass_filter
 
 from offline.prepare import templates
 from offline.prepare.ibl import from_alf
-from offline.prepare.recording import as_raw, open_recording
+from offline.prepare.recording import _choose, as_raw, open_recording, raw_of
 from rt_neds.cli import main
 from rt_neds.errors import ConfigError
 from rt_neds.session import load_session
@@ -264,6 +264,59 @@ def test_floats_are_not_raw(made):
     filtered = highpass_filter(made[1], 300.0, dtype="float32")
     with pytest.raises(ConfigError, match="float32; expected the raw int16"):
         as_raw(filtered, "r")
+
+
+def noise(seconds, rate=30_000.0, channels=12):
+    rng = np.random.default_rng(0)
+    samples = rng.integers(-9, 9, (round(seconds * rate), channels)).astype(np.int16)
+    recording = si.NumpyRecording(samples, rate)
+    probe = si.generate_recording(num_channels=channels, durations=[1]).get_probe()
+    recording.set_probe(probe)
+    return recording, samples, probe
+
+
+def test_a_recording_is_read_in_pieces_that_end_where_they_are_told_to():
+    recording, samples, probe = noise(2.0, rate=1000.0)
+    raw = as_raw(recording, "r")
+    pieces = list(raw.pieces(300, 1700))
+    assert [at for at, _ in pieces] == [300, 1300]
+    np.testing.assert_array_equal(np.concatenate([of for _, of in pieces]), samples[300:1700])
+    np.testing.assert_array_equal(raw.position_C2, probe.contact_positions)
+    assert raw.uv_per_bit == 0.0
+    assert not raw.group_C.any()  # not known
+    recording.set_channel_gains(2.5)
+    recording.set_property("inter_sample_shift", np.arange(12) % 3 / 3)
+    raw = as_raw(recording, "r")
+    assert raw.uv_per_bit == 2.5
+    assert raw.group_C.tolist() == [0, 1, 2] * 4
+
+
+def test_raw_samples_are_those_before_all_preprocessing_and_as_many():
+    recording, samples, _ = noise(1.0)
+    recording.set_channel_gains(1.0)
+    recording.set_channel_offsets(0.0)
+    filtered = highpass_filter(recording, 300.0, dtype="float32")
+    np.testing.assert_array_equal(raw_of(filtered, "r").read(0, 50), samples[:50])
+    cut = filtered.frame_slice(1000, 20_000)
+    with pytest.raises(ConfigError, match="19000 samples, cut from a recording of 30000"):
+        raw_of(cut, "r")
+
+
+def test_a_recording_of_several_segments_is_refused():
+    recording, _, _ = noise(0.1)
+    with pytest.raises(ConfigError, match="r has 2 segments; expected one"):
+        as_raw(si.append_recordings([recording, recording]), "r")
+
+
+def test_the_stream_is_the_only_one_that_may_hold_spikes_or_the_one_that_is_named(tmp_path):
+    names = ["imec0.ap", "imec0.lf", "nidq", "imec0.ap-SYNC"]
+    assert _choose(tmp_path, None, names) == "imec0.ap"
+    assert _choose(tmp_path, "imec0.lf", names) == "imec0.lf"
+    with pytest.raises(ConfigError, match="no stream imec1.ap in"):
+        _choose(tmp_path, "imec1.ap", names)
+    for several in ([*names, "imec1.ap"], ["nidq"]):
+        with pytest.raises(ConfigError, match="name the probe's with --stream"):
+            _choose(tmp_path, None, several)
 
 
 def write_alf(folder):
