@@ -25,7 +25,10 @@ def folders(path):
 def test_what_comes_back_is_what_was_kept(tmp_path):
     config = tiny_config(masking={"schemes": {"decoding": 1.0, "neuron": 1.0}})
     path = write_session(tmp_path / "s.h5", domain=[(0.0, 30.0), (31.0, 60.0)])
+    with h5py.File(path, "r+") as file:
+        file["session"].attrs["sampling_rate"] = 25_000.0
     fresh, back = prepare(path, config), kept(path, config, tmp_path / "cache")
+    assert back.binned.session.rate == fresh.binned.session.rate == 25_000
     for name in ARRAYS:
         np.testing.assert_array_equal(getattr(back.binned, name), getattr(fresh.binned, name))
     np.testing.assert_array_equal(back.reach()[1], fresh.reach()[1])

@@ -1,5 +1,7 @@
 """The network: stream equals offline, the future cannot be seen, hidden means hidden."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,13 @@ from hypothesis import strategies as st
 from rt_neds.model.attention import rotary_table, visible
 from rt_neds.model.config import ModelConfig
 from rt_neds.model.neds import NEDS, SCHEMES, SPIKES
-from rt_neds.model.readin import boxcar_sums
+from rt_neds.model.readin import (
+    PLACES,
+    CategoricalReadIn,
+    ContinuousReadIn,
+    SpikeReadIn,
+    boxcar_sums,
+)
 from rt_neds.model.readout import STEPS, Behaviour, Scale, to_values, to_values_TV
 
 BEHAVIOURS = (
@@ -269,6 +277,34 @@ def test_a_stream_refuses_what_it_cannot_be():
         random_model(attention="full").start("a")
     with pytest.raises(ValueError, match="tokens"):
         random_model(tokens="modality").start("a")
+
+
+@torch.no_grad()
+def test_what_enters_is_what_is_written():
+    spikes_in = SpikeReadIn(2, 3, (1, 2))
+    spikes_in.mean_KN.copy_(torch.tensor([[0.5, 1.0], [0.0, 0.25]]))
+    spikes_in.sd_KN.copy_(torch.tensor([[2.0, 4.0], [0.5, 1.0]]))
+    spikes_in.missing_KN.copy_(torch.tensor([[7.0, 8.0], [9.0, 10.0]]))
+    counts = torch.tensor([[[4.0, 0.0], [5.0, 1.0]]])
+    first = [(2 - 0.5) / 2, (0 - 1.0) / 4, (2 - 0.0) / 0.5, (0 - 0.25) / 1]
+    then = [(5**0.5 - 0.5) / 2, (1 - 1.0) / 4, (3 - 0.0) / 0.5, (1 - 0.25) / 1]
+    torch.testing.assert_close(spikes_in.standardise(counts), torch.tensor([[first, then]]))
+    second_is_missing = torch.tensor([[[False, True]]])
+    first[1::2], then[1::2] = [8.0, 10.0], [8.0, 10.0]
+    found = spikes_in.standardise(counts, second_is_missing)
+    torch.testing.assert_close(found, torch.tensor([[first, then]]))
+
+    value_in = ContinuousReadIn(1 + PLACES)
+    value_in.linear.weight.copy_(torch.eye(1 + PLACES))
+    value_in.linear.bias.zero_()
+    (itself, *near), (far, *at_the_end) = value_in(torch.tensor([[0.25, 3.0]]))[0].tolist()
+    assert (itself, far) == (0.25, 3.0)
+    assert near == pytest.approx([math.exp(-0.5 * (j - 13) ** 2) for j in range(25)], abs=1e-6)
+    assert at_the_end == pytest.approx([math.exp(-0.5 * (j - 24) ** 2) for j in range(25)])
+
+    class_in = CategoricalReadIn(3, 4)
+    found = class_in(torch.tensor([[2.0, 0.0]]))[0]
+    assert torch.equal(found, class_in.embedding.weight[[2, 0]])
 
 
 def test_boxcar_sums_against_a_loop():
