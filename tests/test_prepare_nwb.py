@@ -56,6 +56,43 @@ def test_values_are_in_the_units_of_the_file(tmp_path):
     assert np.allclose(session.series("behavior_temp.temp").values_L, 100 + 2 * np.arange(600))
 
 
+def test_values_at_a_rate_begin_when_the_file_says(tmp_path):
+    wheel = pynwb.TimeSeries(
+        name="wheel", data=np.arange(100.0), unit="a", starting_time=12.5, rate=4.0
+    )
+    kept = prepared(tmp_path, wheel).series("behavior_wheel.wheel")
+    assert kept.samples_L.tolist() == [round((12.5 + n / 4) * 30_000) for n in range(100)]
+    assert kept.domain_K2.tolist() == [[375_000, round((12.5 + 99 / 4) * 30_000)]]
+
+
+def test_each_column_is_a_behaviour_of_its_own_in_the_order_of_time(tmp_path):
+    values = np.stack([np.sin(TIME), np.cos(TIME)], axis=1)[::-1]
+    session = prepared(tmp_path, series("place", values, TIME[::-1].copy()))
+    assert session.behaviours() == ["behavior_place.place_0", "behavior_place.place_1"]
+    for name, expected in (("place_0", np.sin(TIME)), ("place_1", np.cos(TIME))):
+        np.testing.assert_allclose(session.series(f"behavior_place.{name}").values_L, expected)
+
+
+def test_units_and_trials_have_the_names_of_the_file(tmp_path):
+    nwb = pynwb.NWBFile("d", "one", datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC))
+    nwb.add_unit_column("unit_name", "which")
+    for name in ("late", "early"):
+        nwb.add_unit(spike_times=np.arange(0.0, 60.0, 0.5), unit_name=name)
+    nwb.add_trial_column("go_time", "when")
+    nwb.add_trial_column("licks", "when", index=True)  # as many as there were: no column of ours
+    nwb.add_trial_column("corner", "where")
+    for start in (5.0, 1.0):
+        at = {"corner": [start, 0.0], "licks": [start] * int(start)}
+        nwb.add_trial(start_time=start, stop_time=start + 2, go_time=start + 0.5, **at)
+    assert main(written(tmp_path, nwb)) == 0
+    session = load_session(tmp_path / "S.h5")
+    assert session.unit_ids == ["late", "early"]
+    assert session.names("trials") == ["end", "go_time", "start"]
+    assert session.column("trials.go_time").tolist() == [1.5, 5.5]
+    assert session.intervals("trials").tolist() == [[30_000, 90_000], [150_000, 210_000]]
+    assert set(session.data.trials.timekeys()) == {"start", "end", "go_time"}
+
+
 def test_values_without_a_time_are_left_out(tmp_path):
     time = TIME.copy()
     time[-5:] = np.nan

@@ -93,9 +93,12 @@ def _trials(nwb: Any) -> Interval | None:
         return None
     columns, times = {}, ["start", "end"]
     for name in nwb.trials.colnames:
-        values = np.asarray(nwb.trials[name][:])
+        column = nwb.trials[name]
+        if hasattr(column, "target"):  # an index: of each trial some, or none
+            continue
+        values = np.asarray(column[:])
         if values.ndim != 1 or (values.dtype == object and not isinstance(values[0], str)):
-            continue  # ragged columns and references have no place in a trial table
+            continue  # several numbers, and references, have no place in a trial table
         new = {"start_time": "start", "stop_time": "end"}.get(name, name)
         columns[new] = values.astype(str) if values.dtype == object else values
         if new.endswith("_time") and values.dtype.kind == "f":
