@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from offline.prepare.tables import read_csv
+from offline.prepare.writing import series_of, session_data, trials_of, write_session
 from rt_neds.cli import main
 from rt_neds.errors import SessionError
 from rt_neds.session import load_session
-from tests.making import write_session
+from tests import making
 
 WHEEL = "time,speed,position\n1.0,0.5,\n1.02,-2,3\n1.04,1e1,4\n"
 TRIALS = "start,end,choice,go_time,side\n3,4,1,3.5,left\n1,2,0,,right\n,2,1,1,left\n"
@@ -18,7 +19,7 @@ TRIALS = "start,end,choice,go_time,side\n3,4,1,3.5,left\n1,2,0,,right\n,2,1,1,le
 
 @pytest.fixture
 def session(tmp_path):
-    return write_session(tmp_path / "s.h5", leave_out=("wheel", "trials"))
+    return making.write_session(tmp_path / "s.h5", leave_out=("wheel", "trials"))
 
 
 def prepare(session, out, *tables):
@@ -58,7 +59,7 @@ def test_rows_that_say_nothing_of_the_recording_are_counted(session, tmp_path, c
 
 
 def test_rows_between_pieces_of_a_recording_are_outside_of_it(tmp_path, capsys):
-    session = write_session(
+    session = making.write_session(
         tmp_path / "s.h5", domain=[(0.0, 10.0), (20.0, 40.0)], leave_out=("wheel",)
     )
     (tmp_path / "wheel.csv").write_text("time,speed\n5,0\n15,1\n16,2\n20,2\n40,3\n")
@@ -75,7 +76,7 @@ def test_half_of_a_table_may_lie_outside_and_empty_lines_are_none(session, tmp_p
 
 
 def test_a_session_without_an_id_is_called_after_its_file(tmp_path):
-    session = write_session(tmp_path / "s.h5", leave_out=("session", "wheel", "trials"))
+    session = making.write_session(tmp_path / "s.h5", leave_out=("session", "wheel", "trials"))
     (tmp_path / "wheel.csv").write_text(WHEEL)
     out, told = tmp_path / "monday.h5", tmp_path / "told.json"
     argv = ["prepare", "session", str(session), "--out", str(out), "--json", str(told), "--quiet"]
@@ -84,13 +85,13 @@ def test_a_session_without_an_id_is_called_after_its_file(tmp_path):
 
 
 def test_what_was_a_session_is_the_same_by_way_of_csv(tmp_path):
-    whole = load_session(write_session(tmp_path / "whole.h5"))
+    whole = load_session(making.write_session(tmp_path / "whole.h5"))
     series, trials = whole.data.wheel, whole.data.trials
     columns = {"time": series.timestamps, "wheel_speed": series.wheel_speed.astype(float)}
     write_csv(tmp_path / "wheel.csv", columns)
     names = [name for name in trials.keys() if name != "timekeys"]  # noqa: SIM118
     write_csv(tmp_path / "trials.csv", {name: getattr(trials, name) for name in names})
-    bare = write_session(tmp_path / "bare.h5", leave_out=("wheel", "trials"))
+    bare = making.write_session(tmp_path / "bare.h5", leave_out=("wheel", "trials"))
     out = tmp_path / "out.h5"
     assert prepare(bare, out, tmp_path / "wheel.csv", tmp_path / "trials.csv") == 0
     came = load_session(out)
@@ -115,6 +116,46 @@ def test_a_long_pause_is_time_in_which_nobody_looked(session, tmp_path):
     assert prepare(session, tmp_path / "out.h5", tmp_path / "wheel.csv") == 0
     domain_K2 = load_session(tmp_path / "out.h5").series("wheel.speed").domain_K2
     np.testing.assert_array_equal(domain_K2, [[30_000, 57_000], [150_000, 177_000]])
+
+
+@pytest.mark.parametrize(
+    ("step", "pause", "pieces"),
+    [(2.0, 15.0, 1), (2.0, 25.0, 2), (0.001, 0.9, 1), (0.001, 1.1, 2)],
+)
+def test_a_pause_is_long_beside_the_usual_step_and_beside_a_second(step, pause, pieces):
+    time_L = np.arange(100) * step
+    time_L[50:] += pause
+    assert len(series_of(time_L, {"x": time_L}).domain) == pieces
+
+
+def test_trials_without_an_end_are_left_out_and_the_rest_is_in_order():
+    columns = {"start": [5.0, np.nan, 1.0, 3.0], "end": [6.0, 3.0, 2.0, np.nan], "n": [3, 2, 0, 1]}
+    found = trials_of({name: np.array(of) for name, of in columns.items()}, ["start", "end"])
+    assert (found.start.tolist(), found.end.tolist(), found.n.tolist()) == ([1, 5], [2, 6], [0, 3])
+
+
+def test_what_was_written_is_told_in_seconds_and_spikes(tmp_path):
+    path = tmp_path / "s.h5"
+    time_S, unit_S = np.array([6.0, 1.0, 2.0, 3.0, 11.0]), np.array([1, 0, 0, 1, 1])
+    ids = {"id": np.array(["a", "b"])}
+    domain_K2 = np.array([[0.0, 4.0], [10.0, 12.0]])
+    told = write_session(path, session_data("s", time_S, unit_S, ids, domain_K2))
+    expected = {"session": "s", "units": 2, "spikes": 4, "recorded_s": 6.0, "trials": 0}
+    assert {name: told[name] for name in expected} == expected
+    session = load_session(path)
+    assert session.column("units.firing_rate").tolist() == [2 / 6, 2 / 6]
+    assert session.records_S["unit"].tolist() == [0, 0, 1, 1]
+
+
+def test_nothing_is_left_of_a_session_that_could_not_be_written(session, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "wheel.csv").write_text(WHEEL)
+    before = set(tmp_path.iterdir())
+    monkeypatch.setattr("offline.prepare.writing.os.replace", full)
+    assert prepare(session, tmp_path / "o.h5", tmp_path / "wheel.csv") == 2
+    assert set(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(
