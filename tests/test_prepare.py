@@ -206,6 +206,14 @@ def test_a_units_mean_has_the_sorters_sample_where_its_template_is_looked_for(ra
     np.testing.assert_allclose(mean_WC[2 * before], np.mean(train))
 
 
+def test_a_template_does_not_reach_over_to_another_shank():
+    template_WC, shank_C = np.zeros((3, 100), np.float32), np.repeat([0, 1], 50)
+    template_WC[1, 40:60] = 1.0  # most of it would lie in the columns 20 to 59
+    template_WC[1, 42] = 2.0
+    assert templates._where(template_WC, shank_C) in range(3, 11)  # up to column 49 at the most
+    assert templates._where(template_WC, 0 * shank_C) == 20
+
+
 def test_dead_and_wild_channels_are_not_used():
     rng = np.random.default_rng(0)
     samples = np.rint(10 * rng.standard_normal((20_000, CHANNELS))).astype(np.int16)
