@@ -225,6 +225,7 @@ def test_columns_as_matlab_writes_them_are_read(tmp_path):
     [
         ("probe00/spikes.times.npy", b"half", "spikes.times.npy cannot be read"),
         ("probe00/spikes.times.npy", np.zeros((4000, 2)), "shape (4000, 2); a row of numbers"),
+        ("probe00/spikes.times.npy", np.ones(7), "of 7 and spikes.clusters of 4000 spikes"),
         ("probe00/clusters.depths.npy", np.array([None] * 5), "clusters.depths.npy cannot be"),
         ("probe00/spikes.clusters.npy", np.full(4000, -1), "a unit -1; units are counted from 0"),
         ("_ibl_trials.table.pqt", b"half", "_ibl_trials.table.pqt cannot be read"),
