@@ -185,7 +185,7 @@ def load_session(path: str | Path) -> Session:
     ------
     SessionError
         No such file, not HDF5, not a session, a time that is NaN, no spikes, spikes of units that
-        are not listed, or units of the same id.
+        are not listed, units of the same id, or pieces of the recording that are out of order.
     """
     path = Path(path)
     data = _open(path)
@@ -197,7 +197,6 @@ def load_session(path: str | Path) -> Session:
             )
     rate = _rate(data)
     unit_ids = _unit_ids(path, data.units)
-    domain = np.stack([np.asarray(data.domain.start), np.asarray(data.domain.end)], axis=1)
     session_id = str(getattr(getattr(data, "session", None), "id", path.stem))
     return Session(
         path=path,
@@ -205,7 +204,7 @@ def load_session(path: str | Path) -> Session:
         rate=rate,
         unit_ids=unit_ids,
         records_S=_records(path, data.spikes, len(unit_ids), rate),
-        domain_K2=np.maximum(np.rint(domain * rate).astype(np.int64), 0),  # bins count from 0
+        domain_K2=_domain(path, data.domain, rate),
         _data=data,
     )
 
@@ -241,6 +240,19 @@ def _unit_ids(path: Path, units: Any) -> list[str]:
                 "stream tells units by their ids: give every unit its own"
             )
     return unit_ids
+
+
+def _domain(path: Path, domain: Any, rate: float) -> NDArray[np.int64]:
+    seconds = np.stack([np.asarray(domain.start), np.asarray(domain.end)], axis=1)
+    edges = seconds.astype(np.float64).ravel()
+    wrong = np.flatnonzero(np.diff(edges) < 0)
+    if not len(edges) or len(wrong):
+        found = f"{edges[wrong[0]]:g} before {edges[wrong[0] + 1]:g} s" if len(wrong) else "nothing"
+        raise SessionError(
+            f"{path}: domain has {found}; expected the pieces that were recorded, each after the "
+            "one before"
+        )
+    return np.maximum(np.rint(seconds * rate).astype(np.int64), 0)  # bins count from 0
 
 
 def _unknown_time(path: Path) -> str | None:

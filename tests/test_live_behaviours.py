@@ -184,6 +184,8 @@ def test_lost_messages_are_counted_and_what_waits_is_bounded():
     live.take(values(30, [1.0], seq=4), RATE, 0)
     live.take(values(60, [1.0], seq=0), RATE, 0)  # its sender began anew
     assert live.counters["speed"]["lost"] == 3
+    live.take(values(90, [1.0], seq=2), RATE, 0)  # and lost one
+    assert live.counters["speed"]["lost"] == 4
     again = listening()
     for seq in (0, 1, 2, 2, 3, 5, 4, 6):  # one came twice, two changed places
         again.take(values(30 * seq, [1.0], seq=seq), RATE, 0)

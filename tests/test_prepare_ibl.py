@@ -151,14 +151,40 @@ def test_spikes_of_no_time_are_left_out_with_their_units(tmp_path):
 
 def test_the_wheels_speed_is_that_of_the_last_20_ms(tmp_path):
     write_alf(tmp_path / "eid")
-    alf, when = tmp_path / "eid" / "alf", np.linspace(4, 41, 3000)
-    np.save(alf / "_ibl_wheel.position.npy", np.sin(when) * when)
+    alf, rng = tmp_path / "eid" / "alf", np.random.default_rng(0)
+    when = rng.permutation(np.r_[4.0, rng.uniform(4, 41, 3000)])
+    position = np.sin(when) * when
+    np.save(alf / "_ibl_wheel.timestamps.npy", when)
+    np.save(alf / "_ibl_wheel.position.npy", position)
     session = prepared(tmp_path / "eid", tmp_path)
     velocity, speed = session.series("wheel.wheel_vel"), session.series("wheel.wheel_speed")
-    at = velocity.samples_L / 30_000
-    now, before = (np.interp(t, when, np.sin(when) * when) for t in (at, at - 0.02))
-    np.testing.assert_allclose(velocity.values_L, (now - before) / 0.02, atol=1e-3)
+    assert velocity.samples_L[0] == 120_600
+    told = [position[when <= t][when[when <= t].argmax()] for t in velocity.samples_L / 30_000]
+    np.testing.assert_allclose(velocity.values_L[1:], np.diff(told) / 0.02, rtol=1e-5)
     np.testing.assert_array_equal(speed.values_L, np.abs(velocity.values_L))
+
+
+def test_the_wheels_speed_knows_nothing_of_what_its_encoder_tells_later(tmp_path):
+    write_alf(tmp_path / "eid")
+    alf = tmp_path / "eid" / "alf"
+    before = prepared(tmp_path / "eid", tmp_path).series("wheel.wheel_speed")
+    when = np.load(alf / "_ibl_wheel.timestamps.npy")
+    position = np.load(alf / "_ibl_wheel.position.npy")
+    np.save(alf / "_ibl_wheel.position.npy", position + 100 * (when > 20))
+    after = prepared(tmp_path / "eid", tmp_path).series("wheel.wheel_speed")
+    first = when[when > 20][0]
+    past = before.samples_L / 30_000 < first
+    assert before.values_L[past].tolist() == after.values_L[past].tolist()
+    assert after.values_L[~past][0] > 4000
+
+
+def test_a_probe_without_spikes_has_no_units(tmp_path):
+    write_alf(tmp_path / "eid")
+    other = tmp_path / "eid" / "alf" / "probe01"
+    other.mkdir()
+    np.save(other / "spikes.times.npy", np.zeros(0))
+    np.save(other / "spikes.clusters.npy", np.zeros(0, np.uint16))
+    assert len(prepared(tmp_path / "eid", tmp_path).unit_ids) == 5
 
 
 def test_times_of_trials_and_what_was_seen_have_their_names(tmp_path):
@@ -204,8 +230,8 @@ def test_a_wheel_that_hardly_lasted_is_none_and_a_time_not_known_is_left_out(tmp
     when[[0, 100]] = np.nan
     np.save(alf / "_ibl_wheel.timestamps.npy", when)
     speed = prepared(tmp_path / "eid", tmp_path).series("wheel.wheel_speed")
-    np.testing.assert_allclose(speed.values_L, 3.0, atol=1e-3)
-    np.save(alf / "_ibl_wheel.timestamps.npy", np.linspace(7.001, 7.019, 3000))
+    np.testing.assert_allclose(speed.values_L, 3.0, atol=0.31)
+    np.save(alf / "_ibl_wheel.timestamps.npy", np.linspace(7.001, 7.019, 37_001))
     assert not prepared(tmp_path / "eid", tmp_path).has("wheel")
 
 

@@ -129,6 +129,25 @@ def test_recorded_is_what_was_observed_of_all_units_that_say_so(tmp_path):
     assert domain_K2.tolist() == [[300_000, 600_000], [900_000, 1_200_000]]
 
 
+@pytest.mark.parametrize("column", ["electrode_group", "electrodes"])
+def test_where_one_device_has_no_spikes_its_units_are_not_silent(tmp_path, column):
+    nwb = pynwb.NWBFile("d", "one", datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC))
+    rng, probes = np.random.default_rng(0), []
+    for probe in range(2):
+        device = nwb.create_device(name=f"probe{probe}")
+        group = nwb.create_electrode_group(f"shank{probe}", "d", location="l", device=device)
+        probes.append(group)
+        nwb.add_electrode(group=group, location="l")
+    for unit in range(6):
+        probe = unit % 2
+        whose = probes[probe] if column == "electrode_group" else [probe]
+        times = np.sort(rng.uniform(20 * probe, 60, 900))
+        nwb.add_unit(spike_times=times, **{column: whose})
+    assert main(written(tmp_path, nwb)) == 0
+    domain_K2 = load_session(tmp_path / "S.h5").domain_K2 / 30_000
+    np.testing.assert_allclose(domain_K2, [[20, 60]], atol=0.2)
+
+
 def test_units_of_no_common_time_are_no_session(tmp_path, capsys):
     assert main(written(tmp_path, nwb_file([[[0.0, 20.0]], [[30.0, 50.0]]]))) == 2
     said = capsys.readouterr().err

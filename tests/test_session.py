@@ -25,6 +25,14 @@ def test_a_session_is_read_in_samples(tmp_path):
     assert not session.has("trials.chioce")
 
 
+def _write_domain(path, start, end):
+    write_session(path)
+    with h5py.File(path, "r+") as file:
+        for name, values in (("start", start), ("end", end)):
+            del file["domain"][name]
+            file["domain"][name] = np.array(values, float)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -35,6 +43,9 @@ def test_a_session_is_read_in_samples(tmp_path):
         (lambda p: write_session(p, leave_out=("spikes",)), "no spikes"),
         (lambda p: write_session(p, leave_out=("units",)), "no units"),
         (lambda p: write_session(p, domain=[(70.0, 80.0)]), "no spikes in it"),
+        (lambda p: _write_domain(p, [30, 0], [60, 20]), "60 before 0 s; expected the pieces"),
+        (lambda p: _write_domain(p, [0, 20], [40, 60]), "40 before 20 s"),
+        (lambda p: _write_domain(p, [], []), "domain has nothing"),
         (lambda p: write_session(p).write_bytes(write_session(p).read_bytes()[:3000]), "HDF5"),
     ],
 )

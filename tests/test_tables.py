@@ -168,11 +168,13 @@ def test_nothing_is_left_of_a_session_that_could_not_be_written(session, tmp_pat
         ("wheel.csv", "time,speed\n", "names and no rows"),
         ("wheel.csv", "time;speed\n1;2\n", "a column 'time;speed'"),
         ("wheel.csv", "time,speed,speed\n1,2,3\n", "a column 'speed'"),
-        ("wheel.csv", "time,speed\n1,2\n3\n", "row 3: 1 cells; expected 2"),
-        ("wheel.csv", "time,speed\n1,2\n3,fast\n", "row 3: 'fast' in the column speed; a number"),
+        ("wheel.csv", "time,speed\n1,2\n3\n", "line 3: 1 cells; expected 2"),
+        ("wheel.csv", "time,speed\n1,2\n3,fast\n", "line 3: 'fast' in the column speed; a number"),
         ("wheel.csv", "time,speed\n1,\n3,fast\n", "'fast' in the column speed; numbers were"),
-        ("wheel.csv", "time,speed\n1,2\n2,2\n2,3\n", "row 4"),
-        ("wheel.csv", "time,speed\n1,2\n,2\n", "row 3"),
+        ("wheel.csv", "time,speed\n1,2\n2,2\n2,3\n", "line 4"),
+        ("wheel.csv", "time,speed\n1,2\n,2\n", "line 3"),
+        ("wheel.csv", "time,speed\n\n1,2\n\n2,2\n1,3\n", "line 6"),  # as an editor counts
+        ("wheel.csv", "\ntime,speed\n\n1,2\n2\n", "line 5"),
         ("wheel.csv", "time,speed\n1,2\n", "two rows or more"),
         ("wheel.csv", "t,speed\n1,2\n", "has the columns t, speed; expected time, or start"),
         ("wheel.csv", "time,speed\n1e9,2\n1000000001,3\n", "from 1000000000 to 1000000001"),
@@ -185,9 +187,9 @@ def test_nothing_is_left_of_a_session_that_could_not_be_written(session, tmp_pat
             "start,end,side\n1,2,gauch\u00e9\n",
             "'gauch\u00e9' in trials.side; a session",
         ),
-        ("wheel.csv", "time,speed\n-inf,1\n2,2\n3,3\n", "row 2"),
-        ("wheel.csv", "time,speed\n,1\n2,2\n3,3\n", "row 2"),
-        ("wheel.csv", "time,speed\n1,1\n2,2\ninf,3\n", "row 4"),
+        ("wheel.csv", "time,speed\n-inf,1\n2,2\n3,3\n", "line 2"),
+        ("wheel.csv", "time,speed\n,1\n2,2\n3,3\n", "line 2"),
+        ("wheel.csv", "time,speed\n1,1\n2,2\ninf,3\n", "line 4"),
         ("wheel.csv", "time,keys\n1,2\n2,3\n", "a column 'keys'"),
         ("wheel.csv", "time,domain\n1,2\n2,3\n", "a column 'domain'"),
         ("wheel.csv", "time,timestamps\n1,2\n2,3\n", "a column 'timestamps'"),
@@ -225,7 +227,7 @@ def test_the_session_may_be_given_another_id(session, tmp_path):
 def test_numbers_come_back_as_they_were_written(tmp_path):
     values = np.random.default_rng(0).standard_normal(1000) * 10.0 ** np.arange(-250, 250, 0.5)
     write_csv(tmp_path / "t.csv", {"time": np.arange(1000), "value": values})
-    np.testing.assert_array_equal(read_csv(tmp_path / "t.csv")["value"], values)
+    np.testing.assert_array_equal(read_csv(tmp_path / "t.csv")[0]["value"], values)
 
 
 def test_words_are_no_behaviour_and_no_times(session, tmp_path):

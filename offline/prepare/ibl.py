@@ -1,8 +1,8 @@
 """Sessions from IBL ALF folders: spikes of every probe, trials, wheel, with BrainWideBench names.
 
 What a folder lacks is left out. Of a file that was made anew, which lies in a folder called after
-the day (``#2024-05-06#``), the newest is taken, as ONE does. The wheel's speed is that of the last
-20 ms, taken causally from its position; IBL's own is filtered forwards and backwards.
+the day (``#2024-05-06#``), the newest is taken, as ONE does. The wheel's speed is how far it came
+in the last 20 ms, by what its encoder had told by then; IBL's own is filtered both ways.
 
 Shape suffixes: S spikes, U units, R trials.
 """
@@ -169,11 +169,12 @@ def _probe(alf: Path, probe: Path) -> tuple[Any, Any, dict[str, NDArray[Any]]]:
             f"spikes.clusters of {len(unit_S) if unit_S is not None else 0} spikes; they must be "
             "of one sorting"
         )
+    unit_S = unit_S.astype(np.int64)
     if (least := int(unit_S.min(initial=0))) < 0:
         raise SessionError(f"{probe}: spikes of a unit {least}; units are counted from 0")
     metrics = _table(probe, "clusters.metrics") or {}
     number_U = np.asarray(metrics.get("cluster_id", ()), np.int64)
-    n_units = 1 + max(int(unit_S.max(initial=0)), int(number_U.max(initial=-1)))
+    n_units = 1 + max(int(unit_S.max(initial=-1)), int(number_U.max(initial=-1)))
     name = probe.relative_to(alf).parts[0] if probe != alf else "probe00"
     columns: dict[str, NDArray[Any]] = {
         "id": np.array([f"{name}/{unit}" for unit in range(n_units)]),
@@ -194,7 +195,7 @@ def _probe(alf: Path, probe: Path) -> tuple[Any, Any, dict[str, NDArray[Any]]]:
             values = metrics[key][order]
             columns[key] = values.astype(str) if values.dtype == object else values
     finite_S = np.isfinite(time_S)
-    return time_S[finite_S], unit_S[finite_S].astype(np.int64), columns
+    return time_S[finite_S], unit_S[finite_S], columns
 
 
 def _trials(alf: Path) -> Interval | None:
@@ -236,14 +237,16 @@ def _wheel(alf: Path) -> IrregularTimeSeries | None:
     time_L, position_L = _load(alf, "_ibl_wheel.timestamps"), _load(alf, "_ibl_wheel.position")
     if time_L is None or position_L is None or len(time_L) != len(position_L):
         return None
-    told = np.isfinite(time_L)  # what has no time cannot be placed
-    time_L, position_L = time_L[told], position_L[told]
+    order = np.argsort(time_L, kind="stable")
+    order = order[np.isfinite(time_L[order])]  # what has no time cannot be placed
+    time_L, position_L = time_L[order], position_L[order]
     if not len(time_L):
         return None
-    grid = np.arange(np.ceil(time_L[0] * 50) + 1, np.floor(time_L[-1] * 50) + 1) / 50
-    if not len(grid):
+    step = np.arange(np.ceil(time_L[0] * 50), np.floor(time_L[-1] * 50) + 1)
+    if len(step) < 2:
         return None
-    moved = np.interp(grid, time_L, position_L) - np.interp(grid - 0.02, time_L, position_L)
+    last = np.searchsorted(time_L, step / 50, side="right") - 1  # and none from later
+    moved, grid = np.diff(position_L[np.maximum(last, 0)]), step[1:] / 50
     return IrregularTimeSeries(
         timestamps=grid,
         wheel_vel=(moved * 50).astype(np.float32),

@@ -22,7 +22,8 @@ def from_nwb(path: str | Path) -> Data:
     """A session of an NWB file.
 
     Units keep ``unit_name`` or their number as id. What was recorded is where all units were
-    observed (``obs_intervals``), or, where the file does not say, where there are spikes. Every
+    observed (``obs_intervals``), or, where the file does not say, where all devices have spikes,
+    as ``electrode_group`` or ``electrodes`` tell whose a unit is. Every
     time series of ``processing/behavior`` with one value, or a few, per time becomes
     ``behavior_<name>.<name>`` (``_0``, ``_1`` ... for several); of series of one name all but the
     first become ``behavior_<container>_<name>.<name>``.
@@ -54,7 +55,6 @@ def _session(path: Path, nwb: Any) -> Data:
         raise SessionError(f"{path} has no units with spike times; expected sorted spikes")
     units = nwb.units
     trains = [np.asarray(units["spike_times"][u], np.float64) for u in range(len(units))]
-    time_S = np.concatenate(trains)
     named = "unit_name" in units.colnames
     ids = units["unit_name"][:] if named else units.id[:]
     groups = _behaviour(nwb)
@@ -63,22 +63,22 @@ def _session(path: Path, nwb: Any) -> Data:
         groups["trials"] = trials
     return session_data(
         str(nwb.identifier),
-        time_S,
+        np.concatenate(trains),
         np.repeat(np.arange(len(trains)), [len(train) for train in trains]),
         {"id": np.array([str(unit) for unit in ids])},
-        _domain(path, units, time_S),
+        _domain(path, units, trains),
         **groups,
     )
 
 
-def _domain(path: Path, units: Any, time_S: NDArray[np.float64]) -> NDArray[np.float64]:
+def _domain(path: Path, units: Any, trains: list[NDArray[np.float64]]) -> NDArray[np.float64]:
     """Where every unit was observed of which the file says when, in seconds."""
-    if "obs_intervals" not in units.colnames:
-        return recorded(time_S)
-    of_unit = [np.asarray(units["obs_intervals"][u], np.float64) for u in range(len(units))]
-    told = [of_K2.reshape(-1, 2) for of_K2 in of_unit if of_K2.size]
+    told = []
+    if "obs_intervals" in units.colnames:
+        of_unit = [np.asarray(units["obs_intervals"][u], np.float64) for u in range(len(units))]
+        told = [of_K2.reshape(-1, 2) for of_K2 in of_unit if of_K2.size]
     if not told:
-        return recorded(time_S)
+        return _spiking(units, trains)
     common_K2 = common_to(told)
     if not len(common_K2):
         raise SessionError(
@@ -86,6 +86,27 @@ def _domain(path: Path, units: Any, time_S: NDArray[np.float64]) -> NDArray[np.f
             "that were not recorded with the others"
         )
     return common_K2
+
+
+def _spiking(units: Any, trains: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Where there are spikes of every device that has any, in seconds."""
+    of_device: dict[str, list[NDArray[np.float64]]] = {}
+    for u, train in enumerate(trains):
+        of_device.setdefault(_device(units, u), []).append(train)
+    pieces = [recorded(np.concatenate(theirs)) for theirs in of_device.values()]
+    pieces = [piece_K2 for piece_K2 in pieces if len(piece_K2)]
+    return common_to(pieces) if pieces else np.zeros((0, 2))
+
+
+def _device(units: Any, unit: int) -> str:
+    """What recorded a unit, as far as the file says."""
+    if "electrode_group" in units.colnames:
+        group = units["electrode_group"][unit]
+    elif "electrodes" in units.colnames and len(of_unit := units["electrodes"][unit]):
+        group = of_unit["group"].iloc[0]
+    else:
+        return ""
+    return str(group.device.name)
 
 
 def _trials(nwb: Any) -> Interval | None:

@@ -60,13 +60,13 @@ def add_tables(data: Data, paths: Iterable[str | Path]) -> dict[str, dict[str, i
             raise SessionError(f"{path}: {name!r} names its group; use letters, digits and _")
         if hasattr(data, name):
             raise SessionError(f"{path}: the session has {name} already; call the file otherwise")
-        columns = read_csv(path)
+        columns, line_R = read_csv(path)
         read = len(next(iter(columns.values())))
         if {"start", "end"} <= columns.keys():
             group = _intervals(path, columns)
             begins_R = group.start
         elif "time" in columns:
-            group = _series(path, columns)
+            group = _series(path, columns, line_R)
             begins_R = group.timestamps
         else:
             raise SessionError(
@@ -80,20 +80,25 @@ def add_tables(data: Data, paths: Iterable[str | Path]) -> dict[str, dict[str, i
     return taken
 
 
-def read_csv(path: Path) -> dict[str, NDArray[Any]]:
-    """Columns by name: numbers, NaN where a cell is empty, or words if the first of them is one."""
+def read_csv(path: Path) -> tuple[dict[str, NDArray[Any]], array[int]]:
+    """Columns by name: numbers, NaN where a cell is empty, or words if the first of them is one;
+    and the line of the file that each row ends on.
+    """
     if not path.is_file():
         raise SessionError(f"no such table: {path}; check the path")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = (row for row in csv.reader(file, strict=True) if any(map(str.strip, row)))
+            reader = csv.reader(file, strict=True)
+            rows = ((reader.line_num, row) for row in reader if any(map(str.strip, row)))
             return _columns(path, rows)
     except (UnicodeDecodeError, csv.Error) as error:
         raise SessionError(f"{path} is not a CSV file ({error}); expected text in UTF-8") from None
 
 
-def _columns(path: Path, rows: Iterator[list[str]]) -> dict[str, NDArray[Any]]:
-    names = [cell.strip() for cell in next(rows, [])]
+def _columns(
+    path: Path, rows: Iterator[tuple[int, list[str]]]
+) -> tuple[dict[str, NDArray[Any]], array[int]]:
+    names = [cell.strip() for cell in next(rows, (1, []))[1]]
     wrong = [name for name in names if not NAME.fullmatch(name) or names.count(name) > 1]
     if len(names) < 2 or wrong:
         found = f"a column {wrong[0]!r}" if wrong else f"{len(names)} columns"
@@ -102,21 +107,22 @@ def _columns(path: Path, rows: Iterator[list[str]]) -> dict[str, NDArray[Any]]:
             "digits and _, separated by commas"
         )
     columns = [_Column() for _ in names]
-    number = 1
-    for number, row in enumerate(rows, start=2):
+    line_R = array("q")
+    for line, row in rows:
+        line_R.append(line)
         if len(row) != len(names):
             raise SessionError(
-                f"{path}, row {number}: {len(row)} cells; expected {len(names)}, as the names have"
+                f"{path}, line {line}: {len(row)} cells; expected {len(names)}, as the names have"
             )
         for name, column, cell in zip(names, columns, row, strict=True):
             if not column.add(cell.strip()):
                 raise SessionError(
-                    f"{path}, row {number}: {cell.strip()!r} in the column {name}; a number was "
+                    f"{path}, line {line}: {cell.strip()!r} in the column {name}; a number was "
                     "expected, as above"
                 )
-    if number == 1:
+    if not line_R:
         raise SessionError(f"{path} has names and no rows; expected one or more")
-    return {name: column.values() for name, column in zip(names, columns, strict=True)}
+    return {name: column.values() for name, column in zip(names, columns, strict=True)}, line_R
 
 
 class _Column:
@@ -153,16 +159,18 @@ def _intervals(path: Path, columns: dict[str, NDArray[Any]]) -> Interval:
     return found
 
 
-def _series(path: Path, columns: dict[str, NDArray[Any]]) -> IrregularTimeSeries:
+def _series(
+    path: Path, columns: dict[str, NDArray[Any]], line_R: array[int]
+) -> IrregularTimeSeries:
     _check_names(path, columns, IrregularTimeSeries)
     _check_numbers(path, columns, list(columns))
     time_R = columns.pop("time")
     wrong_R = ~np.isfinite(time_R)
     wrong_R[1:] |= ~(time_R[1:] > time_R[:-1])
     if len(time_R) < 2 or wrong_R.any():
-        row = int(wrong_R.argmax()) + 2
+        line = line_R[int(wrong_R.argmax())]
         raise SessionError(
-            f"{path}, row {row}: expected two rows or more, the time of each later than the last"
+            f"{path}, line {line}: expected two rows or more, the time of each later than the last"
         )
     return series_of(time_R, columns)
 

@@ -109,8 +109,9 @@ class LiveBehaviours:
             return
         if track.next_seq is not None and 0 < batch.seq - track.next_seq <= LEAP_MESSAGES:
             track.counters["lost"] += batch.seq - track.next_seq
-        if track.next_seq is None or not 0 < track.next_seq - batch.seq <= LEAP_MESSAGES:
-            track.next_seq = batch.seq + 1  # and not where one came again, or after a later one
+        came_again = track.next_seq is not None and 0 < track.next_seq - batch.seq <= LEAP_MESSAGES
+        if not came_again or batch.first > track.newest:  # a sender that begins anew goes on later
+            track.next_seq = batch.seq + 1
         track.hold = PERIODS * rate / batch.rate
         for k, value in enumerate(batch.values.tolist()):
             sample = batch.first + round(k * rate / batch.rate)
