@@ -11,8 +11,8 @@ from rt_neds.frames import Flag
 from rt_neds.stream.trigger import Triggers
 from rt_neds.supervise import CAN_FORK
 from rt_neds.trigger_config import TriggerConfig, rules_of
+from tests.actuators.checking import NetworkEvents
 from tests.system.test_supervision import Rig, children
-from tests.test_actuators import NetworkEvents
 
 pytestmark = [
     pytest.mark.timeout(180),
