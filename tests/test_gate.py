@@ -1,4 +1,4 @@
-"""Each bin goes out once and in order, whatever becomes of the two workers that decode it."""
+"""The gate between two workers and those who listen; whose turn it is: test_turns.py."""
 
 import json
 from dataclasses import asdict
@@ -6,214 +6,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from rt_neds.clock import monotonic_ns
 from rt_neds.frames import DecodedFrame, Flag
 from rt_neds.stream import gate
-from rt_neds.stream.board import Accounted, Board
-from rt_neds.stream.gate import Counts, Frame, Gate, GateSink, Turns, datagrams
+from rt_neds.stream.board import Board
+from rt_neds.stream.gate import Counts, Gate, GateSink, datagrams
 from rt_neds.stream.trigger import Triggers
 from rt_neds.trigger_config import TriggerConfig, rules_of
-from rt_neds.wire import unpack_decoded, unpack_map
-
-HOLD = 10
-ACTIVE, OTHER = 0, 1
-
-
-def frame(bin_, writer=ACTIVE, epoch=1):
-    return Frame(epoch, bin_, writer, (b"decoded/p", bytearray()))
-
-
-def bins(frames):
-    return [(f.epoch, f.bin, f.writer) for f in frames]
-
-
-def test_the_standby_waits_and_takes_over_at_the_first_bin_that_is_missed():
-    turns = Turns(HOLD)
-    assert bins(turns.take(ACTIVE, frame(0), 0)) == [(1, 0, ACTIVE)]
-    assert turns.take(OTHER, frame(0, OTHER), 1) == []
-    assert turns.take(OTHER, frame(1, OTHER), 20) == []
-    assert turns.due_ns == 20 + HOLD
-    assert turns.overdue(29) == []
-    assert bins(turns.take(ACTIVE, frame(1), 29)) == [(1, 1, ACTIVE)]
-    assert turns.due_ns is None
-    assert turns.take(OTHER, frame(2, OTHER), 40) == []
-    assert turns.take(OTHER, frame(3, OTHER), 45) == []
-    assert bins(turns.overdue(50)) == [(1, 2, OTHER), (1, 3, OTHER)]
-    assert turns.active == OTHER
-    assert bins(turns.take(OTHER, frame(4, OTHER), 60)) == [(1, 4, OTHER)]
-    # The one that had only paused comes again with what it owes: nobody needs it any more.
-    assert [turns.take(ACTIVE, frame(n), 61) for n in (2, 3, 4)] == [[], [], []]
-    assert turns.take(ACTIVE, frame(5), 62) == []
-    assert bins(turns.take(OTHER, frame(5, OTHER), 63)) == [(1, 5, OTHER)]
-
-
-def test_what_the_active_one_leaves_out_comes_from_the_other():
-    turns = Turns(HOLD)
-    turns.take(ACTIVE, frame(0), 0)
-    for n in (1, 2, 3):
-        turns.take(OTHER, frame(n, OTHER), 1)
-    came = turns.take(ACTIVE, frame(3), 2)
-    assert bins(came) == [(1, 1, OTHER), (1, 2, OTHER), (1, 3, ACTIVE)]
-    assert turns.active == ACTIVE
-
-
-def test_a_replacement_waits_behind_the_one_whose_context_is_full():
-    turns = Turns(HOLD)
-    turns.take(ACTIVE, frame(0), 0)
-    turns.take(OTHER, frame(0, OTHER), 0)
-    assert turns.take(ACTIVE, frame(1, writer=2), 1) == []
-    assert bins(turns.take(OTHER, frame(1, OTHER), 2)) == [(1, 1, OTHER)]
-    assert turns.active == OTHER
-    alone = Turns(HOLD)
-    alone.take(ACTIVE, frame(0), 0)
-    assert bins(alone.take(ACTIVE, frame(5, writer=2), 1)) == [(1, 5, 2)]
-
-
-def test_a_replacement_is_known_by_the_first_thing_it_says():
-    turns = Turns(HOLD)
-    turns.take(ACTIVE, frame(0), 0)
-    turns.take(OTHER, frame(0, OTHER), 0)
-    assert turns.take(OTHER, frame(1, OTHER), 1) == []
-    assert bins(turns.meet(ACTIVE, 2)) == [(1, 1, OTHER)]
-    assert turns.active == OTHER
-    assert turns.meet(OTHER, OTHER) == turns.meet(ACTIVE, 2) == []
-
-
-def test_an_acquisition_that_is_over_does_not_come_back():
-    turns = Turns(HOLD)
-    turns.take(ACTIVE, frame(7), 0)
-    turns.take(OTHER, frame(8, OTHER), 1)
-    came = turns.take(ACTIVE, frame(0, epoch=2), 2)
-    assert bins(came) == [(1, 8, OTHER), (2, 0, ACTIVE)]
-    assert turns.refused == 0
-    assert turns.take(OTHER, frame(8, OTHER), 3) == []  # it went out already
-    assert turns.refused == 0
-    assert turns.take(OTHER, frame(9, OTHER), 3) == []
-    assert turns.refused == 1
-    assert turns.due_ns is None
-    assert turns.overdue(100) == []
-
-
-def test_a_replacement_that_is_behind_brings_no_acquisition_back():
-    turns = Turns(HOLD)
-    turns.take(ACTIVE, frame(7), 0)
-    turns.take(ACTIVE, frame(0, epoch=2), 1)
-    assert turns.take(ACTIVE, frame(8, writer=2), 2) == []
-    assert turns.refused == 1
-
-
-def test_acquisitions_that_are_over_are_not_remembered_for_ever():
-    turns = Turns(HOLD)
-    for epoch in range(100):
-        assert bins(turns.take(ACTIVE, frame(3, epoch=epoch), 0)) == [(epoch, 3, ACTIVE)]
-    assert turns.take(OTHER, frame(4, OTHER, epoch=98), 0) == []
-    assert len(turns._over) < 20
-
-
-@given(st.lists(st.sampled_from([ACTIVE, OTHER]), max_size=60), st.integers(2, 4))
-def test_an_acquisition_that_is_sent_again_is_published_again(who, times):
-    """As of two captures that are replayed in turn; either worker may be a little ahead."""
-    sent = [(epoch, bin_) for epoch in [1, 2] * times for bin_ in range(3)]
-    turns, at, out = Turns(HOLD), [0, 0], []
-
-    def step(place):
-        if at[place] < len(sent):
-            epoch, bin_ = sent[at[place]]
-            out.extend(turns.take(place, frame(bin_, place, epoch), 0))
-            at[place] += 1
-
-    step(ACTIVE)
-    for place in who:
-        if abs(at[place] + 1 - at[1 - place]) <= 2:
-            step(place)
-    while at[ACTIVE] < len(sent):
-        step(ACTIVE)
-    assert [(f.epoch, f.bin) for f in out] == sent
-    assert turns.refused == 0
-
-
-def test_a_gate_in_the_place_of_another_repeats_nothing():
-    turns = Turns(HOLD, last=(1, 4))
-    assert turns.take(OTHER, frame(4, OTHER), 0) == []
-    assert bins(turns.take(OTHER, frame(5, OTHER), 1)) == [(1, 5, OTHER)]
-
-
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from(["active", "other", "both", "restart", "wait"]), st.integers(1, 25)
-        ),
-        max_size=80,
-    )
-)
-def test_every_bin_that_anyone_delivered_goes_out_once_and_in_order(events):
-    """Workers that pause, leave out bins, and are replaced; both number bins alike."""
-    turns, now, out, delivered = Turns(HOLD), 0, [], set()
-    next_bin, writer = [0, 0], [ACTIVE, OTHER]
-    for what, amount in events:
-        now += amount
-        out += turns.overdue(now)
-        places = {"active": [0], "other": [1], "both": [0, 1]}.get(what, [])
-        for place in places:
-            at = next_bin[place]
-            next_bin[place] += 1
-            delivered.add(at)
-            out += turns.take(place, frame(at, writer[place]), now)
-        if what == "restart":
-            place = amount % 2
-            writer[place] += 2
-            next_bin[place] = max(next_bin)
-    out += turns.overdue(now + HOLD)
-    numbers = [f.bin for f in out]
-    assert numbers == sorted(set(numbers))
-    assert set(numbers) <= delivered
-    if delivered:
-        assert {n for n in delivered if n > numbers[0]} <= set(numbers)
-
-
-class Nowhere:
-    def __init__(self):
-        self.notes = []
-
-    def write(self, frame):
-        pass
-
-    def note(self, kind, fields):
-        self.notes.append(fields)
-
-    def beside(self, probe):
-        return self
-
-
-def test_the_board_knows_how_long_there_was_nothing_and_which_bins_are_missing():
-    board, sink = Board(["a", "b"], 1), Nowhere()
-
-    def write(writer, probe, epoch, bin_):
-        decoded = DecodedFrame(probe, epoch, bin_, 0, None, 0, 0, 0, 0, 0, "m")
-        Accounted(sink, board, writer, "a").beside(probe).write(decoded)
-
-    assert board.status("a")["recovery_ms"] is None
-    assert board.last("a") is None
-    write(0, "a", 1, 5)
-    write(0, "a", 1, 8)  # a hole of the stream's own is no matter of ours
-    assert board.status("a") == {
-        "restarts": 0, "handovers": 0, "bins_missed": 0, "recovery_ms": None, "handover": None,
-    }  # fmt: skip
-    board.note_restart()
-    write(1, "a", 1, 11)
-    Accounted(sink, board, 1, "a").note("status", {"x": 1})
-    told = sink.notes[-1]["supervision"]
-    assert (told["restarts"], told["handovers"], told["bins_missed"]) == (1, 1, 2)
-    assert told["recovery_ms"] > 0
-    assert told["handover"] == {"from": {"epoch": 1, "bin": 8}, "to": {"epoch": 1, "bin": 11}}
-    write(2, "a", 2, 40)  # another acquisition: no bins of it are missing
-    assert board.status("a")["bins_missed"] == 2
-    assert board.last("a") == (2, 40)
-    assert board.last("b") is None
-
+from rt_neds.wire import MAX_HEADER_BYTES, unpack_decoded, unpack_map
 
 BIN_NS, HELD_NS = 20_000_000, 300_000_000
 LONG_AGO_NS = 700_000_000
@@ -250,6 +51,7 @@ class Gated:
 
     def __init__(self, monkeypatch, probes="p", **triggers):
         self.passed, self.probes = Passed(), list(probes)
+        self.lateness_ns = dict.fromkeys(self.probes, HELD_NS)
         monkeypatch.setattr(gate, "Publisher", lambda *_: self.passed)
         self.pairs, board, self.counts = datagrams(2), Board(self.probes, 3), Counts(self.probes)
         board.also["gate"] = self.counts.status
@@ -262,7 +64,7 @@ class Gated:
         workers = [ours for ours, _ in self.pairs]
         heard = json.loads(json.dumps(self.heard))
         self.gate = Gate(
-            "nowhere", dict.fromkeys(self.probes, BIN_NS), dict.fromkeys(self.probes, HELD_NS),
+            "nowhere", dict.fromkeys(self.probes, BIN_NS), self.lateness_ns,
             workers, self.board, self.counts, self._triggers, heard, self.remember,
         )  # fmt: skip
 
@@ -343,6 +145,50 @@ def test_a_frame_waits_half_a_bin_for_the_active_worker_and_no_longer(gated, mon
     assert [came.bin for came in one.passed.frames] == [5]
 
 
+def test_frames_of_each_probe_are_its_own_and_late_by_its_own_rule(gated):
+    one = gated(probes="pq")
+    one.lateness_ns["p"] = 0
+    one.replace()
+    sink = one.sink(0, 0)
+    of_q = sink.beside("q")
+    sink.write(decoded(5, HELD_NS))
+    of_q.write(decoded(6, HELD_NS))
+    one.turn()
+    assert [bool(came.flags & Flag.LATE) for came in one.passed.frames] == [True, False]
+    assert [one.counts.status(probe)["late"] for probe in "pq"] == [1, 0]
+    assert [one.board.last(probe) for probe in "pq"] == [(1, 5), (1, 6)]
+
+
+@pytest.mark.parametrize(
+    ("bin_ns", "looked_ms", "wait_ms"),
+    [(BIN_NS, 6, 5), (BIN_NS, 30, 0), (40 * BIN_NS, 6, 100)],
+)
+def test_the_gate_waits_for_the_frame_that_is_due_first(
+    gated, monkeypatch, bin_ns, looked_ms, wait_ms
+):
+    """What is due already it does not wait for, and it gives signs of life."""
+    now, waits = [10**15], []
+    monkeypatch.setattr(gate, "monotonic_ns", lambda: now[0])
+    monkeypatch.setattr("tests.test_gate.BIN_NS", bin_ns)
+    one, turned = gated(probes="pq"), iter([False, True])
+    one.gate._poller = SimpleNamespace(poll=waits.append)
+    for probe in "qp":  # in this order they are due, 4 ms apart
+        one.sink(0, 0, probe).note("status", {})
+        one.sink(1, 1, probe).write(decoded(5, None))
+        one.turn()
+        now[0] += 4_000_000
+    now[0] += (looked_ms - 8) * 1_000_000
+    one.gate.run(lambda: next(turned))
+    assert waits == [wait_ms]
+
+
+def test_the_longest_message_goes_through_the_gate_whole(gated):
+    one = gated()
+    one.sink(0, 0).note("status", {"pad": bytes(MAX_HEADER_BYTES - 2000)})
+    one.turn()
+    assert len(one.passed.notes[0][1]["pad"]) == MAX_HEADER_BYTES - 2000
+
+
 def test_a_gate_in_the_place_of_another_publishes_no_bin_again(gated):
     one = gated()
     sink = one.sink(0, 0)
@@ -411,6 +257,18 @@ def test_a_gate_in_the_place_of_another_decides_from_its_first_frame_on(gated):
     assert decisions(0, 1) == [11]
     assert list(one.heard) == ["schema of p 0", "schema of p 1"]
     assert one.told == 2  # what has not changed is not told again
+
+
+def test_frames_of_a_replacement_are_decided_too(gated):
+    one = gated(p=Triggers(rules_of({"p": {"go": TriggerConfig(when="x > 0.5")}})))
+    sink = one.sink(0, 7)  # it is told from those before it
+    sink.note("schema", SCHEMA)
+    for n, x in enumerate((0, 1, 0, 1)):
+        sink.write(decoded(n, None, x=x))
+        one.turn()
+        if n == 1:
+            one.replace()
+    assert [of["bin"] for kind, of in one.passed.notes if kind == "trigger"] == [1, 3]
 
 
 def test_each_frame_is_decided_by_the_schema_of_who_decoded_it(gated):
