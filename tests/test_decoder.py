@@ -2,6 +2,7 @@
 
 import itertools
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -10,6 +11,7 @@ from offline.evaluate import evaluate
 from offline.train import train
 from rt_neds.bundle import build_model, load_spec
 from rt_neds.config import config_path, load_config
+from rt_neds.drift import Expectation
 from rt_neds.frames import BinnedFrame
 from rt_neds.simulate import simulate_file
 from rt_neds.stream.decoder import Decoder, EagerStep, Silence, make_step, schema_outputs
@@ -65,6 +67,30 @@ def test_values_are_where_the_schema_says(tiny):
         assert probabilities.sum() == pytest.approx(1.0, abs=1e-6)
         assert session.scales["speed"].low <= values[0] <= session.scales["speed"].high
         assert values[1] > 0
+
+
+@pytest.mark.parametrize("breaks", ["restart", "behind", ""])
+def test_of_the_first_bin_after_a_break_nothing_was_expected(tiny, breaks):
+    spec = load_spec(tiny[1] / "bundle")
+    model = build_model(tiny[1] / "bundle", spec)
+    usual = Expectation(
+        rates=[0.4] * 6, surprise=[0.0] * 6, sd=[1.0] * 6, bits_per_spike=0.0, seconds=0.2
+    )
+    session = msgspec.structs.replace(spec.session(), expectation=usual)  # ten bins
+    decoder = Decoder(spec, session, make_step(model, spec, session, np.zeros(6, bool)))
+    said = []
+    for n, frame in enumerate(frames(15, 6)):
+        frame.observed = True
+        frame.first_of_run = n == 0 or (n == 6 and breaks == "restart")
+        decoder.decode(frame)
+        decoder.look_back([frame])
+        if n == 5 and breaks == "behind":
+            decoder.look_back()
+        said.append(decoder.drift()["surprise"] is not None)
+    assert said.index(True) == (11 if breaks else 10)
+    frame.first_of_run, frame.silent_N = False, np.ones(6, bool)
+    decoder.decode(frame)
+    assert decoder.drift()["surprise"] is None  # of all of them it is known where they went
 
 
 def test_the_control_decodes_nothing():

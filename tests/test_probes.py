@@ -4,6 +4,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from rt_neds.bundle import build_model, load_spec
 from rt_neds.children import free_port
 from rt_neds.cli import main
 from rt_neds.config import parse_config
+from rt_neds.drift import Expectation
 from rt_neds.errors import ConfigError
 from rt_neds.frames import BinnedFrame, DecodedFrame
 from rt_neds.replay import batches
@@ -154,6 +156,11 @@ def test_a_unit_that_falls_silent_in_between_is_missed_from_its_bin_on(tiny):
     model, session = build_model(tiny[1] / "bundle", spec), spec.session()
     units = len(session.units)
     silent_N = np.arange(units) == 2
+    usual = Expectation(
+        rates=[1.0] * units, surprise=[0.0] * units, sd=[1.0] * units, bits_per_spike=0.0,
+        seconds=0.2,
+    )  # fmt: skip
+    session = msgspec.structs.replace(session, expectation=usual)
 
     def frames(seed, fell_at):
         rng = np.random.default_rng(seed)
@@ -171,14 +178,22 @@ def test_a_unit_that_falls_silent_in_between_is_missed_from_its_bin_on(tiny):
         return Decoder(spec, session, make_step(model, spec, session, none_N), none_N)
 
     streams = [list(frames(0, 13)), list(frames(1, 99))]
-    expected = [[decoder_of.decode(f).copy() for f in of] for decoder_of, of in
-                ((decoder(), of) for of in streams)]  # fmt: skip
-    pair = [decoder(), decoder()]
+    alone, pair, expected = [decoder(), decoder()], [decoder(), decoder()], []
+    for one, of in zip(alone, streams, strict=True):
+        expected.append([])
+        for f in of:
+            expected[-1].append(one.decode(f).copy())
+            one.look_back([f])
     assert pair[0].share(pair[1])
     for t in range(0, 40, 4):
         values = decode_together(pair, [of[t : t + 4] for of in streams])
         for got_TV, want in zip(values, expected, strict=True):
             np.testing.assert_array_equal(got_TV, want[t : t + 4])
+        for one, of in zip(pair, streams, strict=True):
+            one.look_back(of[t : t + 4])
+    told = [one.drift() for one in pair]
+    assert told == [one.drift() for one in alone]
+    assert None not in [of["surprise"] for of in told]
 
 
 @pytest.mark.parametrize(
