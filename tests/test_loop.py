@@ -126,6 +126,13 @@ def test_unknown_and_missing_units(run):
     assert not any(f.flags & Flag.MISSING_UNITS for f in sink.frames)
 
 
+def test_a_spike_of_a_bin_that_is_closed_makes_the_next_one_late(run):
+    stream = silence(0, 15)
+    stream[12].records_S["sample"] = 5 * WIDTH
+    sink, _ = run(stream)
+    assert [(f.bin, f.late) for f in sink.frames if f.flags & Flag.LATE] == [(12, 1)]
+
+
 def test_units_are_matched_by_id_not_by_number(run):
     order = (4, 0, 5, 1, 3, 2)
     shuffled = Announcement("tiny", RATE, tuple(f"tiny/{n}" for n in order))

@@ -4,6 +4,7 @@ import itertools
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,3 +109,38 @@ def test_a_message_that_breaks_the_protocol_does_not_look_like_silence():
     assert listener.malformed == 3
     for one in (listener, publisher):
         one.close()
+
+
+def test_what_was_published_before_closing_still_comes():
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    publisher, listener = Publisher(endpoint, "p"), DecodedListener(endpoint, "p")
+    deadline = time.monotonic() + 60
+    while listener.read(10) is None:  # until it has connected
+        assert time.monotonic() < deadline
+        publisher.note("status", {"n": -1})
+    for n in range(2000):
+        publisher.note("status", {"n": n, "pad": PAD})
+    publisher.close()
+    heard = [m.fields["n"] for m in iter(lambda: listener.read(500), None)]
+    assert [n for n in heard if n >= 0] == list(range(2000))
+    listener.close()
+
+
+def test_messages_of_others_make_no_wait_longer(monkeypatch):
+    now, waits = [0], []
+    monkeypatch.setattr("rt_neds.stream.publisher.monotonic_ns", lambda: now[0])
+    listener = DecodedListener(f"tcp://127.0.0.1:{free_port()}", "imec1")
+
+    def poll(timeout_ms):
+        waits.append(timeout_ms)
+        now[0] += 400_000_000
+        return len(waits) < 5
+
+    of_another = [b"status/imec10", b"\x80"]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            listener, "_socket", SimpleNamespace(poll=poll, recv_multipart=lambda: of_another)
+        )
+        assert listener.read(1000) is None
+    assert waits == [1000, 600, 200, 0, 0]
+    listener.close()
