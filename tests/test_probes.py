@@ -16,7 +16,7 @@ from rt_neds.cli import main
 from rt_neds.config import parse_config
 from rt_neds.drift import Expectation
 from rt_neds.errors import ConfigError
-from rt_neds.frames import BinnedFrame, DecodedFrame
+from rt_neds.frames import BinnedFrame, DecodedFrame, Flag
 from rt_neds.replay import batches
 from rt_neds.serve import serve
 from rt_neds.serve_config import ServeConfig, each_probe
@@ -27,6 +27,7 @@ from rt_neds.stream.loop import calls_of, run_together
 from rt_neds.stream.publisher import DecodedListener, Note
 from rt_neds.stream.receiver import Announcement
 from rt_neds.stream.sender import Sender
+from rt_neds.stream.validity import Validity
 from tests.test_loop import ListSink, ListSource
 
 SECONDS = {"imec0": 4, "imec1": 6}
@@ -126,6 +127,22 @@ def test_loops_take_turns_and_do_not_disturb_each_other(tiny, alone, monkeypatch
     assert calls == [2] * len(alone["imec0"])  # one bundle, so one call for the bins of both
     sources[1].announced = Announcement("tiny", 30_000.0, ("tiny/0",))
     assert run_together(loops, lambda ms: None, lambda: False) == 1
+
+
+def test_bins_that_wait_for_each_other_come_out_when_told_to_stop(tiny, monkeypatch):
+    monkeypatch.setattr(Validity, "lateness", lambda *_: int(Flag.LATE))  # always behind the clock
+    spec = load_spec(tiny[1] / "bundle")
+    model, session = build_model(tiny[1] / "bundle", spec), load_session(tiny[0])
+    sources, sinks, loops = [], [], []
+    for probe in SECONDS:
+        sources.append(ListSource(batches(session, 20.0, epoch=1, end=30_000)))
+        sinks.append(ListSink())
+        config = ServeConfig(probe=probe, bundle="b")
+        loops.append(assemble(config, spec, model, sources[-1], sinks[-1], None))
+    stop = lambda: not any(source.items for source in sources)  # noqa: E731
+    run_together(loops, lambda ms: None, stop)
+    for sink in sinks:
+        assert [f.bin for f in sink.frames] == list(range(50))
 
 
 def test_probes_of_other_weights_are_decoded_by_themselves(tiny, alone, monkeypatch):

@@ -304,6 +304,8 @@ def run_together(
                 decode_loops(together)
         for loop in loops:
             loop.note_if_due()
+    for loop in loops:
+        loop._decode()
     return None
 
 
