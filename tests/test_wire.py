@@ -81,12 +81,15 @@ def test_source_round_trip():
         ({"end": -5}, "samples"),
         ({"first": 40}, "samples"),
         ({"end": 2**60}, "samples"),
+        ({"first": 2**50 - 30, "end": 2**50}, "samples"),
         ({"seq": -1}, "seq"),
         ({"seq": "0"}, "seq"),
         ({"seq": True}, "seq"),
         ({"epoch": 2**63}, "epoch"),
         ({"epoch": None}, "epoch"),
         ({"rate": 0.0}, "rate"),
+        ({"rate": 999.0}, "rate"),
+        ({"rate": 1.1e7}, "rate"),
         ({"rate": float("nan")}, "rate"),
         ({"rate": None}, "rate"),
     ],
@@ -94,6 +97,96 @@ def test_source_round_trip():
 def test_broken_headers_are_refused_by_name(change, word):
     with pytest.raises(WireError, match=word):
         wire.unpack_spikes(header(**change), records().tobytes(), 0)
+
+
+def test_a_leap_is_more_than_a_minute_or_sixty_thousand_messages():
+    def leaps(seq, first):
+        return wire.leaps(SpikeBatch(1, seq, first, first, 3e4, 0, 0, records(0)), 5, 1000)
+
+    assert not leaps(5 + 60_000, 1000 + 60 * 30_000)
+    assert leaps(5 + 60_001, 1000)
+    assert leaps(5, 1001 + 60 * 30_000)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "seq", "first", "follows"),
+    [
+        (1, 1, 0, True),
+        (1, 60_000, 60 * 30_000, True),
+        (2, 1, 0, False),  # another acquisition says nothing of this one
+        (1, 0, 0, False),  # the same once more
+        (1, 1, -1, False),
+        (1, 60_001, 0, False),
+        (1, 1, 60 * 30_000 + 1, False),
+    ],
+)
+def test_a_leap_is_believed_for_what_comes_soon_after(epoch, seq, first, follows):
+    far = 10**9
+    leap = SpikeBatch(1, far, far - 600, far, 3e4, 0, 0, records(0))
+    batch = SpikeBatch(epoch, far + seq, far + first, far + first, 3e4, 0, 0, records(0))
+    assert wire.follows(leap, batch) is follows
+
+
+def test_as_many_units_as_a_rig_has_are_announced_and_absurdly_many_are_not():
+    units = [f"unit {n}" for n in range(20_000)]
+    _, fields = wire.pack_source("p", epoch=1, rate=3e4, session="s", units=units)
+    assert wire.unpack_source(fields) == ("s", 3e4, units)
+    _, fields = wire.pack_source("p", epoch=1, rate=3e4, session="s", units=["x" * (4 << 20)])
+    with pytest.raises(WireError, match="at most 4194304"):
+        wire.unpack_source(fields)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"v": 2}, {"session": None}, {"rate": None}, {"rate": 0.0}, {"units": "ab"},
+        {"units": ["a", 1]}, {"units": ["a", ["b"]]}, {"units": ["a", "b", "a"]},
+    ],
+)  # fmt: skip
+def test_an_announcement_that_makes_no_sense_is_refused(change):
+    _, fields = wire.pack_source("p", epoch=1, rate=3e4, session="s", units=["a", "b"])
+    with pytest.raises(WireError):
+        wire.unpack_source(msgpack.packb({**msgpack.unpackb(fields), **change}))
+
+
+@pytest.mark.parametrize(
+    ("rate", "n", "good"),
+    [
+        (0.1, 2, True),  # ten seconds, and where they end
+        (0.1, 3, False),
+        (0.0, 1, False),
+        (-1.0, 0, False),
+        (1e7, 1 << 16, True),
+        (1e7, (1 << 16) + 1, False),
+        (1.1e7, 1, False),
+        (float("nan"), 1, False),
+    ],
+)
+def test_a_message_of_a_behaviour_is_no_longer_than_ten_seconds(rate, n, good):
+    batch = wire.BehaviourBatch("speed", 1, 0, 0, rate, np.zeros(n, np.float32))
+    _, fields, payload = wire.pack_behaviour(batch)
+    if good:
+        assert len(wire.unpack_behaviour("speed", fields, payload).values) == n
+    else:
+        with pytest.raises(WireError):
+            wire.unpack_behaviour("speed", fields, payload)
+
+
+@pytest.mark.parametrize("sample", [-1, 1 << 50])
+def test_an_event_is_at_a_sample_that_can_be(sample):
+    _, fields = wire.pack_event("p", wire.TaskEvent(1, sample, "choice", "left"))
+    with pytest.raises(WireError, match="sample"):
+        wire.unpack_event(fields)
+
+
+@pytest.mark.parametrize(
+    "change", [{"v": 2}, {"values": [1e300]}, {"values": ["x"]}, {"stamps": [1]}, {"model": None}]
+)
+def test_a_decoded_frame_that_makes_no_sense_is_refused(change):
+    frame = DecodedFrame("p", 1, 2, 3, np.float32([0.5]), 0, 1, 0, 0, 0, "m", {"sent": 1})
+    fields = msgpack.unpackb(wire.pack_decoded(frame)[1]) | change
+    with pytest.raises(WireError):
+        wire.unpack_decoded(msgpack.packb({k: v for k, v in fields.items() if v is not None}))
 
 
 @pytest.mark.parametrize(
@@ -104,6 +197,15 @@ def test_broken_headers_are_refused_by_name(change, word):
 def test_what_is_not_a_map_is_refused(bytes_):
     with pytest.raises(WireError):
         wire.unpack_spikes(bytes_, b"", 0)
+
+
+def test_a_map_has_keys_of_text_and_no_more_bytes_than_are_allowed():
+    with pytest.raises(WireError, match="string keys"):
+        wire.unpack_map(msgpack.packb({b"n": 1}))
+    longest = {"pad": bytes(wire.MAX_HEADER_BYTES - 8)}
+    assert wire.unpack_map(msgpack.packb(longest)) == longest
+    with pytest.raises(WireError, match="at most 65536"):
+        wire.unpack_map(msgpack.packb({"pad": longest["pad"] + b"x"}))
 
 
 @settings(max_examples=500, deadline=None)
