@@ -1,5 +1,6 @@
 """Captures: whatever is cut or corrupted, what is read is a prefix of what was written."""
 
+import errno
 import shutil
 import struct
 import tempfile
@@ -199,19 +200,19 @@ def test_a_folder_that_holds_a_capture_is_refused(tmp_path):
         write_capture(tmp_path, [])
 
 
+def append_many(writer, record):
+    for _ in range(100):
+        writer.append(record)
+
+
 @pytest.mark.parametrize(("length", "least"), [(400, 8000), (3000, 6000)])
 def test_the_total_is_never_exceeded_and_what_came_first_is_kept(tmp_path, length, least):
     record = pack_record(7, Stream.SPIKES, [b"x" * length])
     writer = CaptureWriter(
         tmp_path, {"probe": "imec0"}, max_file=2000, max_total=10_000, min_free=0
     )
-
-    def append_many():
-        for _ in range(100):
-            writer.append(record)
-
     with pytest.raises(DeviceError, match="max-total-gb"):
-        append_many()
+        append_many(writer, record)
     writer.close({"why": "failed"})
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
     reader = Capture(tmp_path)
@@ -219,6 +220,122 @@ def test_the_total_is_never_exceeded_and_what_came_first_is_kept(tmp_path, lengt
     assert least < size <= 10_000
     assert reader.ended["why"] == "failed"
     assert len(list(tmp_path.iterdir())) > 1
+
+
+def test_there_is_room_for_the_end_whatever_the_total(tmp_path):
+    record = pack_record(7, Stream.SPIKES, [b"x" * 400])
+    for max_total in range(3000, 3000 + len(record), 40):
+        folder = tmp_path / str(max_total)
+        writer = CaptureWriter(
+            folder, {"probe": "p"}, max_file=1 << 20, max_total=max_total, min_free=0
+        )
+        with pytest.raises(DeviceError):
+            append_many(writer, record)
+        writer.close({"why": "failed"})
+        assert (folder / "000000.capture").stat().st_size <= max_total
+
+
+class Disk:
+    """Files that take a few bytes at a time, and from some byte on none."""
+
+    def __init__(self, monkeypatch, at_once=1 << 30, room=1 << 30):
+        self.at_once, self.room = at_once, room
+        monkeypatch.setattr(capture, "open", self.open, raising=False)
+
+    def open(self, *args, **options):
+        self.file = open(*args, **options)  # noqa: SIM115 (the writer closes it)
+        return self
+
+    def write(self, view):
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = self.file.write(view[: min(self.at_once, self.room)])
+        self.room -= taken
+        return taken
+
+    def fileno(self):
+        return self.file.fileno()
+
+    def close(self):
+        self.file.close()
+
+
+def test_a_disk_that_takes_a_little_at_a_time_gets_all(tmp_path, monkeypatch):
+    messages = [(n, Stream.SPIKES, (bytes(n),)) for n in range(30)]
+    with monkeypatch.context() as patch:
+        Disk(patch, at_once=7)
+        write_capture(tmp_path, messages)
+    assert contents(Capture(tmp_path)) == messages
+
+
+def test_after_a_disk_that_failed_nothing_more_is_written(tmp_path, monkeypatch):
+    record = pack_record(1, Stream.SPIKES, [bytes(100)])
+    with monkeypatch.context() as patch:
+        disk = Disk(patch)
+        writer = CaptureWriter(tmp_path, {"probe": "p"}, max_file=9999, max_total=9999, min_free=0)
+        writer.append(record)
+        writer.append(record)
+        disk.room = len(record) + 10
+        with pytest.raises(DeviceError, match="No space left"):
+            writer.sync()
+        size = (tmp_path / "000000.capture").stat().st_size
+        disk.room = 1 << 30  # somebody freed it: too late, half a record is there
+        writer.close({"why": "failed"})
+    assert (tmp_path / "000000.capture").stat().st_size == size
+    reader = Capture(tmp_path)
+    assert contents(reader) == [(1, Stream.SPIKES, (bytes(100),))]
+    assert (reader.damage != "", reader.unread_bytes) == (True, 10)
+
+
+def test_a_disk_that_keeps_nothing_is_no_success(tmp_path, monkeypatch):
+    writer = CaptureWriter(tmp_path, {"probe": "p"}, max_file=9999, max_total=9999, min_free=0)
+
+    def fsync(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(capture.os, "fsync", fsync)
+        with pytest.raises(DeviceError, match="Input/output error"):
+            writer.sync()
+        writer.close({"why": "failed"})
+    assert Capture(tmp_path).ended is None
+
+
+def test_what_waits_for_the_disk_is_bounded(tmp_path):
+    writer = CaptureWriter(
+        tmp_path, {"probe": "p"}, max_file=1 << 30, max_total=1 << 30, min_free=0
+    )
+    record = pack_record(1, Stream.SPIKES, [bytes(10_000)])
+    for _ in range(250):
+        writer.append(record)
+    assert writer.bytes - (tmp_path / "000000.capture").stat().st_size < 1 << 20
+    writer.close({"why": "test"})
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        ({"v": 2}, "format 2; 1 was expected"),
+        ({"probe": 5}, "no name of capture or probe"),
+        ({"started_ns": -1}, "no time"),
+        ({"started_unix_ns": "noon"}, "no time"),
+    ],
+)
+def test_a_beginning_that_says_something_else_is_told(tmp_path, about, words):
+    limits = {"max_file": 9999, "max_total": 9999, "min_free": 0}
+    CaptureWriter(tmp_path, {"probe": "p", **about}, **limits).close({"why": "test"})
+    with pytest.raises(CaptureError, match=words):
+        Capture(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_ends_the_reading(tmp_path):
+    messages = [(n, Stream.SPIKES, (bytes([n]),)) for n in range(3)]
+    write_capture(tmp_path, messages, max_file=1)
+    (tmp_path / "000001.capture").unlink()
+    (tmp_path / "000001.capture").mkdir()
+    reader = Capture(tmp_path)
+    assert contents(reader) == messages[:1]
+    assert reader.damage.startswith("000001.capture at byte 0")
 
 
 def test_free_disk_is_left_alone(tmp_path, monkeypatch):

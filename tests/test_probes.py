@@ -129,12 +129,13 @@ def test_loops_take_turns_and_do_not_disturb_each_other(tiny, alone, monkeypatch
     assert run_together(loops, lambda ms: None, lambda: False) == 1
 
 
-def test_bins_that_wait_for_each_other_come_out_when_told_to_stop(tiny, monkeypatch):
+@pytest.mark.parametrize("probes", [["imec0"], ["imec0", "imec1"]])
+def test_bins_that_wait_for_each_other_come_out_when_told_to_stop(tiny, monkeypatch, probes):
     monkeypatch.setattr(Validity, "lateness", lambda *_: int(Flag.LATE))  # always behind the clock
     spec = load_spec(tiny[1] / "bundle")
     model, session = build_model(tiny[1] / "bundle", spec), load_session(tiny[0])
     sources, sinks, loops = [], [], []
-    for probe in SECONDS:
+    for probe in probes:
         sources.append(ListSource(batches(session, 20.0, epoch=1, end=30_000)))
         sinks.append(ListSink())
         config = ServeConfig(probe=probe, bundle="b")
