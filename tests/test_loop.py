@@ -1,12 +1,13 @@
 """The loop in one process, between two lists: every flag is where it belongs."""
 
+import msgspec
 import numpy as np
 import pytest
 
 from rt_neds.assemble import assemble, unit_map
 from rt_neds.bundle import build_model, load_spec
-from rt_neds.clock import ClockFit, same_rate, samples_per_bin
-from rt_neds.errors import ConfigError, StreamError
+from rt_neds.clock import ClockFit
+from rt_neds.errors import StreamError
 from rt_neds.frames import SPIKE_DTYPE, BinnedFrame, Flag, SpikeBatch
 from rt_neds.replay import batches
 from rt_neds.serve_config import ServeConfig
@@ -263,6 +264,38 @@ def test_another_session_or_rate_restarts_and_counts_go_on(tiny):
     assert status["frame_counters"]["restarts"] == 1
 
 
+@pytest.mark.parametrize(("rate", "session", "bins"), [(2 * RATE, "tiny", 15), (RATE, "other", 30)])
+def test_bins_of_another_session_or_rate_begin_anew_in_the_same_run_too(tiny, rate, session, bins):
+    spec, units = load_spec(tiny[1] / "bundle"), tuple(f"tiny/{n}" for n in range(6))
+    other = msgspec.structs.replace(spec.session(), id="other")
+    spec = msgspec.structs.replace(spec, sessions=[spec.session(), other])
+    sink, before = ListSink(), None
+    for announced in (Announcement("tiny", RATE, units), Announcement(session, rate, units)):
+        source = ListSource(silence(0, 30), announced)
+        config = ServeConfig(probe="p", bundle="b", control=True)
+        loop = assemble(config, spec, None, source, sink, announced)
+        if before is not None:
+            loop.go_on_from(before)
+        loop.run(lambda source=source: not source.items)
+        before = loop
+    assert [f.bin for f in sink.frames] == [*range(30), *range(bins)]
+    assert all(f.flags & Flag.RESTARTED for f in sink.frames[30 : 30 + CONTEXT - 1])
+
+
+def test_units_that_had_fallen_silent_are_so_when_the_source_renumbers_them(tiny):
+    spec = load_spec(tiny[1] / "bundle")
+    session = msgspec.structs.replace(spec.session(), longest_silence=[0.1] * 6)
+    spec = msgspec.structs.replace(spec, sessions=[session])
+    config, loops = ServeConfig(probe="p", bundle="b", control=True), []
+    units = tuple(session.units)
+    for announced in (Announcement("tiny", RATE, units), Announcement("tiny", RATE, units[::-1])):
+        source = ListSource(silence(0, 200), announced)
+        loops.append(assemble(config, spec, None, source, ListSink(), announced))
+    loops[0].run(lambda: not loops[0]._source.items)
+    loops[1].go_on_from(loops[0])
+    assert loops[1].status(0)["units"]["silent"] == list(units[1:])  # but for the one that fires
+
+
 def test_a_long_message_leaves_signs_of_life(tiny):
     spec = load_spec(tiny[1] / "bundle")
     model = build_model(tiny[1] / "bundle", spec)
@@ -406,94 +439,3 @@ def test_poking_future_spikes_changes_nothing_that_was_published(run, tiny):
     same = [np.array_equal(a.values_V, b.values_V) for a, b in zip(before, after, strict=True)]
     assert all(same[: at // WIDTH])
     assert not all(same[at // WIDTH :])
-
-
-# -- clocks --------------------------------------------------------------------------------------
-
-
-def feed(fit, seconds, rate=RATE, start=0.0, delay=lambda rng: 0.0, shift_s=0.0, seed=0):
-    rng = np.random.default_rng(seed)
-    slips = 0
-    for k in range(int(seconds * 100)):
-        t = start + k / 100
-        slips += fit.observe(round((t - shift_s) * rate), round((t + delay(rng)) * 1e9))
-    return slips
-
-
-def test_the_fit_ignores_delays_which_only_ever_come_late():
-    fit = ClockFit(RATE)
-    feed(fit, 30, delay=lambda rng: rng.exponential(0.004) + (0.5 if rng.random() < 0.01 else 0))
-    assert fit.realtime
-    error_ms = (fit.host_ns(round(29 * RATE), round(29e9)) - 29e9) / 1e6
-    assert 0 <= error_ms < 1
-
-
-def test_a_rate_that_is_off_by_fifty_ppm_is_followed_and_is_no_slip():
-    fit = ClockFit(RATE)
-    assert feed(fit, 300, rate=RATE * (1 + 50e-6)) == 0
-    error_ms = (fit.host_ns(round(299 * RATE * (1 + 50e-6)), round(299e9)) - 299e9) / 1e6
-    assert abs(error_ms) < 1
-    assert fit.status()["ppm"] == pytest.approx(-50, abs=1)  # the probe's clock is the faster
-    assert len(fit._minima) == ClockFit.KEPT
-
-
-def test_a_slip_is_seen_once_and_a_stall_is_not_one():
-    fit = ClockFit(RATE)
-    assert feed(fit, 30) == 0
-    assert feed(fit, 4.2, start=30, shift_s=0.05) == 1  # samples went missing without a word
-    assert fit.last_slip_ms == pytest.approx(50, abs=1)
-    assert feed(fit, 30, start=34.2, shift_s=0.05) == 0
-    assert fit.slips == 1
-    assert feed(fit, 30, start=64.2) == 1  # and back: now they come too soon
-    assert fit.last_slip_ms == pytest.approx(-50, abs=1)
-    stalled = ClockFit(RATE)
-    assert feed(stalled, 30) == 0
-    assert feed(stalled, 1.5, start=30, delay=lambda rng: 0.3) == 0
-    assert feed(stalled, 30, start=31.5) == 0
-    for start in (61.5, 71.5, 81.5):  # nor are some
-        assert feed(stalled, 2.5, start=start, delay=lambda rng: 0.3) == 0
-        assert feed(stalled, 7.5, start=start + 2.5) == 0
-
-
-def test_the_fit_begins_with_the_second_second_and_knows_nothing_of_another_epoch():
-    fit = ClockFit(RATE)
-    feed(fit, 1.9)
-    assert fit.host_ns(0, 0) is None
-    feed(fit, 1.1, start=1.9)
-    assert fit.host_ns(0, 0) == pytest.approx(0, abs=MS)
-    feed(fit, 27, start=3)
-    assert fit.realtime
-    fit.restart()
-    assert not fit.realtime
-    assert fit.host_ns(0, 0) is None
-    for k in range(500):
-        assert not fit.observe(k * 300, (100_000 + k * 10) * MS)
-    assert fit.host_ns(0, 100_000 * MS) == pytest.approx(100_000 * MS, abs=MS)
-
-
-def test_a_measured_rate_is_the_nominal_one_and_another_is_not():
-    assert same_rate(30_030, 30_000)
-    assert not same_rate(30_031, 30_000)
-    assert not same_rate(29_969, 30_000)
-
-
-def test_samples_of_which_nanoseconds_would_overflow_are_followed_too():
-    fit, far = ClockFit(RATE), (1 << 50) - 10**9
-    for k in range(1000):
-        fit.observe(far + k * 300, k * 10 * MS)
-    assert fit.realtime
-    assert abs(fit.host_ns(far + 900 * 300, 9000 * MS) - 9000 * MS) < 0.1 * MS
-
-
-def test_a_replay_at_another_speed_is_not_late_but_not_real_time():
-    fit = ClockFit(RATE)
-    feed(fit, 30, rate=RATE * 20)
-    assert not fit.realtime
-    assert fit.slips == 0
-
-
-def test_bins_of_no_samples_are_refused():
-    assert samples_per_bin(20.0, 30_000) == 600
-    assert samples_per_bin(20.0, 29_999.7) == 600
-    with pytest.raises(ConfigError, match="at least one"):
-        samples_per_bin(0.001, 30_000)
