@@ -284,9 +284,9 @@ def _records(path: Path, spikes: Any, n_units: int, rate: float) -> NDArray[np.v
         raise SessionError(f"{path} has no spikes in it; a session needs at least one")
     if not np.isfinite(seconds).all():
         raise SessionError(f"{path}: some spike times are not finite; sort or export it again")
-    if unit.min() < 0 or unit.max() >= n_units:
+    if len(wrong := unit[(unit < 0) | (unit >= n_units)]):
         raise SessionError(
-            f"{path}: spikes of unit {unit.max()} but {n_units} units are listed; "
+            f"{path}: spikes of unit {wrong[0]} but {n_units} units are listed; "
             "spikes.unit_index must be a row of units"
         )
     records = np.zeros(len(seconds), SPIKE_DTYPE)

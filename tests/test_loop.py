@@ -14,6 +14,7 @@ from rt_neds.serve_config import ServeConfig
 from rt_neds.session import load_session
 from rt_neds.stream.binner import CHUNK
 from rt_neds.stream.decoder import Decoder
+from rt_neds.stream.loop import WAIT_MS
 from rt_neds.stream.receiver import Announcement
 from rt_neds.stream.validity import Validity
 
@@ -87,6 +88,22 @@ def test_a_clean_stream_warms_up_and_is_then_to_be_acted_on(run):
     assert list(stamps) == ["sent", "received", "binned", "decoded", "published"]
     assert stamps["binned"] <= stamps["decoded"] <= stamps["published"]
     assert {kind for kind, _ in sink.notes} == {"schema", "status"}
+
+
+def test_the_schema_goes_out_before_the_first_frame(run, monkeypatch):
+    order = []
+    monkeypatch.setattr(ListSink, "write", lambda self, frame: order.append("decoded"))
+    monkeypatch.setattr(ListSink, "note", lambda self, kind, fields: order.append(kind))
+    run(silence(0, 3))
+    assert order[:3] == ["schema", "status", "decoded"]
+
+
+def test_no_bin_that_waits_for_others_waits_for_the_source(run, monkeypatch):
+    waits, read = [], ListSource.read
+    monkeypatch.setattr(Validity, "lateness", lambda *_: int(Flag.LATE))  # always behind the clock
+    monkeypatch.setattr(ListSource, "read", lambda self, ms: (waits.append(ms), read(self, ms))[1])
+    run(silence(0, 3))
+    assert waits == [WAIT_MS, WAIT_MS, 0]
 
 
 def test_a_hole_stays_flagged_while_it_is_in_the_context(run):
@@ -293,7 +310,9 @@ def test_units_that_had_fallen_silent_are_so_when_the_source_renumbers_them(tiny
         loops.append(assemble(config, spec, None, source, ListSink(), announced))
     loops[0].run(lambda: not loops[0]._source.items)
     loops[1].go_on_from(loops[0])
-    assert loops[1].status(0)["units"]["silent"] == list(units[1:])  # but for the one that fires
+    before, status = (loop.status(0) for loop in loops)
+    assert status["units"]["silent"] == list(units[1:])  # but for the one that fires
+    assert (status["source"], status["uptime_ns"]) == ("streaming", before["uptime_ns"])
 
 
 def test_a_long_message_leaves_signs_of_life(tiny):

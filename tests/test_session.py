@@ -89,12 +89,30 @@ def test_times_become_the_nearest_sample_at_the_files_rate_and_spikes_are_in_ord
         load_session(path)
 
 
-def test_spikes_of_unlisted_units_are_refused(tmp_path):
+@pytest.mark.parametrize("unit", [-1, 6, 99])
+def test_spikes_of_unlisted_units_are_refused(tmp_path, unit):
     path = write_session(tmp_path / "s.h5")
     with h5py.File(path, "a") as file:
-        file["spikes/unit_index"][0] = 99
-    with pytest.raises(SessionError, match="unit 99 but 6 units"):
+        file["spikes/unit_index"][0] = unit
+    with pytest.raises(SessionError, match=f"unit {unit} but 6 units"):
         load_session(path)
+
+
+def test_pieces_may_touch_and_none_begins_before_the_first_sample(tmp_path):
+    path = tmp_path / "s.h5"
+    _write_domain(path, [-0.5, 20, 40], [20, 30, 60])
+    session = load_session(path)
+    assert session.domain_K2.tolist() == [[0, 600_000], [600_000, 900_000], [1_200_000, 1_800_000]]
+    assert session.end == 1_800_000
+
+
+def test_a_column_of_yes_and_no_is_one_of_numbers(tmp_path):
+    path = write_session(tmp_path / "s.h5")
+    with h5py.File(path, "a") as file:
+        choice = file["trials/choice"][:]
+        del file["trials/choice"]
+        file["trials/choice"] = choice.astype(bool)
+    np.testing.assert_array_equal(load_session(path).numbers("trials.choice"), choice)
 
 
 def test_a_unit_id_that_is_listed_twice_is_refused(tmp_path):
