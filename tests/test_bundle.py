@@ -2,8 +2,10 @@
 
 import copy
 import json
+import re
 import shutil
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,6 +33,7 @@ def test_damage_is_told_in_one_line(bundle, tmp_path):
         (lambda: shutil.rmtree(bundle), "is not a bundle"),
         (lambda: (bundle / "bundle.json").write_text("{"), "cannot be read"),
         (lambda: (bundle / "bundle.json").write_text("[1]"), "cannot be read"),
+        (lambda: (bundle / "bundle.json").write_bytes(b'{"version": "\xff"}'), "cannot be read"),
         (lambda: change(bundle, format=99), "format 99"),
         (lambda: change(bundle, sha256="0" * 64), "missing or damaged"),
         (lambda: (bundle / "model.safetensors").unlink(), "missing or damaged"),
@@ -52,13 +55,45 @@ def test_the_folder_of_a_run_is_told_from_its_bundle(tiny):
     assert str(told.value).endswith(f"name {tiny[1] / 'bundle'}")
 
 
-def test_weights_of_another_shape_are_refused_by_name(bundle):
+BIAS = "sessions.0.spikes_out.linear.bias"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda weights: weights | {BIAS: weights[BIAS][:3]}, f"{BIAS} is (3,) in"),
+        (lambda weights: {n: w for n, w in weights.items() if n != BIAS}, f"{BIAS} is nothing in"),
+        (lambda weights: weights | {"more": weights[BIAS].clone()}, "more is (6,) in the weights"),
+    ],
+)
+def test_weights_of_another_shape_are_refused_by_name(bundle, spoil, words):
     weights = load_file(bundle / "model.safetensors")
-    weights["sessions.0.spikes_out.linear.bias"] = weights["sessions.0.spikes_out.linear.bias"][:3]
-    save_file(weights, bundle / "model.safetensors")
+    save_file(spoil(weights), bundle / "model.safetensors")
     change(bundle, sha256=_sha256(bundle / "model.safetensors"))
-    with pytest.raises(BundleError, match=r"sessions\.0\.spikes_out\.linear\.bias is \(3,\)"):
+    with pytest.raises(BundleError, match=re.escape(words)):
         build_model(bundle, load_spec(bundle))
+
+
+def test_weights_that_are_none_are_told(bundle):
+    (bundle / "model.safetensors").write_bytes(b"x" * 100)
+    change(bundle, sha256=_sha256(bundle / "model.safetensors"))
+    with pytest.raises(BundleError, match="weights cannot be read"):
+        build_model(bundle, load_spec(bundle))
+
+
+def test_a_bundle_that_could_not_be_written_is_none(bundle, monkeypatch):
+    spec = load_spec(bundle)
+    model = build_model(bundle, spec)
+    assert not model.training  # no dropout in what decodes
+
+    def save(weights, path):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("rt_neds.bundle.save_file", save)
+    with pytest.raises(OSError, match="disk full"):
+        save_bundle(bundle, model, bin_ms=20.0, sessions=spec.sessions, training={})
+    with pytest.raises(BundleError, match="is not a bundle"):
+        load_spec(bundle)
 
 
 def test_weights_of_the_trunk_are_rounded_for_everyone(bundle):
@@ -100,3 +135,8 @@ def test_sessions_are_chosen_by_id(bundle):
     assert spec.session("tiny").id == "tiny"
     with pytest.raises(BundleError, match="session other with a bundle of tiny"):
         spec.session("other")
+    two = [spec.session(), msgspec.structs.replace(spec.session(), id="second")]
+    several = msgspec.structs.replace(spec, sessions=two)
+    assert several.session("second").id == "second"
+    with pytest.raises(BundleError, match=r"\(none named\) with a bundle of tiny, second"):
+        several.session()
