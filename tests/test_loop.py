@@ -1,5 +1,7 @@
 """The loop in one process, between two lists: every flag is where it belongs."""
 
+from types import SimpleNamespace
+
 import msgspec
 import numpy as np
 import pytest
@@ -14,7 +16,6 @@ from rt_neds.serve_config import ServeConfig
 from rt_neds.session import load_session
 from rt_neds.stream.binner import CHUNK
 from rt_neds.stream.decoder import Decoder
-from rt_neds.stream.loop import WAIT_MS
 from rt_neds.stream.receiver import Announcement
 from rt_neds.stream.validity import Validity
 
@@ -83,6 +84,7 @@ def test_a_clean_stream_warms_up_and_is_then_to_be_acted_on(run):
     sink, _ = run(silence(0, 30))
     assert [f.bin for f in sink.frames] == list(range(30))
     assert flags(sink) == [Flag.WARMING] * (CONTEXT - 1) + [0] * (30 - CONTEXT + 1)
+    assert [f.end for f in sink.frames] == [(k + 1) * WIDTH for k in range(30)]
     assert all(f.spikes == 1 for f in sink.frames)
     stamps = sink.frames[0].stamps
     assert list(stamps) == ["sent", "received", "binned", "decoded", "published"]
@@ -96,14 +98,6 @@ def test_the_schema_goes_out_before_the_first_frame(run, monkeypatch):
     monkeypatch.setattr(ListSink, "note", lambda self, kind, fields: order.append(kind))
     run(silence(0, 3))
     assert order[:3] == ["schema", "status", "decoded"]
-
-
-def test_no_bin_that_waits_for_others_waits_for_the_source(run, monkeypatch):
-    waits, read = [], ListSource.read
-    monkeypatch.setattr(Validity, "lateness", lambda *_: int(Flag.LATE))  # always behind the clock
-    monkeypatch.setattr(ListSource, "read", lambda self, ms: (waits.append(ms), read(self, ms))[1])
-    run(silence(0, 3))
-    assert waits == [WAIT_MS, WAIT_MS, 0]
 
 
 def test_a_hole_stays_flagged_while_it_is_in_the_context(run):
@@ -377,6 +371,16 @@ def test_a_source_that_renumbers_its_units_misses_no_bin_and_no_spike(tiny):
     assert (status["published"], status["frame_counters"]["restarts"]) == (1000, 1)
     assert status["frame_counters"]["stale"] == 0
     assert status["bin_counters"]["bins"] == 1000
+
+
+def test_each_bin_is_shown_what_was_observed_up_to_its_end(tiny):
+    spec = load_spec(tiny[1] / "bundle")
+    model, asked = build_model(tiny[1] / "bundle", spec), []
+    source = ListSource(silence(0, 5))
+    loop = assemble(ServeConfig(probe="p", bundle="b"), spec, model, source, ListSink(), None)
+    loop._live = SimpleNamespace(counters={}, at=lambda *of: asked.append(of))
+    loop.run(lambda: not source.items)
+    assert asked == [(1, (k + 1) * WIDTH, WIDTH) for k in range(5)]
 
 
 def test_a_source_that_speaks_late_is_heard(tiny):
