@@ -7,7 +7,7 @@ from rt_neds.assemble import assemble
 from rt_neds.bundle import build_model, load_spec
 from rt_neds.frames import Flag
 from rt_neds.serve_config import ServeConfig
-from rt_neds.stream.loop import WAIT_MS
+from rt_neds.stream.loop import TOGETHER_MS, WAIT_MS, run_together
 from rt_neds.stream.receiver import Announcement
 from rt_neds.stream.validity import Validity
 from tests.test_loop import RATE, ListSink, ListSource, silence
@@ -50,6 +50,13 @@ def test_no_bin_waits_for_the_source(make, late, monkeypatch):
     loop, source, _ = make(silence(0, 3))
     loop.run(lambda: not source.items)
     assert waits == [WAIT_MS, WAIT_MS, 0]
+
+
+def test_no_bin_of_several_probes_waits_for_the_sources(make, late):
+    (one, source, sink), (other, _, _), waits = make(silence(0, 3)), make([]), []
+    run_together([one, other], waits.append, lambda: not source.items)
+    assert waits == [TOGETHER_MS, TOGETHER_MS, 0]
+    assert bins(sink) == [(1, k) for k in range(3)]
 
 
 def test_bins_come_out_once_nothing_more_is_to_be_read(make, late):

@@ -16,6 +16,7 @@ from rt_neds.serve_config import ServeConfig
 from rt_neds.session import load_session
 from rt_neds.stream.binner import CHUNK
 from rt_neds.stream.decoder import Decoder
+from rt_neds.stream.loop import run_together
 from rt_neds.stream.receiver import Announcement
 from rt_neds.stream.validity import Validity
 
@@ -309,7 +310,8 @@ def test_units_that_had_fallen_silent_are_so_when_the_source_renumbers_them(tiny
     assert (status["source"], status["uptime_ns"]) == ("streaming", before["uptime_ns"])
 
 
-def test_a_long_message_leaves_signs_of_life(tiny):
+@pytest.mark.parametrize("probes", [1, 2])
+def test_a_long_message_leaves_signs_of_life(tiny, probes):
     spec = load_spec(tiny[1] / "bundle")
     model = build_model(tiny[1] / "bundle", spec)
     message = SpikeBatch(1, 0, 0, 300 * WIDTH, RATE, 0, 1, np.zeros(0, SPIKE_DTYPE))
@@ -320,9 +322,27 @@ def test_a_long_message_leaves_signs_of_life(tiny):
         return not source.items
 
     config = ServeConfig(probe="p", bundle="b")
-    assemble(config, spec, model, source, sink, None).run(stop)
+    loops = [assemble(config, spec, model, source, sink, None)]
+    loops += [
+        assemble(config, spec, model, ListSource([]), ListSink(), None) for _ in range(1, probes)
+    ]
+    run_together(loops, lambda ms: None, stop)
     assert len(sink.frames) == 300
     assert np.diff(published).max() <= 2 * CHUNK
+
+
+def test_once_a_second_it_says_whether_the_source_waits_streams_or_is_silent(run, monkeypatch):
+    now = [10**15]
+    monkeypatch.setattr("rt_neds.stream.loop.monotonic_ns", lambda: now[0])
+    sink, loop = run([])
+    for second in (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5):
+        now[0] = 10**15 + round(second * 1000) * MS
+        if second == 1.5:
+            loop._source.items = silence(0, 1, at_ns=lambda _: now[0])
+        loop.turn(0)
+    told = [fields["source"] for kind, fields in sink.notes if kind == "status"]
+    assert told == ["waiting", "streaming", "streaming", "silent"]
+    assert [kind for kind, _ in sink.notes] == ["schema", "status"] * 4
 
 
 def test_a_source_that_changes_units_ends_the_run(tiny):
@@ -331,8 +351,11 @@ def test_a_source_that_changes_units_ends_the_run(tiny):
     whole = Announcement("tiny", RATE, tuple(f"tiny/{n}" for n in range(6)))
     source = ListSource(silence(0, 5), whole)
     loop = assemble(ServeConfig(probe="p", bundle="b"), spec, model, source, ListSink(), whole)
+    assert run_together([loop], lambda ms: None, lambda: not source.items) is None
     source.announced = Announcement("tiny", RATE, ("tiny/0",))
     assert loop.run(lambda: False) == "source changed"
+    source.announced = Announcement("tiny", RATE, ("tiny/1",))
+    assert run_together([loop], lambda ms: None, lambda: False) == 0
 
 
 def test_a_source_that_renumbers_its_units_misses_no_bin_and_no_spike(tiny):
