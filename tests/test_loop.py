@@ -134,6 +134,11 @@ def test_unknown_and_missing_units(run):
     known = Announcement("tiny", RATE, tuple(f"tiny/{n}" for n in (5, 3, 1)))
     sink, _ = run(silence(0, 12), announced=known)
     assert all(f.flags & Flag.MISSING_UNITS for f in sink.frames)
+    exchanged = Announcement("tiny", RATE, (*(f"tiny/{n}" for n in range(5)), "stranger"))
+    sink, loop = run(silence(0, 12), announced=exchanged)
+    assert all(f.flags & Flag.MISSING_UNITS for f in sink.frames)
+    told = loop.status(0)["units"]
+    assert (told["bundle"], told["missing"], told["unknown"]) == (6, 1, 1)
     whole = Announcement("tiny", RATE, tuple(f"tiny/{n}" for n in range(6)))
     sink, _ = run(silence(0, 12), announced=whole)
     assert not any(f.flags & Flag.MISSING_UNITS for f in sink.frames)
@@ -248,6 +253,11 @@ def test_bins_held_open_on_purpose_are_not_late(run, monkeypatch):
     assert loop.status(0)["frame_counters"]["late"] == 1
     ended, published = (sink.frames[-1].stamps[which] for which in ("ended", "published"))
     assert (published - ended) / MS == pytest.approx(121, abs=1)  # the truth, all the same
+
+
+def test_what_a_rigs_source_has_held_back_is_not_held_back_again(run):
+    sink, _ = run(silence(0, 30), lateness_ms=50.0, source="openephys://127.0.0.1:5556")
+    assert [f.bin for f in sink.frames] == list(range(30))
 
 
 def test_what_does_not_run_in_real_time_has_no_end_to_be_late_after(run):
