@@ -136,12 +136,15 @@ def test_unknown_and_missing_units(run):
     assert all(f.flags & Flag.MISSING_UNITS for f in sink.frames)
     exchanged = Announcement("tiny", RATE, (*(f"tiny/{n}" for n in range(5)), "stranger"))
     sink, loop = run(silence(0, 12), announced=exchanged)
-    assert all(f.flags & Flag.MISSING_UNITS for f in sink.frames)
+    without = sink.frames
+    assert all(f.flags & Flag.MISSING_UNITS for f in without)
     told = loop.status(0)["units"]
     assert (told["bundle"], told["missing"], told["unknown"]) == (6, 1, 1)
     whole = Announcement("tiny", RATE, tuple(f"tiny/{n}" for n in range(6)))
     sink, _ = run(silence(0, 12), announced=whole)
     assert not any(f.flags & Flag.MISSING_UNITS for f in sink.frames)
+    # It is not the same as to be silent.
+    assert (without[-1].values_V != sink.frames[-1].values_V).any()
 
 
 def test_a_spike_of_a_bin_that_is_closed_makes_the_next_one_late(run):
