@@ -68,18 +68,38 @@ def test_speed_is_of_the_smoothed_path_and_begins_anew_after_a_hole(tmp_path):
     np.testing.assert_allclose(b.values_TM[known, 1], expected[known], rtol=1e-4)
 
 
-def test_a_trial_value_is_shown_only_once_it_is_known(tmp_path):
-    b = binned(write_session(tmp_path / "s.h5"))
-    feedback = b.session.samples(b.session.column("trials.feedback_time"))
-    stimulus = b.session.samples(b.session.column("trials.stim_on_time"))
-    shown, scored = b.shown_TM[:, 2], b.scored_TM[:, 2]
-    for t in np.flatnonzero(shown):
-        assert ((feedback < (t + 1) * WIDTH) & (feedback + 30_000 > t * WIDTH)).any()
-    for trial, (low, high) in enumerate(zip(stimulus, feedback, strict=True)):
-        inside = slice(low // WIDTH, high // WIDTH)
-        assert scored[inside].all()
-        assert not shown[inside].any()
-        assert (b.trial_T[inside] == trial).all()
+def test_a_trial_is_asked_until_it_is_decided_and_shown_after(tmp_path):
+    path = write_session(tmp_path / "s.h5")
+    with h5py.File(path, "r+") as file:
+        trials = file["trials"]
+        for column, later in (("stim_on_time", 0.007), ("feedback_time", 0.013), ("end", 0.003)):
+            trials[column][:] += later
+        stimulus, feedback, end = (trials[c][:] for c in ("stim_on_time", "feedback_time", "end"))
+        number = 1 - trials["choice"][:]  # left is the first class, and 1 in the file
+    b = binned(path)
+    edge_T = np.arange(1, b.bins + 1)[:, None] / 50  # a bin is judged by its last moment
+    asked_TK = (edge_T > stimulus) & (edge_T <= feedback)
+    shown_TK = (edge_T > feedback) & (edge_T <= end)
+    np.testing.assert_array_equal(b.scored_TM[:, 2], asked_TK.any(axis=1))
+    np.testing.assert_array_equal(b.shown_TM[:, 2], shown_TK.any(axis=1))
+    trial_T = np.where(asked_TK.any(axis=1), asked_TK.argmax(axis=1), -1)
+    np.testing.assert_array_equal(b.trial_T, trial_T)
+    for told_TK in (asked_TK, shown_TK):
+        bins, trial = np.nonzero(told_TK)
+        np.testing.assert_array_equal(b.values_TM[bins, 2], number[trial])
+
+
+def test_bins_of_a_trial_are_known_whichever_of_its_variables_is_asked_there(tmp_path):
+    path = write_session(tmp_path / "s.h5")
+    with h5py.File(path, "r+") as file:
+        file["trials/early"] = file["trials/start"][:] + 0.5
+    choice = tiny_config().behaviour["choice"]
+    early = msgspec.structs.replace(choice, scored=["stim_on_time", "early"])
+    late = msgspec.structs.replace(choice, scored=["early", "feedback_time"])
+    for pair in ((early, late), (late, early)):
+        both = dict(zip("ab", pair, strict=True))
+        b = bin_session(load_session(path), tiny_config().data, both)
+        np.testing.assert_array_equal(b.trial_T, binned(path).trial_T)
 
 
 def test_of_a_trial_only_what_is_told_is_shown_and_asked(tmp_path):
@@ -113,6 +133,9 @@ def test_splits_are_contiguous_apart_and_disjoint(tmp_path):
     assert test[0] - val[1] >= 50
     assert test[1] == b.bins
     assert train[1] == 1500
+    short = binned(b.session.path, gap_s=1.0, fractions=[0.5, 0.2, 0.3], train_minutes=0.1)
+    assert short.spans("train") == [(1200, 1500)]  # the last six seconds of training
+    assert (short.spans("val"), short.spans("test")) == ([val], [test])
 
 
 def test_time_is_cut_by_what_was_recorded(tmp_path):
