@@ -397,6 +397,7 @@ def _time_split(session: Session, data: DataConfig) -> list[NDArray[np.int64]]:
 def _trial_folds(session: Session, data: DataConfig) -> list[NDArray[np.int64]]:
     """Contiguous folds of trials; what lies between two folds belongs to neither."""
     trials_K2 = session.intervals("trials")
+    trials_K2 = trials_K2[np.argsort(trials_K2[:, 0], kind="stable")]
     if len(trials_K2) < data.folds:
         raise SessionError(
             f"{session.path}: {len(trials_K2)} trials cannot make {data.folds} folds; lower folds"

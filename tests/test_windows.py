@@ -265,6 +265,17 @@ def test_folds_over_trials_cover_every_trial_once(tmp_path):
     assert tested[scored].min() == 1
 
 
+def test_folds_follow_time_in_whatever_order_trials_are_listed(tmp_path):
+    path = write_session(tmp_path / "s.h5")
+    config = DataConfig(split="trials", folds=5, fold=1)
+    expected = split_bins(load_session(path), config, 3000, WIDTH)
+    with h5py.File(path, "r+") as file:
+        order = np.random.default_rng(0).permutation(29)
+        for column in ("start", "end", "stim_on_time", "feedback_time", "choice"):
+            file[f"trials/{column}"][:] = file[f"trials/{column}"][:][order]
+    np.testing.assert_array_equal(split_bins(load_session(path), config, 3000, WIDTH), expected)
+
+
 def test_counts_beyond_the_session_are_empty(tmp_path):
     b = binned(write_session(tmp_path / "s.h5"))
     whole = b.counts_TN(0, b.bins)
