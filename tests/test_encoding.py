@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offline import encoding
+from offline.baselines import glm
 from offline.baselines.glm import forward_1
 from offline.encoding import (
     SCHEME_OF,
@@ -120,6 +121,7 @@ def test_bins_that_were_not_recorded_are_not_scored():
     np.testing.assert_array_equal(came["co_smoothing"].bins_T, inside)
     np.testing.assert_array_equal(came["forward_1"].bins_T, inside)
     np.testing.assert_array_equal(came["co_smoothing"].units_N, range(6))
+    assert np.isnan(came["forward_1"].bits()["bits"][6])  # it was silent where it was recorded
     known = inside[(inside < 205) | (inside >= 210)]  # without behaviour there is nothing to go by
     np.testing.assert_array_equal(came["bits_per_spike"].bins_T, known)
 
@@ -144,11 +146,18 @@ def test_units_with_enough_spikes_are_drawn_first(monkeypatch):
 def test_poisson_regression_is_scored_on_the_same_units_and_bins():
     binned = recorded(random_counts())
     binned.split_T[:] = np.repeat([0, 1, 2], [90, 30, 140])
-    came = predicted({"ahead": 1.0, "neuron": 1.0})
-    scores = glm_scores(binned, came, {})
-    assert set(scores) == {"forward_1"}  # it has nothing to say of the other
-    of = came["forward_1"]
-    rate = forward_1(binned, of.bins_T)[:, of.units_N]
-    bits = [bits_per_spike_of_unit(of.count_TN[:, n], rate[:, n]) for n in range(UNITS)]
-    assert scores["forward_1"]["mean"] == pytest.approx(np.mean(bits), rel=1e-4)
-    assert scores["forward_1"]["bins"] == of.scores()["bins"]
+    binned.values_TM[:, 1] = np.random.default_rng(1).integers(0, 3, len(binned.split_T))
+    schemes, scale = {"ahead": 1.0, "encoding": 1.0, "neuron": 1.0}, [Scale()]
+    came = predict_spikes(random_model(), schemes, binned, SPANS, scale, REGIONS, window=40)
+    scores = glm_scores(binned, came, {"speed": 3})
+    rate_of = {
+        "forward_1": forward_1(binned, came["forward_1"].bins_T),
+        "bits_per_spike": glm.encoding(binned, came["bits_per_spike"].bins_T, classes={"speed": 3}),
+    }
+    assert set(scores) == set(rate_of)  # it has nothing to say of the other
+    for metric, rate in rate_of.items():
+        of = came[metric]
+        rate = rate[:, of.units_N]
+        bits = [bits_per_spike_of_unit(of.count_TN[:, n], rate[:, n]) for n in range(UNITS)]
+        assert scores[metric]["mean"] == pytest.approx(np.mean(bits), rel=1e-4)
+        assert scores[metric]["bins"] == of.scores()["bins"]

@@ -148,6 +148,15 @@ def test_behaviour_predicts_spikes_with_every_spike_hidden_and_where_it_is_shown
     np.testing.assert_allclose(came, kept(raw[SPIKES][0].exp().numpy()), rtol=2e-4)
 
 
+def test_rates_stay_within_those_that_are_published():
+    model = random_model()
+    with torch.no_grad():
+        model.parts("made-up").spikes_out.linear.bias[:2] = torch.tensor([99.0, -99.0])
+    came = encode_spans(model, recorded(random_counts()), SPANS, [Scale()], window=300)
+    np.testing.assert_allclose(came[:, 0], np.exp(8.0), rtol=1e-5)
+    np.testing.assert_allclose(came[:, 1], np.exp(-12.0), rtol=1e-5)
+
+
 def test_a_scale_is_of_scored_training_bins():
     binned = recorded(random_counts())
     binned.values_TM[:, 1] = np.random.default_rng(1).normal(5.0, 2.0, BINS)
