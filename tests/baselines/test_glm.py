@@ -117,6 +117,57 @@ def test_no_future_and_no_count_of_the_bin_itself(walk_TD: NDArray, counts_TN: N
     )
 
 
+def test_displacements_and_places_of_a_single_behaviour_are_found() -> None:
+    rng = np.random.default_rng(8)
+    x_T = rng.normal(size=2000)
+    moved_T = x_T - np.roll(x_T, 50)  # in a second
+    wants_TN = np.stack([moved_T > 1, moved_T < -1, np.abs(x_T) < 0.5], axis=1)
+    counts_TN = rng.poisson(0.2 + 1.5 * wants_TN)
+    binned = binned_session(counts_TN, x_T)
+    test = np.flatnonzero(binned.of_split("test"))
+    rate_SN = encoding(binned, test)
+    for n in range(3):
+        assert bits_per_spike(counts_TN[test, n : n + 1], rate_SN[:, n : n + 1])["mean50"] > 0.35
+
+
+def test_where_there_is_nothing_to_find_validation_keeps_it_from_harm() -> None:
+    rng = np.random.default_rng(8)
+    counts_TN = rng.poisson(0.7, size=(900, 10))
+    binned = binned_session(counts_TN, rng.normal(size=900))
+    test = np.flatnonzero(binned.of_split("test"))
+    assert bits_per_spike(counts_TN[test], forward_1(binned, test))["mean50"] > -0.05
+
+
+def test_what_was_not_shown_or_not_recorded_is_not_read(
+    walk_TD: NDArray, counts_TN: NDArray
+) -> None:
+    hidden, lost = np.r_[300:500, 2500:2600], slice(600, 800)
+    rates = []
+    for poke in (False, True):
+        poked_TN, x_T = counts_TN.copy(), walk_TD[:, 0].copy()
+        if poke:
+            x_T[hidden] = 900.0
+            poked_TN[lost] = 0
+        binned = binned_session(poked_TN, x_T, "x", y=walk_TD[:, 1])
+        binned.shown_TM[hidden, 1] = False
+        binned.shown_TM[lost, 0] = binned.scored_TM[lost, 0] = False
+        asked = np.arange(2400, T)
+        rates.append((encoding(binned, asked), forward_1(binned, asked)))
+    for before, after in zip(*rates, strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_rates_stay_between_half_a_spike_in_training_and_the_most_seen(
+    walk_TD: NDArray, counts_TN: NDArray
+) -> None:
+    x_T = walk_TD[:, 0].copy()
+    x_T[2500:] += 100 * x_T.std() * np.where(np.arange(500) % 2, 1, -1)  # far from all of training
+    binned = binned_session(counts_TN, x_T, "x", y=walk_TD[:, 1])
+    rate_SN = encoding(binned, np.arange(2500, T))
+    assert (rate_SN <= counts_TN[:1800].max(axis=0)).all()
+    assert rate_SN.min() >= 0.5 / 1800
+
+
 def test_order_of_bins_changes_nothing(walk_TD: NDArray, counts_TN: NDArray) -> None:
     binned = binned_session(counts_TN, walk_TD[:, 0], "x", y=walk_TD[:, 1])
     bins = np.random.default_rng(6).permutation(T)[:50]

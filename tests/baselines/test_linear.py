@@ -125,13 +125,33 @@ def test_test_labels_are_never_read(
     np.testing.assert_array_equal(method(binned, "speed", asked), method(poked, "speed", asked))
 
 
-def test_alpha_is_the_best_on_validation(counts_TN: NDArray, speed_T: NDArray) -> None:
+@pytest.mark.parametrize(("noise", "best"), [(0.0, 0), (80.0, 1)])
+def test_alpha_is_the_best_on_validation(
+    counts_TN: NDArray, speed_T: NDArray, noise: float, best: int
+) -> None:
+    speed_T = speed_T + noise * np.random.default_rng(4).normal(size=len(speed_T))
     binned = binned_session(counts_TN, speed_T)
-    val = np.flatnonzero(binned.of_split("val"))
-    each = [r2(speed_T[val], ridge(binned, "speed", val, alphas=(a,))) for a in (1e-4, 1.0, 1e4)]
-    chosen = r2(speed_T[val], ridge(binned, "speed", val, alphas=(1e-4, 1.0, 1e4)))
+    val, alphas = np.flatnonzero(binned.of_split("val")), (1e-4, 1.0, 1e4)
+    each = [r2(speed_T[val], ridge(binned, "speed", val, alphas=(a,))) for a in alphas]
+    chosen = r2(speed_T[val], ridge(binned, "speed", val, alphas=alphas))
     assert chosen == pytest.approx(max(each))
-    assert max(each) > min(each) + 0.1
+    assert np.argmax(each) == best
+
+
+def test_a_penalty_is_by_bin_however_many_are_fitted(counts_TN: NDArray, speed_T: NDArray) -> None:
+    apart, joined = (binned_session(counts_TN, speed_T) for _ in range(2))
+    joined.split_T[joined.of_split("val")] = 0
+    few, all_ = (ridge(b, "speed", np.arange(2000), alphas=(10.0,)) for b in (apart, joined))
+    assert all_.std() == pytest.approx(few.std(), rel=0.1)
+
+
+def test_of_penalties_that_do_as_well_the_strongest_is_taken(counts_TN: NDArray) -> None:
+    side_T = (np.random.default_rng(5).random(2000) < 0.5).astype(float)
+    counts_TN = counts_TN.copy()
+    counts_TN[:, 0] = 40 * side_T  # seen by any
+    probability_TC = logistic(binned_session(counts_TN, side_T), "speed", np.arange(1600, 2000))
+    assert (probability_TC.argmax(axis=1) == side_T[1600:]).all()
+    assert probability_TC.max() < 0.95
 
 
 def test_only_scored_training_bins_are_fitted(counts_TN: NDArray, speed_T: NDArray) -> None:
@@ -161,15 +181,19 @@ def test_logistic_finds_a_lagged_code(counts_TN: NDArray, side_T: NDArray) -> No
     assert np.mean(probability_TC.argmax(axis=1) == side_T[test]) > 0.85
 
 
+@pytest.mark.parametrize("never", [0, 1, 2])
 def test_logistic_of_three_classes_one_of_them_never_trained(
-    counts_TN: NDArray, side_T: NDArray
+    counts_TN: NDArray, side_T: NDArray, never: int
 ) -> None:
-    value_T = side_T.copy()
-    value_T[1700:1710] = 2
-    probability_TC = logistic(binned_session(counts_TN, value_T, "choice"), "choice", np.arange(50))
-    assert probability_TC.shape == (50, 3)
-    assert (probability_TC[:, 2] == 0).all()
-    assert (probability_TC[:, 0] > 0).all()
+    trained = [c for c in range(3) if c != never]
+    value_T = np.array(trained)[side_T.astype(int)]
+    value_T[1700:1710] = never
+    binned = binned_session(counts_TN, value_T, "choice")
+    for classes in (None, 3) if never == 2 else (3,):
+        probability_TC = logistic(binned, "choice", np.arange(1600), classes=classes)
+        assert probability_TC.shape == (1600, 3)
+        assert (probability_TC[:, never] == 0).all()
+        assert np.mean(probability_TC.argmax(axis=1) == value_T[:1600]) > 0.8
 
 
 def test_logistic_of_a_single_class_is_certain(counts_TN: NDArray, side_T: NDArray) -> None:
