@@ -4,8 +4,10 @@ import base64
 import gc
 import json
 import re
+import shutil
 import weakref
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -230,6 +232,43 @@ def test_a_session_of_spikes_alone_is_scored_on_spikes(tmp_path):
     result = evaluate(tmp_path / "run" / "bundle", paths[1])
     assert (result["decoding"], result["baselines"]) == ({}, {})
     assert np.isfinite(result["encoding"]["co_smoothing"]["pooled"])
+
+
+def test_only_scored_bins_count_beside_a_profile_of_training_and_choices_by_trial(two, tmp_path):
+    path, bundle = tmp_path / "a.h5", two[1]
+    shutil.copy(two[0][0], path)
+    with h5py.File(path, "r+") as file:  # the wheel was lost in training and in test
+        del file["wheel/domain/start"], file["wheel/domain/end"]
+        file["wheel/domain/start"] = np.array([0.0, 14.0, 37.0])
+        file["wheel/domain/end"] = np.array([10.0, 36.0, 40.0])
+    spec = load_spec(bundle)
+    of = module.evaluate_session(
+        build_model(bundle, spec),
+        spec,
+        path,
+        split="test",
+        overrides=None,
+        baselines="none",
+        region=None,
+    )
+    binned, second_T = of.binned, np.arange(of.binned.bins) // 50
+    test_T, asked_T = binned.of_split("test"), (second_T % 2 == 1) & (second_T < 38)
+    lost_T = np.isin(second_T, [10, 11, 12, 13, 36])
+    assert (test_T & lost_T).any()
+    np.testing.assert_array_equal(of.bins["speed"], np.flatnonzero(test_T & ~lost_T))
+    np.testing.assert_array_equal(of.bins["choice"], np.flatnonzero(test_T & asked_T))
+    of_choice = of.result["decoding"]["choice"]
+    assert of_choice["trials"] == len(np.unique(binned.trial_T[of.bins["choice"]]))
+    # Trials begin at 1, 3, 5 ... s and last 75 bins; between them only the mean is known.
+    value_T, at_T = binned.values_TM[:, 1], np.arange(binned.bins)
+    train_T = binned.of_split("train") & ~lost_T
+    phase_T = np.where((at_T >= 50) & ((at_T - 50) % 100 < 75), (at_T - 50) % 100, -1)
+    phase_T[1950:] = -1  # the last trial began at 37 s
+    profile_T = np.full(binned.bins, value_T[train_T].mean())
+    for phase in range(75):
+        profile_T[phase_T == phase] = value_T[train_T & (phase_T == phase)].mean()
+    expected = r2_score(value_T[of.bins["speed"]], profile_T[of.bins["speed"]])
+    assert of.result["decoding"]["speed"]["r2_profile"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_tenths_of_trials(two):
