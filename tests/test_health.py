@@ -183,6 +183,28 @@ def test_source_units_triggers_and_drift():
     assert levels == sorted(levels, key=["wrong", "doubtful", "note"].index)
 
 
+@pytest.mark.parametrize(("silent", "named"), [(3, "a, b, c"), (4, "a, b, c ...")])
+def test_units_that_fell_silent_are_named_and_it_is_said_once(silent, named):
+    health, units = Health(), {"bundle": 9, "missing": 0, "unknown": 0}
+    units |= {"silent": list("abcd")[:silent], "silent_count": silent}
+    health.take(status(1, units=units), S)
+    health.take(frame(1, Flag.MISSING_UNITS), S)
+    assert said(health, S) == f"{silent} of 9 units have fallen silent ({named})"
+
+
+def test_what_was_not_observed_or_refused_is_said_when_it_grows_and_not_for_ever():
+    health = Health()
+    for second, more in ((1, 0), (2, 5), (13, 5)):
+        live = {"wheel_speed": {"shown": 50, "hidden": 7 + more, "beyond": 0}}
+        rule = {"fired": 0, "refused": 1 + more, "fired_ns": 0, "why": ["late"]}
+        health.take(status(second, live=live, triggers={"go": rule}), second * S)
+        told = [
+            "wheel_speed was not observed in 5 bins just now; decoded without it",
+            "trigger go held, and was refused: late",
+        ]
+        assert said(health, second * S) == "; ".join(told * (second == 2))
+
+
 def test_a_capture_played_again_is_told_from_an_acquisition_that_is_silent():
     health = Health()
     for second, repeated in ((1, 5), (2, 905)):
