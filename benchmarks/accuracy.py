@@ -72,7 +72,8 @@ class Protocol:
     neural: bool = False
 
 
-RAT_FULL = ("masking.ahead=false",)
+RAT_FULL = ("masking.ahead=false", "data.window_bins=300", "training.batch=8")
+"""It sees a window whole, so a long one costs it by the square."""
 PROTOCOLS = (
     Protocol(
         "rat_w_maze",

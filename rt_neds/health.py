@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 RECENT_NS = 10_000_000_000
 UNHEARD_NS = 3_000_000_000
+"""A status comes once a second."""
 BEYOND = 0.05
 """Share of bins in which what is observed live may lie beyond what training saw."""
-"""A status comes once a second."""
 
 Level = Literal["wrong", "doubtful", "note"]
 
