@@ -9,10 +9,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from temporaldata import ArrayDict, Data, Interval, IrregularTimeSeries
 
+from offline.batches import Subject
+from offline.beginning import build
 from offline.config import TrainConfig
 from rt_neds.config import parse_config
+from rt_neds.model.neds import NEDS
 
 TINY = {
     "data": {"window_bins": 40, "split": "time", "gap_s": 0.2},
@@ -99,6 +103,16 @@ def write_session(
     with h5py.File(path, "w") as file:
         data.to_hdf5(file)
     return path
+
+
+def drawn_model(config: TrainConfig, subject: Subject) -> NEDS:
+    """A network that nothing is hidden in behind a zero."""
+    torch.manual_seed(0)
+    model = build(config, [subject]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
 
 
 @contextmanager

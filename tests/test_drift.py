@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from offline import expectation
 from offline.batches import prepare
-from offline.beginning import build
 from offline.expectation import expectation_of, mean_counts_N
 from offline.predict import ahead_spans
 from offline.train import train
@@ -25,7 +24,7 @@ from rt_neds.session import load_session
 from rt_neds.stream.decoder import EagerStep
 from rt_neds.stream.fused import FusedStep
 from rt_neds.stream.graph import GraphStep
-from tests.making import tiny_config, write_session
+from tests.making import drawn_model, tiny_config, write_session
 from tests.naive import surprise_and_bits
 from tests.test_fused import NAMES, SCHEME, SIZES, random_model, random_stream, shown_to_torch
 from tests.test_loop import ListSink, ListSource
@@ -237,15 +236,6 @@ def test_the_stream_says_what_is_usual_as_offline_and_notices_exchanged_units(fo
 
 
 AHEAD_ALONE = {"schemes": {"decoding": 1.0}, "ahead": True}
-
-
-def drawn_model(config, subject):
-    torch.manual_seed(0)
-    model = build(config, [subject]).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 @pytest.mark.parametrize(("longest", "most", "stretches"), [(30.0, 20, 5), (5.0, 8, 8)])

@@ -19,7 +19,7 @@ from rt_neds.config import parse_config
 from rt_neds.model.neds import AHEAD, SCHEMES, SPIKES
 from rt_neds.model.readout import to_values_TV
 from rt_neds.session import load_session
-from tests.making import TINY, tiny_config, write_session
+from tests.making import TINY, drawn_model, tiny_config, write_session
 
 DECODING = {"schemes": {"decoding": 1.0}}
 
@@ -79,16 +79,6 @@ def test_without_a_spike_there_are_no_bits_per_spike(tmp_path):
     binned.session.records_S["sample"][np.isin(bin_S, np.flatnonzero(binned.of_split("val")))] = -1
     binned.session.records_S.sort(order="sample")
     assert asked() == {"speed", "choice"}
-
-
-def drawn_model(config, subject):
-    """A network that nothing is hidden in behind a zero."""
-    torch.manual_seed(0)
-    model = build(config, [subject]).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 @torch.no_grad()
