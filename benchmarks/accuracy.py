@@ -169,7 +169,8 @@ def of_gru(at: Setting) -> Fold:
     binned, names = at.binned(), list(at.config.behaviour)
     bins = [test_bins(binned, m) for m in range(1, 1 + len(names))]
     everywhere = np.unique(np.concatenate(bins))
-    guesses = gru(binned, names, everywhere, seed=at.config.training.seed)
+    window = at.config.data.window_bins  # as long as the network's
+    guesses = gru(binned, names, everywhere, seed=at.config.training.seed, window=window)
     return {
         name: truth(binned, name, own)
         | {"guess": np.asarray(guesses[name]).reshape(len(everywhere))[np.isin(everywhere, own)]}

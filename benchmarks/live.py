@@ -96,6 +96,7 @@ def of_gru(binned: BinnedSession, config: TrainConfig, live: tuple[str, ...], se
             test,
             classes=classes,
             seed=seed,
+            window=config.data.window_bins,
             live=observed,
             spikes=shown != OBSERVED,
         )

@@ -36,8 +36,13 @@ def baseline_values(
     bins: dict[str, NDArray[np.int64]],
     which: Baselines,
     live: Sequence[Behaviour] = (),
+    *,
+    window: int = 0,
 ) -> dict[str, dict[str, NDArray]]:
-    """What each baseline, fitted on the same training bins, gives: by method, by behaviour."""
+    """What each baseline, fitted on the same training bins, gives: by method, by behaviour.
+
+    ``window`` is that of the network's training: the GRU is given as long a one to remember in.
+    """
     guesses: dict[str, dict[str, NDArray]] = {}
     if which == "none" or not behaviours:
         return guesses
@@ -55,7 +60,8 @@ def baseline_values(
 
         asked = np.unique(np.concatenate(list(bins.values())))
         classes |= {b.name: len(b.classes) for b in live if b.kind == "categorical"}
-        of_gru = gru(binned, list(bins), asked, classes=classes, live=[b.name for b in live])
+        shown = [b.name for b in live]
+        of_gru = gru(binned, list(bins), asked, classes=classes, window=window, live=shown)
         guesses["gru"] = {
             name: of_gru[name][np.searchsorted(asked, at_S)].reshape(len(at_S), -1)
             for name, at_S in bins.items()

@@ -206,7 +206,7 @@ def evaluate_session(
 
     shown = [b for b in spec.behaviours if b.name in live]
     lean = of_present(binned, [b.name for b in spec.behaviours])
-    compared = baseline_values(lean, behaviours, bins, baselines, shown)
+    compared = baseline_values(lean, behaviours, bins, baselines, shown, window=data.window_bins)
     ideal = {b.name: ideal_values(binned, b, config, bins[b.name]) for b in behaviours}
     result: dict[str, Any] = {
         "session": session.id,

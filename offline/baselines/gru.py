@@ -27,8 +27,8 @@ WIDTHS_S = (0.02, 0.1, 0.5)
 
 HIDDEN, DROPOUT, LEARNING_RATE, WEIGHT_DECAY = 64, 0.2, 2e-3, 0.01
 
-WINDOW, BATCH = 300, 16
-"""Bins of a training window, and windows of a step."""
+WINDOW, BINS = 300, 4800
+"""Bins of a training window, where no more are asked for, and of all windows of a step."""
 
 LEAD = 100
 """Bins at a window's start that are not scored: the state has to fill."""
@@ -64,6 +64,7 @@ def gru(
     *,
     classes: Mapping[str, int] | None = None,
     seed: int = 0,
+    window: int = 0,
     live: Sequence[str] = (),
     spikes: bool = True,
 ) -> dict[str, NDArray[np.float64]]:
@@ -79,6 +80,9 @@ def gru(
     classes : mapping of str to int, optional
         Number of classes of each categorical behaviour; all others are continuous.
     seed : int
+    window : int
+        Bins of a training window; 300 if fewer. What lies before a window is not taught to be
+        remembered.
     live : sequence of str
         Behaviours that are read beside the spikes, where an observer could know them.
     spikes : bool
@@ -100,7 +104,8 @@ def gru(
         torch.manual_seed(seed)
         features = spikes * len(scaler.mean_F) + shown_TG.shape[1]
         net = _Net(features, max(target.outputs.stop for target in targets))
-        net = _train(net, read, targets, fitted, np.random.default_rng(seed))
+        starts = _Starts(np.random.default_rng(seed), max(window, WINDOW))
+        net = _train(net, read, targets, fitted, starts)
     out_SO = _carry(net, read, np.asarray(bins))
     predicted = {}
     for name, target in zip(names, targets, strict=True):
@@ -182,12 +187,25 @@ def _targets(
 # -- training ------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Starts:
+    """Draws where the windows of a step begin."""
+
+    rng: np.random.Generator
+    window: int
+
+    def draw(self, asked_S: NDArray[np.int64]) -> NDArray[np.int64]:
+        """First bins of windows that score one of the bins asked, each as likely."""
+        batch = max(1, round(BINS / self.window))
+        return self.rng.choice(asked_S, batch) - self.rng.integers(LEAD, self.window, batch)
+
+
 def _train(
     net: _Net,
     read: _Reader,
     targets: list[Target],
     fitted: list[tuple[NDArray[np.int64], NDArray[np.int64]]],
-    rng: np.random.Generator,
+    starts: _Starts,
 ) -> _Net:
     """The average of the weights that was best on validation."""
     train, val = (_asked(read.binned, [of[which] for of in fitted]) for which in (0, 1))
@@ -196,9 +214,9 @@ def _train(
     average = copy.deepcopy(net).eval().requires_grad_(False)
     best, best_loss, worse = copy.deepcopy(average), np.inf, 0
     for step in range(1, MOST_STEPS + 1):
-        start_B = rng.choice(train_S, BATCH) - rng.integers(LEAD, WINDOW, BATCH)
-        out_BTO, _ = net(torch.stack([read(a, a + WINDOW) for a in start_B.tolist()]))
-        at_BT = start_B[:, None] + np.arange(LEAD, WINDOW)
+        start_B = starts.draw(train_S)
+        out_BTO, _ = net(torch.stack([read(a, a + starts.window) for a in start_B.tolist()]))
+        at_BT = start_B[:, None] + np.arange(LEAD, starts.window)
         loss = _loss(out_BTO[:, LEAD:].flatten(0, 1), at_BT.ravel(), read.binned, targets, train)
         optimiser.zero_grad()
         loss.backward()

@@ -19,7 +19,7 @@ T = 2000
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_STEPS", 60)
     monkeypatch.setattr(module, "VALIDATE_EVERY", 20)
-    monkeypatch.setattr(module, "BATCH", 8)
+    monkeypatch.setattr(module, "BINS", 640)
     monkeypatch.setattr(module, "WINDOW", 80)
     monkeypatch.setattr(module, "LEAD", 30)
     monkeypatch.setattr(module, "LEARNING_RATE", 1e-2)
@@ -117,3 +117,27 @@ def test_a_seed_is_a_result_and_others_differ(counts_TN: NDArray, speed_T: NDArr
 def test_nothing_to_decode_is_said(counts_TN: NDArray, speed_T: NDArray) -> None:
     with pytest.raises(ConfigError, match="name one"):
         gru(binned_session(counts_TN, speed_T), [], np.arange(3))
+
+
+def test_windows_are_as_long_as_asked_and_each_scores_a_bin_that_was_asked() -> None:
+    asked = np.arange(500, 600)
+    starts = module._Starts(np.random.default_rng(0), 160)
+    start_KB = np.stack([starts.draw(asked) for _ in range(500)])
+    assert start_KB.shape[1] == 4  # 640 bins a step
+    first = start_KB + module.LEAD
+    assert np.all((first <= 599) & (start_KB + 159 >= 500))
+    assert start_KB.min() < 500 - 150  # the last bin of a window is scored too
+    assert start_KB.max() > 599 - module.LEAD - 10  # and the first after its lead
+
+
+def test_a_short_window_is_lengthened(
+    counts_TN: NDArray, speed_T: NDArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, make = [], module._Starts
+    monkeypatch.setattr(
+        module, "_Starts", lambda rng, window: seen.append(window) or make(rng, window)
+    )
+    binned = binned_session(counts_TN, speed_T)
+    for window in (0, 50, 160):
+        gru(binned, ["speed"], np.arange(1700, 1710), window=window)
+    assert seen == [80, 80, 160]
