@@ -13,6 +13,7 @@ from rt_neds.result import refuse_existing
 EXPECTED = {
     "spikeinterface": "--detector FOLDER --recording DIR, or --analyzer DIR",
     "ibl": "--alf DIR",
+    "ibl-bwb": "--session ID, of a public session, and no --tables",
     "nwb": "a file: rt-neds prepare nwb FILE.nwb",
     "session": "a session file and what to add: rt-neds prepare session S.h5 --tables wheel.csv",
 }
@@ -33,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F.csv",
         help="behaviour and trials: columns time, ... or start, end, ..., in the probe's seconds",
     )
-    parser.add_argument("--session", metavar="ID", help="id of the session; else a name found")
+    parser.add_argument(
+        "--session", metavar="ID", help="its id; else a name found (ibl-bwb: which)"
+    )
     parser.add_argument("--out", required=True, metavar="S.h5", help="session file to write")
 
 
@@ -44,30 +47,42 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     given = {
         "spikeinterface": bool(args.analyzer) != bool(args.detector and args.recording),
         "ibl": bool(args.alf),
+        "ibl-bwb": bool(args.session) and not args.tables,
         "nwb": bool(args.file),
         "session": bool(args.file and args.tables),
     }
     if not given[args.what]:
         raise ConfigError(f"prepare {args.what} expects {EXPECTED[args.what]}")
     from offline.prepare.progress import telling
-    from offline.prepare.tables import add_tables
-    from offline.prepare.writing import write_session
 
     with telling(args.quiet) as tell:
-        data = _data(args, tell)
-        if args.session:
-            _call(data, args.session)
-        tables = add_tables(data, args.tables)
-        summary = {**write_session(args.out, data), "tables": tables}
+        summary = _fetched(args, tell) if args.what == "ibl-bwb" else _written(args, tell)
     if not args.quiet:
         print(
             f"{summary['out']}: {summary['units']} units, {summary['spikes']} spikes in "
             f"{summary['recorded_s']:.1f} s, {summary['trials']} trials",
             file=sys.stderr,
         )
-        for name, of in tables.items():
+        for name, of in summary["tables"].items():
             print(f"  {name}: {_rows(**of)}", file=sys.stderr)
     return summary
+
+
+def _fetched(args: argparse.Namespace, tell: Any) -> dict[str, Any]:
+    from offline.prepare.bwb import fetch_session
+
+    return {**fetch_session(args.session, args.out, tell), "tables": {}}
+
+
+def _written(args: argparse.Namespace, tell: Any) -> dict[str, Any]:
+    from offline.prepare.tables import add_tables
+    from offline.prepare.writing import write_session
+
+    data = _data(args, tell)
+    if args.session:
+        _call(data, args.session)
+    tables = add_tables(data, args.tables)
+    return {**write_session(args.out, data), "tables": tables}
 
 
 def _rows(rows: int, without_times: int, outside: int) -> str:

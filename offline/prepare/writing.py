@@ -106,12 +106,32 @@ def write_session(path: str | Path, data: Data) -> dict[str, Any]:
     partial = path.with_name(f"{path.stem}.part-{os.getpid()}")  # may be called after it
     try:
         data.save(partial)
-        session = load_session(partial)
-        os.replace(partial, path)
+        return put_in_place(partial, path)
     except OSError as error:
         raise ConfigError(f"cannot write {path} ({error.strerror}); name another file") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def put_in_place(partial: Path, path: Path, session_id: str = "") -> dict[str, Any]:
+    """Give a file that is whole its name, once it was read as a session (of that id, if given).
+
+    Returns
+    -------
+    dict
+        See :func:`write_session`.
+
+    Raises
+    ------
+    SessionError
+        It is no session, or another one.
+    """
+    session = load_session(partial)
+    if session_id and session.id != session_id:
+        raise SessionError(
+            f"what came as session {session_id} is session {session.id}; fetch it again"
+        )
+    os.replace(partial, path)
     return {
         "session": session.id,
         "out": str(path),
