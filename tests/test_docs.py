@@ -2,15 +2,20 @@
 
 import re
 import shlex
+import threading
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from offline.config import TrainConfig
+from rt_neds.children import free_port
 from rt_neds.cli import COMMANDS, command
 from rt_neds.config import parse_config
+from rt_neds.frames import DecodedFrame
 from rt_neds.serve_config import ServeConfig
+from rt_neds.stream.publisher import Publisher
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks/README.md"])
@@ -76,3 +81,44 @@ def test_tomls_are_what_serve_and_train_take(page):
 
 def test_there_is_something_to_check():
     assert len(list(told())) > 30
+
+
+def test_the_client_of_the_readme_acts_on_frames_that_nothing_is_known_against():
+    source = next(code for kind, code in code_of(ROOT / "README.md") if kind == "python")
+    endpoint, acted = f"tcp://127.0.0.1:{free_port()}", []
+
+    class Enough(Exception):
+        pass
+
+    def act_on(values_V):
+        acted.append(values_V[0])
+        if values_V[0] == 9:
+            raise Enough
+
+    def publish():
+        """The same four over and over, until the listener is there and has heard the last."""
+        while not over.wait(0.02):
+            publisher.note("status", {"drift": {"drifted": True}})
+            publisher.write(frame(1, flags=0))
+            publisher.note("status", {"drift": {}})
+            publisher.write(frame(2, flags=2))
+            publisher.write(frame(9, flags=0))
+
+    publisher, over = Publisher(endpoint, "imec0"), threading.Event()
+    sending = threading.Thread(target=publish)
+    sending.start()
+    try:
+        with pytest.raises(Enough):
+            exec(source.replace("tcp://127.0.0.1:5580", endpoint), {"act_on": act_on})
+    finally:
+        over.set()
+        sending.join()
+        publisher.close()
+    assert acted == [9]
+
+
+def frame(value, flags):
+    stamps = dict.fromkeys(("sent", "received", "binned", "decoded", "published"), 1)
+    return DecodedFrame(
+        "imec0", 1, 0, 0, np.array([value], np.float32), flags, 0, 0, 0, 0, "m", stamps
+    )
