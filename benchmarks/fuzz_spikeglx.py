@@ -120,7 +120,7 @@ class SpikeGLX:
             return head.encode() + bytes(2 * count * asked.channels) + b"OK\n"
         command = question.command.split()[0]
         if command == "GETSTREAMSAMPLECOUNT":
-            return f"{self.source._next + self.rng.randrange(1000)}\nOK\n".encode()
+            return f"{self.source._samples.next + self.rng.randrange(1000)}\nOK\n".encode()
         if command == "GETGEOMMAP":
             sites = (f"ch{c}_{key}={c}\n" for c in range(AP) for key in "sxzu")
             return "".join(sites).encode() + b"OK\n"

@@ -5,30 +5,22 @@ a millisecond, one question at a time. Its sample count is the clock: it counts 
 were lost (zeros stand in for them, and the status word says so), and a connection that is made anew
 goes on where the last one ended, as long as SpikeGLX still holds those samples (8 s, or 2 where
 memory is short). What it holds no more is a gap of known length.
-
-Shape suffixes: S samples, C channels.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator
 from socket import AF_INET, SOCK_DGRAM
 from socket import socket as Socket
-from time import sleep, time_ns
-from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from time import sleep
 
 from rt_neds.clock import monotonic_ns
 from rt_neds.errors import StreamError
-from rt_neds.frames import SPIKE_DTYPE, SpikeBatch
+from rt_neds.frames import SpikeBatch
 from rt_neds.spikeglx_wire import (
     KINDS,
     LINK_ERRORS,
     MAX_FETCH,
-    MISSED,
     Malformed,
     Probe,
     Question,
@@ -42,6 +34,7 @@ from rt_neds.spikeglx_wire import (
 )
 from rt_neds.stream.receiver import Announcement
 from rt_neds.stream.spikeglx_line import Line, LineError, look_up
+from rt_neds.stream.spikeglx_samples import Detector, Samples
 
 PACE_NS = 1_000_000
 """From one fetch to the next: less would be more fetches, not more samples."""
@@ -80,41 +73,8 @@ _REASONS = {
     "disconnected": "it closed the connection",
     "silent": "it gave no answer in time",
 }
-_NO_SPIKES = np.zeros(0, SPIKE_DTYPE)
 
 Talk = Generator[Question, Reply, None]
-
-
-class Detector(Protocol):
-    """Finds spikes in samples.
-
-    Attributes
-    ----------
-    units : tuple of str
-        Unit ids, in the order of the unit numbers.
-    channels : int
-        AP channels it is for.
-    settle : int
-        After a reset nothing is found in so many samples.
-    """
-
-    units: tuple[str, ...]
-    channels: int
-    settle: int
-
-    def check_source(
-        self,
-        rate: float,
-        position_C2: NDArray[np.float64] | None = None,
-        uv_per_bit: float | None = None,
-    ) -> None:
-        """Raise an error, for a person, if it was made for another probe."""
-
-    def reset(self, first: int) -> None:
-        """Forget everything; the next sample has this number."""
-
-    def detect(self, samples_SC: NDArray[np.int16], first: int) -> tuple[NDArray[np.void], int]:
-        """Spikes by sample, in an array of their own, and up to which sample all are given."""
 
 
 class SpikeGLXSource:
@@ -163,7 +123,7 @@ class SpikeGLXSource:
         self._session, self._detector = session, detector
         self._where = look_up(self.address.host, self.address.port)
         self._channels = ""
-        self._ap_SC = np.zeros((0, 0), np.int16)
+        self._samples = Samples(detector, self.counters)
         # The connection
         self._idle = Socket(AF_INET, SOCK_DGRAM)  # nothing ever comes here
         self._line: Line | None = None
@@ -172,14 +132,8 @@ class SpikeGLXSource:
         self._asked_ns = 0  # 0: the question is not out yet
         self._retry_ns, self._backoff_ns = 0, BACKOFF_NS
         # The run
-        self._epoch = self._seq = 0
-        self._next = 0  # the first sample not yet here
-        self._end = 0  # complete up to here
-        self._broken = True  # what comes next does not follow what came
-        self._lost = 0
         self._head, self._head_ns = 0, 0  # the newest sample known of, and when it was
         self._waited = False  # whether we saw that there was no run
-        self._ready: deque[SpikeBatch] = deque()
         self._held: SpikeBatch | None = None
 
     @property
@@ -197,15 +151,15 @@ class SpikeGLXSource:
             if self.announced is not self._said:
                 self._said = self.announced
                 return None  # a batch returned together with another announcement would be lost
-            if self._ready:
-                return self._ready.popleft()
+            if self._samples.ready:
+                return self._samples.ready.popleft()
             try:
                 self._step(until_ns)
             except Malformed as error:
                 self._hang_up(f"malformed_{error.kind}", f"it sent what cannot be read: {error}")
             except LineError as error:
                 self._hang_up(error.kind, _REASONS[error.kind])
-            if not self._ready and monotonic_ns() >= until_ns:
+            if not self._samples.ready and monotonic_ns() >= until_ns:
                 return None
 
     def peek_spikes(self, timeout_ms: int) -> bool:
@@ -294,8 +248,7 @@ class SpikeGLXSource:
         one_gain = max(probe.uv_C) < 1.001 * min(probe.uv_C)
         detector.check_source(probe.rate, None, probe.uv_C[0] if one_gain else None)
         self.probe, self._channels = probe, channel_list(probe)
-        if self._ap_SC.shape != (MAX_FETCH, probe.ap):
-            self._ap_SC = np.zeros((MAX_FETCH, probe.ap), np.int16)
+        self._samples.meet(probe.ap, probe.rate)
         announced = Announcement(self._session, probe.rate, tuple(detector.units))
         if announced != self.announced:
             self.announced = announced
@@ -308,10 +261,10 @@ class SpikeGLXSource:
             self.trouble = "SpikeGLX runs, but no run is going; waiting for one to start"
             after_ns = monotonic_ns() + WAIT_NS
         now = monotonic_ns()
-        if not self._epoch:
-            self._begin(0 if self._waited else count)
+        if not self._samples.epoch:
+            self._samples.begin(0 if self._waited else count)
         elif self._waited or not self._is_same_run(count, now):
-            self._begin(0)
+            self._samples.begin(0)
         self._waited = False
         self._head, self._head_ns = count, now
         return waited
@@ -332,7 +285,7 @@ class SpikeGLXSource:
                 self._head, self._head_ns = count, now
                 stalled_ns = seen_ns = now
             reply = yield fetch(
-                self.address.probe, self.probe, self._channels, self._next, after_ns
+                self.address.probe, self.probe, self._channels, self._samples.next, after_ns
             )
             asked_ns, unseen_ns = self._asked_ns, reply.received_ns - seen_ns
             if unseen_ns > UNWATCHED_NS:
@@ -341,13 +294,9 @@ class SpikeGLXSource:
             if reply.error.startswith("FETCH: Too late"):
                 self.counters["too_late"] += 1
                 count = yield from sample_count(self.address.probe)
-                if count < self._next:
+                if count < self._samples.next:
                     return
-                if self._seq:
-                    self._skip_to(count, "skipped")
-                else:  # of this run nothing was stated yet that could have a gap
-                    self._next = self._end = count
-                    self._broken = True
+                self._samples.give_up_to(count)
                 continue
             if reply.error:
                 self._waited = "ot running" in reply.error
@@ -356,13 +305,13 @@ class SpikeGLXSource:
             size = len(reply.samples_SC)
             full = size == MAX_FETCH
             if size:
-                self._take(reply)
+                self._samples.take(reply.first, reply.samples_SC, reply.received_ns)
                 stalled_ns = reply.received_ns
                 self.trouble, self._backoff_ns = "", BACKOFF_NS
             else:
                 self.counters["empty"] += 1
             if not full:
-                self._head, self._head_ns = self._next, reply.received_ns
+                self._head, self._head_ns = self._samples.next, reply.received_ns
             after_ns = 0 if full else asked_ns + PACE_NS
 
     def _is_same_run(self, count: int, now: int) -> bool:
@@ -372,85 +321,14 @@ class SpikeGLXSource:
         one that began since counts no more than the time since then, and less than ours would have
         by now, by all that ours had counted.
         """
-        if count < max(self._next, self._head):
+        if count < max(self._samples.next, self._head):
             return False
-        unseen = (now - self._head_ns) / 1e9 * self._rate
+        assert self.probe is not None
+        rate = self.probe.rate
+        unseen = (now - self._head_ns) / 1e9 * rate
         if count == self._head or count > unseen:
             return True
-        return count > self._head + unseen - UNWATCHED_NS / 1e9 * self._rate
-
-    # -- samples ---------------------------------------------------------------------------------
-
-    @property
-    def _rate(self) -> float:
-        assert self.probe is not None
-        return self.probe.rate
-
-    def _begin(self, first: int) -> None:
-        """A new run: what the detector still holds of the last can never be complete."""
-        self.counters["epochs"] += 1
-        self._epoch = max(self._epoch + 1, time_ns() // 1_000_000)
-        self._seq = self._lost = 0
-        self._next = self._end = first
-        self._broken = True
-
-    def _skip_to(self, sample: int, kind: str) -> None:
-        """Take in that the samples up to this one will not come."""
-        lost = sample - self._next
-        self.counters["lost"] += lost
-        self.counters[kind] += lost
-        self._lost += lost
-        self._next = sample
-        self._broken = True
-
-    def _take(self, reply: Reply) -> None:
-        samples_SC, ap = reply.samples_SC, self._ap_SC.shape[1]
-        self.counters["samples"] += len(samples_SC)
-        if reply.first > self._next:
-            self._skip_to(reply.first, "skipped")
-        status_S = np.bitwise_or.reduce(samples_SC[:, ap:], axis=1)
-        bits = int(np.bitwise_or.reduce(status_S))
-        for name, bit in LINK_ERRORS.items():
-            if bits & bit:
-                self.counters[f"link_{name}"] += int(np.count_nonzero(status_S & bit))
-        if not bits & MISSED:
-            self._detect(samples_SC[:, :ap], reply.received_ns)
-            return
-        missed_S = (status_S & MISSED) != 0
-        edges = np.flatnonzero(np.diff(missed_S)) + 1
-        for start, end in zip([0, *edges], [*edges, len(missed_S)], strict=True):
-            if missed_S[start]:
-                self._skip_to(self._next + int(end - start), "missed")
-            else:
-                self._detect(samples_SC[start:end, :ap], reply.received_ns)
-        if missed_S[-1]:  # say so now: the next sample may be long in coming
-            self._state(self._next, self._next, _NO_SPIKES, reply.received_ns)
-
-    def _detect(self, samples_SC: NDArray[np.int16], received_ns: int) -> None:
-        """Give samples that follow each other to the detector, and what it finds to the loop."""
-        first = self._next
-        if self._broken:
-            self._detector.reset(first)
-            self._broken = False
-            self._end = first + self._detector.settle
-        ap_SC = self._ap_SC[: len(samples_SC)]
-        ap_SC[:] = samples_SC
-        self._next += len(samples_SC)
-        found_S, complete = self._detector.detect(ap_SC, first)
-        assert complete <= self._next, "a detector cannot know what has not come"
-        self.counters["spikes"] += len(found_S)
-        if complete >= self._end:  # until it has settled there is nothing to state
-            self._state(self._end, complete, found_S, received_ns)
-
-    def _state(self, first: int, end: int, records_S: NDArray[np.void], received_ns: int) -> None:
-        # SpikeGLX states no time of sending; when it came is the first that is known.
-        batch = SpikeBatch(
-            self._epoch, self._seq, first, end, self._rate, received_ns, received_ns, records_S,
-            self._lost, self._next,
-        )  # fmt: skip
-        self._ready.append(batch)
-        self._seq += 1
-        self._end, self._lost = end, 0
+        return count > self._head + unseen - UNWATCHED_NS / 1e9 * rate
 
 
 def _wait_for(at_ns: int, now: int, until_ns: int) -> bool:
