@@ -1,8 +1,6 @@
 """Rules: what is written is what is meant, and each event is decided once."""
 
 import contextlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,12 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rt_neds.condition import MAX_DEPTH, parse_condition, value_names
-from rt_neds.config import parse_config
 from rt_neds.errors import ConfigError
 from rt_neds.frames import DecodedFrame, Flag
-from rt_neds.serve_config import ServeConfig, each_probe
-from rt_neds.stream.trigger import HANDED, NO_AGE, REASONS, Triggered, Triggers, bins_of
-from rt_neds.trigger_config import DRIFTED, REFUSABLE, TriggerConfig, flags_of, rules_of
+from rt_neds.stream.trigger import HANDED, NO_AGE, Triggered, Triggers, bins_of
+from rt_neds.trigger_config import TriggerConfig, rules_of
 from tests import naive_trigger
 
 OUTPUTS = [
@@ -159,7 +155,7 @@ steps = st.lists(
         st.sampled_from([0] * 12 + [1]),  # another acquisition
         st.booleans(),
         st.sampled_from([0, 0, 0, 2, 36, 128]),
-        st.sampled_from([NO_AGE, 5 * MS, 39 * MS, 41 * MS]),
+        st.sampled_from([NO_AGE, 5 * MS, 40 * MS, 40 * MS + 1]),
     ),
     max_size=60,
 )
@@ -299,14 +295,15 @@ def test_what_fires_is_handed_over_with_the_time_that_is_left():
     handed = []
     configs = {"slow": TriggerConfig(when="licks > 0.5"),
                "go": TriggerConfig(when="licks > 0.5", max_age_ms=40)}  # fmt: skip
-    triggers = Triggers(rules_of({"p": configs}), handed.append)
+    rules = rules_of({"o": {"other": TriggerConfig(when="licks > 0.5")}, "p": configs})
+    triggers = Triggers(rules[1:], handed.append)
     triggers.bind(SCHEMA)
     one = frame(0, [0, 0, 0, 0, 1])
     one.stamps["ended"] = 0
     said = take_at(triggers, one, 30 * MS)
     assert [(s["rule"], s["refused"]) for s in said] == [("slow", []), ("go", [])]
     assert [HANDED.unpack(h) for h in handed] == [
-        (0, 30 * MS, 1030 * MS), (1, 30 * MS, 40 * MS),
+        (1, 30 * MS, 1030 * MS), (2, 30 * MS, 40 * MS),
     ]  # fmt: skip
 
 
@@ -315,8 +312,35 @@ def test_frames_before_the_schema_and_of_another_length_decide_nothing():
     assert triggers.take(frame(0, [0, 0, 0, 0, 1])) == ()
     triggers.bind(SCHEMA)
     short = frame(0, [])
-    short.values_V = np.ones(3, np.float32)
+    short.values_V = np.ones(6, np.float32)
     assert triggers.take(short) == ()
+
+
+def test_values_are_where_the_last_schema_says():
+    _, triggers = made([], when="licks > 0.5")
+    moved = [{**output, "offset": 6 - output["offset"]} for output in OUTPUTS if output["size"] < 2]
+    assert triggers.take(frame(0, [0, 0, 1])) == ()
+    triggers.bind({**SCHEMA, "outputs": moved})
+    assert triggers.take(frame(1, [0, 0, 1]))
+
+
+def test_the_status_says_when_a_rule_fired_last_and_why_it_did_not():
+    on, off = [0, 0, 0, 0, 1], []
+    _, triggers = made([], when="licks > 0.5")
+    assert triggers.status() == {"go": {"fired": 0, "refused": 0, "fired_ns": 0, "why": []}}
+    for n, (values, flags) in enumerate([(on, 0), (off, 0), (on, Flag.GAP)]):
+        take_at(triggers, frame(n, values, flags), (70 + n) * MS)
+    assert triggers.status() == {
+        "go": {"fired": 1, "refused": 1, "fired_ns": 70 * MS, "why": ["gap"]}
+    }
+
+
+@pytest.mark.parametrize(
+    ("ms", "bin_ms", "bins"),
+    [(0, 20, 0), (60, 20, 3), (61, 20, 4), (99.9, 33.3, 3), (20, 33.3, 1)],
+)
+def test_so_many_bins_last_at_least_so_long(ms, bin_ms, bins):
+    assert bins_of(ms, bin_ms) == bins
 
 
 def test_the_sink_says_what_was_decided_after_the_frame():
@@ -343,70 +367,7 @@ def test_the_sink_says_what_was_decided_after_the_frame():
     assert came[-2] == 1
     assert came[-1][0] == "trigger"
     assert came[-1][1]["bin"] == 1
-
-
-# -- the configuration ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("table", "words"),
-    [
-        ({"when": "a > 1", "refuse": ["lat"]}, "refuse 'lat'; there are gap, late, .*"),
-        ({"when": "a > 1", "hold": 3}, "unknown key trigger.go.hold; did you mean .*hold_ms"),
-        ({"when": "a > 1", "hold_ms": -1}, "hold_ms -1; 0 to 86400000 ms can be had"),
-        ({"when": "a > 1", "ttl": {"line": 0}}, ">= 1"),
-        ({"when": "a > 1", "ttl": {"line": 257}}, "<= 256"),
-        ({"when": "a > 1", "ttl": {"line": 1, "to": "ipc://x"}}, "expected an address"),
-        ({"when": "a > 1", "ttl": {"line": 1, "pulse_ms": 0}}, "pulse_ms 0"),
-        ({"when": "a > 1", "ttl": {"line": 1, "puls_ms": 1}}, "trigger.go.ttl.puls_ms; did you"),
-        ({"when": "a > 1", "nido": {"lines": "D/port1/line2", "bits": 4}}, "bits 4 raise none"),
-        ({"when": "a > 1", "nido": {"lines": "x", "bits": 0}}, ">= 1"),
-        ({"when": "a > 1", "refractory_ms": 49, "ttl": {"line": 1}}, "ttl.pulse_ms 50; a firing"),
-        ({"when": "a > 1", "nido": {"lines": "x", "bits": 1}}, "nido.pulse_ms 10; a firing"),
-        ({"when": "a > 1", "nido": {"lines": "a b", "bits": 1}}, "lines 'a b'"),
-        ({"when": "a > 1", "nido": {"lines": "a\nb", "bits": 1}}, "lines 'a"),
-        ({"when": "a > 1", "nido": {"lines": "a", "bits": 1, "pulse_ms": 0}}, "pulse_ms 0"),
-        ({"when": "a > 1", "nido": {"lines": "a", "bits": 1, "to": "host"}}, "HOST:PORT"),
-        ({"when": "a > 1", "nido": {"lines": "a", "bits": 1, "to": "host:0"}}, "HOST:PORT"),
-        ({"when": "a > 1", "nido": {"lines": "a", "bits": 1, "to": "host:65536"}}, "HOST:PORT"),
-        ({}, "required field `when`"),
-    ],
-)
-def test_a_table_that_cannot_be_meant_is_refused(table, words):
-    with pytest.raises(ConfigError, match=words):
-        parse_config({"probe": "p", "trigger": {"go": table}}, ServeConfig, "test")
-
-
-def test_without_a_word_a_rule_refuses_whatever_can_be_refused():
-    assert {flag.name.lower() for flag in Flag} | {"drifted"} == set(REFUSABLE)
-    config = TriggerConfig(when="a > 1")
-    assert set(config.refuse) == set(REFUSABLE)
-    assert flags_of(config.refuse) == flags_of([*config.refuse, "gap"]) == sum(Flag) + DRIFTED
-    assert len({*REASONS}) == len(Flag) + 4  # nor do two reasons share a bit
-
-
-def test_a_time_that_is_no_number_is_refused():
-    with pytest.raises(ValueError, match="hold_ms nan"):
-        TriggerConfig(when="a > 1", hold_ms=float("nan"))
-
-
-def test_a_rule_listens_to_one_probe():
-    table = {"bundle": "b", "probe": "p q", "trigger": {"go": {"when": "a > 1"}}}
-    with pytest.raises(ConfigError, match="trigger go: probe .not named.; name one of p, q"):
-        each_probe(parse_config(table, ServeConfig, "test"))
-    table["trigger"]["go"]["probe"] = "q"
-    first, second = each_probe(parse_config(table, ServeConfig, "test"))
-    assert (list(first.trigger), list(second.trigger)) == ([], ["go"])
-
-
-def test_serve_refuses_a_wrong_rule_before_it_begins(tiny):
-    done = subprocess.run(
-        [sys.executable, "-m", "rt_neds.cli", "serve", "--probe", "p", "--bundle",
-         str(tiny[1] / "bundle"), "--set", "trigger.go.when=spead > 1"],
-        capture_output=True, text=True, timeout=90, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr == (
-        "rt-neds: trigger go: 'spead' at character 1 of 'spead > 1'; expected one of the outputs "
-        "speed, speed.sd, choice.left, choice.right\n"
-    )
+    other.write(frame(2, []))
+    other.note("status", drift(2.5))
+    other.write(frame(3, [0, 0, 0, 0, 1]))
+    assert came[-1][1]["refused"] == ["drifted"]
