@@ -188,21 +188,26 @@ class Supervisor:
             self._end()
 
     def _start(self, post: _Post) -> None:
-        ours, theirs = socket.socketpair()
         restarts = self._board.restarts if post.started else 0
         self._board.beats[post.place] = 0
-        post.words, post.unread = ours, b""
-        post.started, post.silent_s, post.hung = time.monotonic(), 0.0, False
-        post.process = multiprocessing.get_context("fork").Process(
-            target=_work,
-            args=(post.work, self._board, post.place, self._writers, restarts, self._heard, theirs),
-            name=post.name,
-        )
-        self._writers += 1
         sys.stdout.flush()
         sys.stderr.flush()
-        post.process.start()
-        theirs.close()
+        try:
+            ours, theirs = socket.socketpair()
+            tied = self._board, post.place, self._writers, restarts, self._heard, theirs
+            process = multiprocessing.get_context("fork").Process(
+                target=_work, args=(post.work, *tied), name=post.name
+            )
+            with theirs:
+                process.start()
+        except OSError as error:  # of memory, processes or files there may be too few for a moment
+            how = f"could not begin ({error.strerror or error})"
+            self._count_death(post, how, at_once=True)
+            self._say(f"the {post.name} {how}; it is tried again")
+            return
+        post.process, post.words, post.unread = process, ours, b""
+        post.started, post.silent_s, post.hung = time.monotonic(), 0.0, False
+        self._writers += 1
 
     def _look_at(self, post: _Post, elapsed: float) -> None:
         self._listen(post)
@@ -239,18 +244,22 @@ class Supervisor:
         post.process = None
         if post.failed is not None:
             raise post.failed
+        how = "gave no sign of life" if post.hung else f"ended ({_how(code)})"
+        self._count_death(post, how, at_once=time.monotonic() - post.started < SETTLED_S)
+        self._board.note_restart()
+        self._say(f"the {post.name} (process {process.pid}) {how}; another takes its place")
+
+    def _count_death(self, post: _Post, how: str, *, at_once: bool) -> None:
+        """Give up who dies too often; who dies at once again and again is not begun at once."""
         now = time.monotonic()
         post.deaths = [*(died for died in post.deaths if now - died < MANY_S), now]
-        how = "gave no sign of life" if post.hung else f"ended ({_how(code)})"
         if len(post.deaths) >= GIVE_UP:
             raise WorkerError(
                 f"the {post.name} {how}, for the {GIVE_UP}th time within a minute; it was "
                 "expected to live: see the lines above, and try rt-neds doctor"
             )
-        if len(post.deaths) > 1 and now - post.started < SETTLED_S:
+        if len(post.deaths) > 1 and at_once:
             post.not_before = now + 0.05 * 2 ** len(post.deaths)
-        self._board.note_restart()
-        self._say(f"the {post.name} (process {process.pid}) {how}; another takes its place")
 
     def _end(self) -> None:
         for post in reversed(self._posts):

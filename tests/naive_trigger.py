@@ -9,7 +9,7 @@ def holds(tree, values):
     """Whether a condition is true; ``None`` anywhere a value is not a number."""
     kind = tree[0]
     if kind in ("<", "<=", ">", ">="):
-        _, name, number = tree
+        _, name, number, _turned = tree
         value = values[name]
         if not math.isfinite(value):
             return None
@@ -25,7 +25,9 @@ def written(tree):
     """A tree as one would write it."""
     kind = tree[0]
     if kind in ("<", "<=", ">", ">="):
-        return f"{tree[1]} {kind} {tree[2]!r}"
+        _, name, number, turned = tree
+        order = kind.translate(str.maketrans("<>", "><"))
+        return f"{number!r} {order} {name}" if turned else f"{name} {kind} {number!r}"
     if kind == "not":
         return f"not ({written(tree[1])})"
     return "(" + f" {kind} ".join(written(part) for part in tree[1:]) + ")"

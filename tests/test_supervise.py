@@ -1,5 +1,6 @@
 """A worker that fails by itself is replaced as one that is killed: a GPU that is gone, say."""
 
+import errno
 import os
 import signal
 
@@ -125,3 +126,37 @@ def test_a_word_that_a_worker_could_not_finish_is_no_word(tmp_path):
     supervisor = Supervisor([("worker", work)], Board(["p"], 1), 60_000, lambda line: None)
     supervisor.run(lambda: (tmp_path / "heard").exists())
     assert (tmp_path / "heard").read_text() == "{'p': ['whole']}"
+
+
+@pytest.mark.parametrize("failures", [1, GIVE_UP])
+def test_a_system_that_cannot_fork_now_is_asked_again(tmp_path, monkeypatch, failures):
+    """Of memory, or of processes, there may be too few for a moment."""
+    said, fork, may = [], os.fork, iter([True] + failures * [False])
+
+    def fork_or_not():
+        if next(may, True):
+            return fork()
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    def first(line):
+        while not line.stop():
+            signal.sigtimedwait([signal.SIGUSR1], 0.01)
+        (tmp_path / "ended").touch()
+
+    def second(line):
+        (tmp_path / "lives").write_text(str(line.restarts))
+        first(line)
+
+    monkeypatch.setattr(os, "fork", fork_or_not)
+    board = Board(["p"], 2)
+    supervisor = Supervisor([("first", first), ("second", second)], board, 60_000, said.append)
+    if failures < GIVE_UP:
+        supervisor.run((tmp_path / "lives").exists)
+        assert (tmp_path / "lives").read_text() == "0"
+        assert board.restarts == 0
+        assert len(said) == 1
+        assert "the second could not begin (Resource temporarily unavailable)" in said[0]
+    else:
+        with pytest.raises(WorkerError, match="second could not begin .*for the 5th time"):
+            supervisor.run((tmp_path / "lives").exists)
+    assert (tmp_path / "ended").exists()

@@ -57,6 +57,7 @@ comparisons = st.tuples(
     st.sampled_from(["<", "<=", ">", ">="]),
     st.sampled_from([n for n in NAMES if n[-1] not in "b2"]),
     st.integers(-2, 2).map(lambda n: n / 2),
+    st.booleans(),  # the number first
 )
 trees = st.recursive(
     comparisons,
