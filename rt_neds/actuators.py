@@ -32,7 +32,7 @@ from rt_neds.devices import (
     Ttl,
     UnansweredError,
 )
-from rt_neds.errors import ConfigError
+from rt_neds.errors import BundleError, ConfigError, RtNedsError
 from rt_neds.serve_config import ServeConfig
 from rt_neds.stream.board import shared
 from rt_neds.stream.decoder import schema_outputs
@@ -288,6 +288,8 @@ def prepare(
     ------
     ConfigError
         A condition that cannot be read, or that no session of the bundle can answer.
+    BundleError
+        No session can be shown the live behaviours.
     """
     rules = rules_of({one.probe: one.trigger for one in configs})
     actuators, triggers = Actuators(rules, say), {}
@@ -300,17 +302,22 @@ def prepare(
 
 
 def _check(rules: Sequence[Rule], config: ServeConfig, spec: BundleSpec) -> None:
-    """Which session comes may not be known yet: one of them must have what is asked for."""
+    """Which session comes may not be known yet: one of them must have what is asked for.
+
+    A session that cannot be shown the live behaviours will not be served, and is not asked.
+    """
     sessions = [spec.session(config.session)] if config.session else spec.sessions
-    wrong: ConfigError | None = None
+    wrong: RtNedsError | None = None
     for session in sessions:
-        names = value_names(schema_outputs(spec, session, config.live))
         try:
+            names = value_names(schema_outputs(spec, session, config.live))
             for rule in rules:
                 parse_condition(rule.config.when, names, f"trigger {rule.name}")
             return
-        except ConfigError as error:
+        except BundleError as error:
             wrong = wrong or error
+        except ConfigError as error:
+            wrong = wrong if isinstance(wrong, ConfigError) else error
     assert wrong is not None
     raise wrong
 

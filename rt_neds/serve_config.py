@@ -143,11 +143,13 @@ def refuse_overruled(config: ServeConfig, given: Iterable[str]) -> None:
     """
     names = config.probe.split() or list(config.probes)
     for key in given:
-        own = [getattr(config.probes.get(name), key, "") for name in names]
-        if own and all(own) and own != [getattr(config, key)] * len(own):
+        said = getattr(config, key)
+        own = {name: getattr(config.probes.get(name), key, "") for name in names}
+        if all(own.values()) and (others := [name for name in names if own[name] != said]):
+            which = f"probes.{others[0]}.{key}"
             raise ConfigError(
-                f"--{key} {getattr(config, key)} with probes.{names[0]}.{key} = {own[0]}, which "
-                f"goes before it; leave one out, or --set probes.{names[0]}.{key}=..."
+                f"--{key} {said} with {which} = {own[others[0]]}, which goes before it; leave one "
+                f"out, or --set {which}=..."
             )
 
 

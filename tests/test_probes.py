@@ -19,7 +19,7 @@ from rt_neds.errors import ConfigError
 from rt_neds.frames import BinnedFrame, DecodedFrame, Flag
 from rt_neds.replay import batches
 from rt_neds.serve import serve
-from rt_neds.serve_config import ServeConfig, each_probe
+from rt_neds.serve_config import ServeConfig, each_probe, refuse_overruled
 from rt_neds.session import load_session
 from rt_neds.stream.decoder import Decoder, decode_together, make_step
 from rt_neds.stream.fused import FusedStep
@@ -75,6 +75,20 @@ def test_an_option_that_a_table_overrules_is_refused(tmp_path, capsys):
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert "--source rtneds://a:2 with probes.imec0.source = rtneds://a:1" in told
+
+
+def test_only_what_says_something_else_is_said_in_vain():
+    tables = {"a": {"source": "rtneds://a:1"}, "b": {"source": "rtneds://b:1"}, "c": {}}
+
+    def refuse(probe, source):
+        given = {"probe": probe, "source": source}
+        table = {"bundle": "b", "probes": tables, **given}
+        refuse_overruled(parse_config(table, ServeConfig, "test"), given)
+
+    refuse("a", "rtneds://a:1")
+    refuse("a b c", "rtneds://c:1")  # which is of c
+    with pytest.raises(ConfigError, match="with probes.b.source = rtneds://b:1, which goes before"):
+        refuse("a b", "rtneds://a:1")
 
 
 @pytest.fixture(scope="module")

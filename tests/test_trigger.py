@@ -99,10 +99,22 @@ def test_a_condition_means_what_its_tree_means(tree, rows):
         ("not licks > 1 and licks > 1", [], False),
         ("'block.a b' >= 1e0 and block.0.2 < +2", [0, 0, 0, 0, 0, 1, 1], True),
         ("wheel_speed.sd > 0.25", [0, 0.5], True),
+        ('"block.a b" >= 1', [0, 0, 0, 0, 0, 1, 1], True),
+        ("\n  licks > -1\n", [], True),
     ],
 )
 def test_examples(text, values, true):
     took, _ = made([frame(0, values)], when=text)
+    assert bool(took[0]) is true
+
+
+@pytest.mark.parametrize("true", [True, False])
+def test_the_deepest_condition_is_still_found_right(true):
+    text = "licks > 1 or licks < 1 and (" * MAX_DEPTH + "licks < 1" + ")" * MAX_DEPTH
+    took, _ = made([frame(0, [])], when=text if true else text.replace("(licks <", "(licks >"))
+    assert bool(took[0]) is true
+    text = "not " * MAX_DEPTH + f"choice.left {'>' if true else '<'} -1"
+    took, _ = made([frame(0, [])], when=text)
     assert bool(took[0]) is true
 
 

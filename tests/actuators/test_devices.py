@@ -1,5 +1,6 @@
 """Each device by itself: what it believes, how long its pulses are, whom it asks anew."""
 
+import socket
 import time
 
 import pytest
@@ -95,5 +96,58 @@ def test_a_connection_to_spikeglx_is_kept_from_falling_asleep():
     device = nido(server.address)
     device.keep()
     assert server.heard == ["NOOP\n"]
+    device.close()
+    server.close()
+
+
+def test_a_gui_that_no_longer_acquires_is_not_asked_for_more_pulses(monkeypatch):
+    monkeypatch.setattr(devices, "ANSWER_S", WAIT_S)
+    server, until_ns = NetworkEvents(), time.monotonic_ns() + round(WAIT_S * 1e9)
+    device = ttl(server.address)
+    device.on(until_ns)
+    server.acquires = False
+    device.off()
+    with pytest.raises(NoAnswerError, match="does not acquire"):
+        device.on(until_ns)
+    device.close()
+    server.close()
+
+
+def test_spikeglx_may_be_named_by_an_ipv6_address():
+    try:
+        silent = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("no IPv6 here")
+    device = nido(f"[::1]:{silent.getsockname()[1]}")
+    with pytest.raises(UnansweredError):  # it was reached
+        device.keep()
+    device.close()
+    silent.close()
+
+
+def test_an_address_that_is_none_is_told_in_words():
+    device = ttl("tcp://127.0.0.1:line1")
+    with pytest.raises(NoAnswerError, match="tcp://127.0.0.1:line1: "):
+        device.keep()
+
+
+def test_a_line_that_is_high_stays_so_while_its_device_is_kept_awake(monkeypatch):
+    monkeypatch.setattr(devices, "ANSWER_S", WAIT_S)
+    server = NetworkEvents()
+    device = ttl(server.address)
+    device.on(time.monotonic_ns() + round(WAIT_S * 1e9))
+    device.keep()
+    assert server.heard == ["TTL Line=1 State=1"]
+    device.close()
+    server.close()
+
+
+def test_whether_open_ephys_may_do_it_yet_is_known(monkeypatch):
+    server, until_ns = NetworkEvents(), time.monotonic_ns() + round(WAIT_S * 1e9)
+    device = ttl(server.address)
+    device._acquires = True
+    server.held_up.set()
+    with pytest.raises(UnansweredError):
+        device.on(until_ns)
     device.close()
     server.close()

@@ -88,6 +88,18 @@ def test_the_digital_output_of_spikeglx(act):
     server.server_close()
 
 
+def test_a_rule_does_all_that_it_names(act):
+    events, server = NetworkEvents(), CommandServer()
+    actuators = act(
+        ttl=TtlConfig(line=1, to=events.address),
+        nido=NidoConfig(lines="x", bits=1, to=server.address),
+    )
+    fire(actuators)
+    until(lambda: [of["done"] for of in actuators.status("p").values()] == [1, 1])
+    server.close()
+    events.close()
+
+
 def test_spikeglx_refuses_or_is_not_there(act):
     server, said = CommandServer(b"ERROR NIDOSET: no such line\n"), []
     actuators = act(said, nido=NidoConfig(lines="x", bits=1, to=server.address))
@@ -175,14 +187,15 @@ def test_what_waits_is_bounded_and_handing_over_never_waits(act):
         fire(actuators)
     assert actuators.status("p")["go.nido"]["dropped"] >= 30
 
-    rules = rules_of({"p": {"go": rule(ttl=TtlConfig(line=1))}})
-    apart = Actuators(rules, print)
+    lines = {name: rule(ttl=TtlConfig(line=n)) for n, name in enumerate(("stay", "go"), 1)}
+    apart = Actuators(rules_of({"p": lines}), print)
     apart.connect()  # and nobody at the other end
     for _ in range(100_000):
-        fire(apart)
+        fire(apart, rule=1)
         if dropped := apart.status("p")["go.ttl"]["dropped"]:
             break
     assert dropped == 1
+    assert apart.status("p")["stay.ttl"]["dropped"] == 0
     silent.close()
 
 
@@ -215,6 +228,25 @@ def test_each_probe_has_its_own_rules_and_each_rule_its_own_line(tiny):
     prepare([one("p", "a", 1)], {"b": spec}, print)  # one of them can answer
     with pytest.raises(ConfigError, match="trigger a: 'speed'"):
         prepare([one("p", "a", 1, session="blind")], {"b": spec}, print)
+
+
+def test_a_rule_asks_for_what_is_decoded_and_not_for_what_is_shown(tiny):
+    spec = load_spec(tiny[1] / "bundle")
+    speed, choice = spec.behaviours
+    blind = replace(spec.session(), id="blind", behaviours=["choice"])
+    spec = replace(
+        spec, sessions=[blind, spec.session()], behaviours=[replace(speed, live=True), choice]
+    )
+
+    def serve_if(when):
+        rules = {"go": TriggerConfig(when=when)}
+        prepare(
+            [ServeConfig(probe="p", bundle="b", live=["speed"], trigger=rules)], {"b": spec}, print
+        )
+
+    serve_if("choice.left > 0.5")  # of the session that can be shown the speed
+    with pytest.raises(ConfigError, match="trigger go: 'speed'.*outputs choice.left, choice.right"):
+        serve_if("speed > 1")
 
 
 def test_rules_of_a_probe_share_its_marker_stream(monkeypatch):
