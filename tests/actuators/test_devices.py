@@ -143,10 +143,12 @@ def test_a_line_that_is_high_stays_so_while_its_device_is_kept_awake(monkeypatch
 
 
 def test_whether_open_ephys_may_do_it_yet_is_known(monkeypatch):
+    monkeypatch.setattr(devices, "ANSWER_S", WAIT_S)
     server, until_ns = NetworkEvents(), time.monotonic_ns() + round(WAIT_S * 1e9)
     device = ttl(server.address)
-    device._acquires = True
+    device.on(until_ns)
     server.held_up.set()
+    monkeypatch.setattr(devices, "ANSWER_S", 0.05)
     with pytest.raises(UnansweredError):
         device.on(until_ns)
     device.close()
