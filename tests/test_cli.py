@@ -109,6 +109,7 @@ def test_simulate_by_command_carries_its_ideal(capsys, tmp_path):
             ]
         ),
         (["watch", "--probe", "p", "--connect", "nonsense", "--seconds", "1"], "cannot connect"),
+        (["watch", "--probe", "p", "--seconds", "0"], "seconds 0; more than 0 was expected"),
         (["bench", "step", "--units", "0"], "units >= 1"),
         (["simulate", "--out", "/no/such/folder/s.h5", "--units", "5", "--minutes", "1"], ""),
     ],

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from rt_neds import watch
 from rt_neds.frames import DecodedFrame
+from rt_neds.health import Finding
 from rt_neds.stream.publisher import Note
-from rt_neds.watch import View
+from rt_neds.watch import SHOWN, View, describe, spark
+
+MS = 1_000_000
 
 STAMPS = {"sent": 1, "received": 1, "binned": 1, "decoded": 1, "published": 2}
 
@@ -21,9 +25,10 @@ def schema(*names, model="m"):
     return Note("schema", {"bin_ms": 20.0, "rate": 3e4, "model": model, "outputs": outputs})
 
 
-def frame(*means, bin_=5, model="m"):
+def frame(*means, bin_=5, model="m", epoch=1, **stamps):
     values_V = np.repeat(np.array(means, np.float32), 2)
-    return DecodedFrame("p", 1, bin_, 3600, values_V, 0, 3, 0, 0, 0, model, dict(STAMPS))
+    stamps = {**STAMPS, **stamps}
+    return DecodedFrame("p", epoch, bin_, 3600, values_V, 0, 3, 0, 0, 0, model, stamps)
 
 
 def view(*messages):
@@ -74,6 +79,87 @@ def test_frames_before_any_schema_are_counted():
     assert (one.frames, one.holes) == (2, 2)
     one.take(schema("x", "y"))
     assert "waits for spikes" in screen(one)
+
+
+def test_an_acquisition_that_begins_anew_leaves_no_hole():
+    one = view(frame(1, bin_=5), frame(1, bin_=900, epoch=2), frame(1, bin_=903, epoch=2))
+    assert one.summary()["holes"] == 2
+
+
+def test_latency_is_counted_from_when_spikes_came_and_from_when_values_went(monkeypatch):
+    monkeypatch.setattr(watch.time, "monotonic_ns", lambda: 30 * MS)
+    one = view(schema("x"), frame(1, received=2 * MS, binned=7 * MS, published=10 * MS))
+    assert one.summary()["receive_to_publish_ms"] == dict.fromkeys(
+        ("p50", "p99", "p99_9", "max"), 8
+    )
+    assert one.publish_to_screen.percentiles_ms()["max"] == 20
+    assert "receive to publish   8.00" in screen(one)
+
+
+def test_the_time_on_the_screen_is_that_of_the_recording():
+    assert "bin 5  0.12 s  3 spikes" in screen(view(schema("x"), frame(7)))
+
+
+def test_the_line_of_a_value_goes_from_its_lowest_to_its_highest():
+    shown = screen(view(schema("x"), *(frame(x, bin_=n) for n, x in enumerate([4, 2, 3, 4]))))
+    assert "█ ▄█" in shown
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "high", "width", "line"),
+    [
+        ([], 0, 1, 9, ""),
+        ([2, 2], 2, 2, 9, ""),
+        ([-1, 0, 0.5, 1, 7], 0, 1, 9, "  ▄██"),
+        ([9, 9, 0, 0, 0, 1, 1, 1], 0, 1, 3, " █"),  # the newest are all there
+    ],
+)
+def test_lines(values, low, high, width, line):
+    assert spark(values, low, high, width) == line
+
+
+@pytest.mark.parametrize(
+    ("output", "values", "words"),
+    [
+        ({"kind": "continuous", "unit": "m/s"}, [1, 0.25], "1.00 ± 0.25 m/s"),
+        ({"kind": "poisson"}, [0.25], "0.250 per bin"),
+        ({"kind": "categorical", "classes": ["left", "right"]}, [0.25, 0.75], "right 0.75"),
+    ],
+)
+def test_a_value_in_words(output, values, words):
+    assert describe(output, values) == words
+
+
+def test_probabilities_are_drawn_from_nought_to_one():
+    told = schema("choice")
+    told.fields["outputs"][0] |= {"kind": "categorical", "classes": ["left", "right"]}
+    assert "▄▄▄" in screen(view(told, *(frame(0.5, bin_=n) for n in range(3))))
+
+
+def test_the_status_is_on_the_screen(monkeypatch):
+    monkeypatch.setattr(watch.time, "monotonic_ns", lambda: 9_000 * MS)
+    rules = {
+        "go": {"fired": 3, "refused": 1, "fired_ns": 6_500 * MS, "why": []},
+        "stay": {"fired": 0, "refused": 0, "fired_ns": 0, "why": []},
+    }
+    status = {"source_counters": {"lost": 4, "malformed_spikes": 1, "malformed_source": 2},
+              "bin_counters": {"bins": 90}, "triggers": rules}  # fmt: skip
+    shown = screen(view(Note("status", status)))
+    assert "trigger go: fired 3, the last 2.5 s ago; refused 1" in shown
+    assert "trigger stay: fired 0; refused 0" in shown
+    assert "since the start: bins 90  lost 4  malformed 3  late spikes 0" in shown
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_the_worst_findings_are_shown_and_the_rest_are_counted(monkeypatch, more):
+    found = [Finding("wrong", "number 0"), *(Finding("note", f"number {n}") for n in range(1, 9))]
+    found = found[: SHOWN + more]
+    monkeypatch.setattr("rt_neds.health.Health.findings", lambda self, now: found)
+    one = view(schema("x"), frame(7))
+    shown = screen(one)
+    assert [f"number {n}" in shown for n in range(9)] == [n < SHOWN for n in range(9)]
+    assert ("and 1 more" in shown) == bool(more)
+    assert one._health().border_style == "red"
 
 
 def test_all_is_well_only_once_something_was_decoded(monkeypatch):
