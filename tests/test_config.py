@@ -96,6 +96,16 @@ def test_times_that_nobody_can_wait_for_are_told_in_one_line(key, value):
     assert "\n" not in str(caught.value)
 
 
+def test_bins_are_not_held_open_for_longer_than_memory_lasts():
+    with pytest.raises(ConfigError, match="lateness_ms 60001; 0 to 60000 ms can be had"):
+        load_config(None, ServeConfig, ("lateness_ms=60001",))
+
+
+def test_a_device_is_one_of_two():
+    with pytest.raises(ConfigError, match="device 'gpu'; expected 'cpu' or 'cuda'"):
+        load_config(None, ServeConfig, ("device=gpu",))
+
+
 @pytest.mark.parametrize("key", ["stale_ms", "slip_ms", "hang_ms"])
 def test_times_that_must_not_be_zero(key):
     with pytest.raises(ConfigError, match=f"{key} 0; .* can be had"):

@@ -3,6 +3,8 @@
 import errno
 import os
 import signal
+import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,6 +46,90 @@ def test_who_ends_all_processes_at_once_is_not_told_that_they_died(tmp_path):
     assert board.restarts == 0
 
 
+def live(line, seconds=60.0):
+    """Give signs of life until told to stop."""
+    until = time.monotonic() + seconds
+    while not line.stop() and time.monotonic() < until:
+        signal.sigtimedwait([signal.SIGUSR1], 0.01)
+
+
+def test_one_that_hangs_is_replaced_and_who_has_much_to_load_is_not(tmp_path):
+    hang_s, said = 0.8, []
+
+    def work(line):
+        if line.writer == 0:
+            live(line, 0.1)
+            time.sleep(60)
+        time.sleep(1.25 * hang_s)  # its first sign of life is still to come
+        live(line, 0.1)
+        line.starting()
+        time.sleep(1.25 * hang_s)
+        live(line, 0.3)
+        (tmp_path / "lives").write_text(str(line.restarts))
+        live(line)
+
+    began, board = time.monotonic(), Board(["p"], 1)
+    supervisor = Supervisor([("worker", work)], board, 1000 * hang_s, said.append)
+    supervisor.run((tmp_path / "lives").exists)
+    assert time.monotonic() - began > 3.5 * hang_s
+    assert len(said) == board.restarts == 1
+    assert "gave no sign of life" in said[0]
+    assert (tmp_path / "lives").read_text() == "1"
+
+
+def test_nobody_is_silent_while_the_whole_machine_sleeps(tmp_path, monkeypatch):
+    now, board = [0.0], Board(["p"], 1)
+    monkeypatch.setattr(supervise, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def work(line):
+        line.stop()
+        time.sleep(0.5)
+        (tmp_path / "lives").touch()
+        live(line)
+
+    def stop():
+        now[0] += 100
+        return (tmp_path / "lives").exists()
+
+    Supervisor([("worker", work)], board, 60_000, lambda line: None).run(stop)
+    assert board.restarts == 0
+
+
+def test_the_last_to_begin_is_the_first_to_end_and_who_does_not_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervise, "END_S", 1.5)
+
+    def work(name):
+        def work(line):
+            (tmp_path / name).write_text(str(os.getpid()))
+            live(line)
+            with (tmp_path / "ended").open("a") as file:
+                file.write(name)
+            time.sleep(60 * (name == "b"))
+
+        return name, work
+
+    supervisor = Supervisor([work(name) for name in "abc"], Board(["p"], 3), 60_000, print)
+    supervisor.run(lambda: all((tmp_path / name).exists() for name in "abc"))
+    assert (tmp_path / "ended").read_text() == "cba"
+    for name in "abc":
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / name).read_text()), 0)
+
+
+def test_a_key_that_ends_the_parent_is_not_for_the_workers(tmp_path):
+    said = []
+
+    def work(line):
+        os.kill(os.getpid(), signal.SIGINT)
+        live(line, 0.1)
+        (tmp_path / "lives").touch()
+        live(line)
+
+    supervisor = Supervisor([("worker", work)], Board(["p"], 1), 60_000, said.append)
+    supervisor.run((tmp_path / "lives").exists)
+    assert said == []
+
+
 def dying(monkeypatch, tmp_path, **constants):
     """Let a worker die until it is given up, eight times at the most."""
     for name, value in constants.items():
@@ -69,6 +155,13 @@ def test_one_that_dies_now_and_then_is_replaced_each_time(tmp_path, monkeypatch)
     assert len(list(tmp_path.iterdir())) == 8
 
 
+def test_one_that_dies_at_once_is_not_begun_at_once_again_and_again(tmp_path, monkeypatch):
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match="for the 4th time"):
+        dying(monkeypatch, tmp_path, GIVE_UP=4)
+    assert time.monotonic() - began > 0.2 + 0.4
+
+
 def test_what_a_person_must_mend_ends_it(tmp_path):
     def work(line):
         raise DeviceError("no such card; expected one: choose device = cpu")
@@ -86,8 +179,7 @@ def test_one_that_is_killed_is_named_with_its_signal(tmp_path):
         if line.writer == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         (tmp_path / "lives").touch()
-        while not line.stop():
-            signal.sigtimedwait([signal.SIGUSR1], 0.01)
+        live(line)
 
     supervisor = Supervisor([("worker", work)], Board(["p"], 1), 60_000, said.append)
     supervisor.run(lambda: (tmp_path / "lives").exists())
@@ -105,8 +197,7 @@ def test_what_is_remembered_may_be_long(tmp_path, units):
             line.remember("p", ["session", 3e4, ids])
             os.kill(os.getpid(), signal.SIGKILL)
         (tmp_path / "heard").write_text(str(line.heard == {"p": ["session", 3e4, ids]}))
-        while not line.stop():
-            signal.sigtimedwait([signal.SIGUSR1], 0.01)
+        live(line)
 
     supervisor = Supervisor([("worker", work)], Board(["p"], 1), 60_000, lambda line: None)
     supervisor.run(lambda: (tmp_path / "heard").exists())
@@ -120,8 +211,7 @@ def test_a_word_that_a_worker_could_not_finish_is_no_word(tmp_path):
             line._words.sendall(b'["heard", "q", ["half')
             os.kill(os.getpid(), signal.SIGKILL)
         (tmp_path / "heard").write_text(str(line.heard))
-        while not line.stop():
-            signal.sigtimedwait([signal.SIGUSR1], 0.01)
+        live(line)
 
     supervisor = Supervisor([("worker", work)], Board(["p"], 1), 60_000, lambda line: None)
     supervisor.run(lambda: (tmp_path / "heard").exists())
@@ -139,8 +229,7 @@ def test_a_system_that_cannot_fork_now_is_asked_again(tmp_path, monkeypatch, fai
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
     def first(line):
-        while not line.stop():
-            signal.sigtimedwait([signal.SIGUSR1], 0.01)
+        live(line)
         (tmp_path / "ended").touch()
 
     def second(line):

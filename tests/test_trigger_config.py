@@ -64,6 +64,8 @@ def test_a_rule_listens_to_one_probe():
     with pytest.raises(ConfigError, match="trigger go: probe .not named.; name one of p, q"):
         each_probe(parse_config(table, ServeConfig, "test"))
     table["trigger"]["go"]["probe"] = "q"
+    with pytest.raises(ConfigError, match="trigger go: probe q; name one of p: a rule"):
+        each_probe(parse_config({**table, "probe": "p"}, ServeConfig, "test"))
     first, second = each_probe(parse_config(table, ServeConfig, "test"))
     assert (list(first.trigger), list(second.trigger)) == ([], ["go"])
 
