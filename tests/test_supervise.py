@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from rt_neds import supervise
-from rt_neds.errors import DeviceError
+from rt_neds.errors import ConfigError, DeviceError
 from rt_neds.stream.board import Board
 from rt_neds.supervise import CAN_FORK, GIVE_UP, Supervisor, WorkerError
 
@@ -162,14 +162,15 @@ def test_one_that_dies_at_once_is_not_begun_at_once_again_and_again(tmp_path, mo
     assert time.monotonic() - began > 0.2 + 0.4
 
 
-def test_what_a_person_must_mend_ends_it(tmp_path):
+@pytest.mark.parametrize("kind", [DeviceError, ConfigError])
+def test_what_a_person_must_mend_ends_it(kind):
     def work(line):
-        raise DeviceError("no such card; expected one: choose device = cpu")
+        raise kind("no such card; expected one: choose device = cpu")
 
     supervisor = Supervisor([("worker", work)], Board(["p"], 1), 60_000, lambda line: None)
     with pytest.raises(WorkerError, match="no such card") as caught:
         supervisor.run(lambda: False)
-    assert caught.value.exit_code == DeviceError.exit_code
+    assert caught.value.exit_code == kind.exit_code
 
 
 def test_one_that_is_killed_is_named_with_its_signal(tmp_path):
@@ -210,12 +211,15 @@ def test_a_word_that_a_worker_could_not_finish_is_no_word(tmp_path):
             line.remember("p", ["whole"])
             line._words.sendall(b'["heard", "q", ["half')
             os.kill(os.getpid(), signal.SIGKILL)
+        if line.writer == 1:
+            line.remember("r", ["also whole"])
+            os.kill(os.getpid(), signal.SIGKILL)
         (tmp_path / "heard").write_text(str(line.heard))
         live(line)
 
     supervisor = Supervisor([("worker", work)], Board(["p"], 1), 60_000, lambda line: None)
     supervisor.run(lambda: (tmp_path / "heard").exists())
-    assert (tmp_path / "heard").read_text() == "{'p': ['whole']}"
+    assert (tmp_path / "heard").read_text() == "{'p': ['whole'], 'r': ['also whole']}"
 
 
 @pytest.mark.parametrize("failures", [1, GIVE_UP])
