@@ -45,7 +45,7 @@ def heard(folder, speed):
     return frames, stamps, result
 
 
-@pytest.mark.parametrize("speed", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("speed", [0.0, 0.5, 1.0, 4.0])
 def test_it_is_sent_as_it_came(tmp_path, speed):
     write_capture(tmp_path, MESSAGES)
     frames, stamps, result = heard(tmp_path, speed)
