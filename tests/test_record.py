@@ -93,6 +93,7 @@ def test_everything_on_both_streams_is_written_whatever_it_is(tmp_path, how):
         [b"\xff\xfe", b"", b"x" * 100_000],
         [b"spikes/other", b"1"],
     ]
+    began = time.monotonic()
     with Recording(tmp_path / "c", "--json", "-", "--max-file-mb", "0.05") as one:
         before = time.monotonic_ns()
         for message in garbage:
@@ -113,6 +114,7 @@ def test_everything_on_both_streams_is_written_whatever_it_is(tmp_path, how):
     assert reader.damage == ""
     assert reader.ended["why"] == "stopped"
     assert reader.about["probe"] == "imec0"
+    assert 0 < summary["seconds"] < time.monotonic() - began
     assert summary["files"] == len(list((tmp_path / "c").iterdir())) > 1
     assert all(before < m.received_ns < time.monotonic_ns() for m in reader)
 
@@ -185,6 +187,16 @@ def test_a_disk_that_takes_no_more_ends_it_in_one_line_and_keeps_the_rest(tmp_pa
     assert [frames[1] for _, frames in messages] == [b"%d" % n for n in range(len(messages))]
     assert 180 <= len(messages) < 200  # each has a little over 1000 bytes
     assert "cut short" in reader.damage
+
+
+def test_a_disk_that_takes_no_more_in_the_very_end_is_no_success(tmp_path):
+    pytest.importorskip("resource", reason="no limits on the size of files here")
+    with Recording(tmp_path / "c", limit=200_000) as one:
+        for n in range(300):
+            one.spikes.send_multipart([b"spikes/imec0", b"%d" % n, bytes(1000)])
+        code, _, err = one.end()
+    assert code == 1
+    assert err.startswith("rt-neds: cannot write to ")
 
 
 FULL_DISK = """
