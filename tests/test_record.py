@@ -331,6 +331,28 @@ def test_mistakes_are_told_in_one_line(capsys, tmp_path, monkeypatch, args, word
     assert not (tmp_path / "c").exists()
 
 
+def test_it_stops_when_told_and_says_what_never_came(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping.signal, "signal", lambda *_: None)
+    source, decoded = (f"tcp://127.0.0.1:{free_port()}" for _ in range(2))
+    args = ["record", "--probe", "p", "--out", str(tmp_path / "c"), "--source", source]
+    args += ["--decoded", decoded, "--min-free-gb", "0", "--seconds", "0.4"]
+    began = time.monotonic()
+    assert cli.main(args) == 0
+    assert time.monotonic() - began > 0.4
+    told = capsys.readouterr().err.splitlines()
+    assert told[1].startswith("0 messages of the spike stream and 0 decoded, ")
+    assert [line.partition(" was")[0] for line in told[2:]] == [
+        f"nothing came from {source}:", f"nothing came from {decoded}:"
+    ]  # fmt: skip
+
+
+def test_a_disk_with_less_than_is_to_stay_free_is_not_begun_on(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping.signal, "signal", lambda *_: None)
+    args = ["record", "--probe", "p", "--out", str(tmp_path / "c"), "--min-free-gb", "1e8"]
+    assert cli.main(args) == 1
+    assert "and 1e+08 are to stay so; recording stopped" in capsys.readouterr().err
+
+
 def test_recording_needs_no_torch():
     code = "import sys, rt_neds.record, rt_neds.stream.raw; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
