@@ -151,6 +151,17 @@ def test_a_tail_of_zeros_as_a_power_cut_leaves_it_is_no_record(tmp_path):
     assert "length of 0" in reader.damage
 
 
+def test_the_longest_record_is_read_back_and_no_longer_one_is_read_for(tmp_path):
+    frame = bytes(MAX_RECORD_BYTES - struct.calcsize("<qHHI"))
+    write_capture(tmp_path, [(1, Stream.SPIKES, (frame,))])
+    assert contents(Capture(tmp_path)) == [(1, Stream.SPIKES, (frame,))]
+    with open(tmp_path / "000000.capture", "ab") as file:
+        file.write(struct.pack("<II", MAX_RECORD_BYTES + 1, 0))
+    reader = Capture(tmp_path)
+    assert len(contents(reader)) == 1
+    assert f"a length of {MAX_RECORD_BYTES + 1} bytes" in reader.damage
+
+
 def test_a_missing_file_and_a_foreign_one_are_noticed(tmp_path):
     messages = [(n, Stream.SPIKES, (bytes([n]),)) for n in range(4)]
     write_capture(tmp_path / "a", messages, max_file=1)
