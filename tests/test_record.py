@@ -319,6 +319,7 @@ def test_a_failure_of_the_disk_reaches_whoever_hands_over(monkeypatch):
         (["--seconds", "0"], "more than 0"),
         (["--source", "nonsense"], "cannot connect"),
         (["--decoded", "rtneds://x"], "cannot connect"),
+        (["--source", "tcp://127.0.0.1:71106"], "port 71106; 1 to 65535 was expected"),
     ],
 )
 def test_mistakes_are_told_in_one_line(capsys, tmp_path, monkeypatch, args, words):

@@ -10,7 +10,7 @@ from rt_neds.clock import monotonic_ns
 from rt_neds.errors import StreamError
 from rt_neds.frames import SPIKE_DTYPE
 from rt_neds.stream.receiver import QUEUE
-from rt_neds.stream.sender import Sender
+from rt_neds.stream.sender import Sender, check_port
 from rt_neds.wire import MAX_SPIKES
 
 
@@ -31,6 +31,8 @@ class RawListener:
     """
 
     def __init__(self, endpoints: Sequence[str], queue: int = QUEUE) -> None:
+        for endpoint in endpoints:
+            check_port(endpoint)
         self._poller = zmq.Poller()
         self._sockets: list[zmq.Socket] = []
         for endpoint in endpoints:
