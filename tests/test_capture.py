@@ -178,6 +178,26 @@ def test_a_missing_file_and_a_foreign_one_are_noticed(tmp_path):
         Capture(tmp_path / "a")
 
 
+def test_messages_that_are_missing_between_files_are_noticed(tmp_path):
+    record = pack_record(1, Stream.SPIKES, [b"x" * 100])
+    write_capture(tmp_path, [(1, Stream.SPIKES, (b"x" * 100,))] * 5, max_file=3 * len(record))
+    path = tmp_path / "000000.capture"
+    path.write_bytes(path.read_bytes()[: -len(record)])
+    reader = Capture(tmp_path)
+    assert len(contents(reader)) == 2
+    assert reader.damage == "000001.capture at byte 0: it follows 3 messages, not 2"
+
+
+def test_only_the_note_of_its_end_ends_a_capture(tmp_path):
+    write_capture(tmp_path, [])
+    path = tmp_path / "000000.capture"
+    data = path.read_bytes()
+    begin, _ = places(data)[-1]
+    path.write_bytes(data[:begin] + pack_record(1, Stream.NOTE, [b"mark", b"\x80"]))
+    reader = Capture(tmp_path)
+    assert (contents(reader), reader.damage, reader.ended) == ([], "", None)
+
+
 def test_a_body_that_another_program_packed_wrongly_is_damage(tmp_path):
     def checked(body):
         length = struct.pack("<I", len(body))
