@@ -91,6 +91,8 @@ def test_a_condition_means_what_its_tree_means(tree, rows):
     [
         ("wheel_speed<-0.5", [-1], True),
         ("0.9 < choice.left and wheel_speed <= .5", [0.5, 0, 0.95], True),
+        ("0 < licks or 0 > licks", [], False),
+        ("0 <= licks and 0 >= licks", [], True),
         ("not licks > 1 or choice.left > 2", [], True),
         ("not (licks > 1 or choice.left > -1)", [], False),
         # and binds tighter than or, not tighter than and
