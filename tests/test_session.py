@@ -82,7 +82,7 @@ def test_times_become_the_nearest_sample_at_the_files_rate_and_spikes_are_in_ord
     np.testing.assert_array_equal(session.records_S["sample"], sample_S)
     np.testing.assert_array_equal(session.records_S["unit"], sample_S % 6)
     np.testing.assert_array_equal(session.samples(sample_S / 25_000), sample_S)
-    assert session.samples([np.nan, 2.0]).tolist() == [-1, 50_000]
+    assert session.samples([np.nan, np.inf, 2.0]).tolist() == [-1, -1, 50_000]
     with h5py.File(path, "r+") as file:
         file["spikes/timestamps"][7] = np.inf
     with pytest.raises(SessionError, match="not finite"):

@@ -7,7 +7,8 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.linear_model import PoissonRegressor
 
-from offline.baselines.glm import encoding, fit_poisson, forward_1
+from offline.baselines import glm as module
+from offline.baselines.glm import LAGS_S, encoding, fit_poisson, forward_1
 from offline.metrics import bits_per_spike
 from rt_neds.errors import ConfigError
 from tests.baselines.making import binned_session
@@ -155,6 +156,60 @@ def test_what_was_not_shown_or_not_recorded_is_not_read(
         rates.append((encoding(binned, asked), forward_1(binned, asked)))
     for before, after in zip(*rates, strict=True):
         np.testing.assert_array_equal(before, after)
+
+
+def test_bins_in_which_a_behaviour_is_not_shown_are_no_place_of_it(walk_TD: NDArray) -> None:
+    rng = np.random.default_rng(9)
+    y_T = rng.normal(size=T)
+    hidden_T = np.repeat(rng.random(T // 25) < 0.4, 25)
+    wants_TN = np.stack([(np.abs(y_T) < 0.4) & ~hidden_T, hidden_T], axis=1)
+    counts_TN = rng.poisson(0.2 + 2.8 * wants_TN)
+    binned = binned_session(counts_TN, walk_TD[:, 0], "x", y=y_T)
+    binned.shown_TM[hidden_T, 2] = False
+    test = np.flatnonzero(binned.of_split("test"))
+    rate_SN = encoding(binned, test)
+    there, hidden = wants_TN[test].T
+    assert rate_SN[there, 0].mean() > 1.8
+    assert rate_SN[hidden, 0].mean() == pytest.approx(0.2, abs=0.15)
+    assert rate_SN[hidden, 1].mean() == pytest.approx(3.0, rel=0.15)
+
+
+def test_places_lie_where_training_was_shown(walk_TD: NDArray) -> None:
+    z_TD = walk_TD / walk_TD.std(axis=0)
+    shown_T, train = np.random.default_rng(10).random(T) < 0.3, np.arange(1800)
+    places_TP = module._places(np.where(shown_T[:, None], z_TD, 0.0), shown_T, train, 16)
+    np.testing.assert_array_equal(
+        places_TP[shown_T], module._places(z_TD, shown_T, train[shown_T[train]], 16)[shown_T]
+    )
+    np.testing.assert_allclose(places_TP.sum(axis=1), shown_T, atol=1e-5)
+
+
+def test_a_displacement_is_between_two_bins_that_were_shown(counts_TN: NDArray) -> None:
+    rng = np.random.default_rng(11)
+    z_T, shown_T = rng.normal(size=200), rng.random(200) < 0.6
+    found_TF = module._displacements(binned_session(counts_TN[:200], z_T), z_T, shown_T)
+    for k, lag in enumerate(round(lag_s * 50) for lag_s in LAGS_S):
+        for t in range(200):
+            known = t >= lag and shown_T[t] and shown_T[t - lag]
+            step = z_T[t] - z_T[t - lag] if known else 0.0
+            up_and_down = found_TF[t, 2 * k : 2 * k + 2]
+            np.testing.assert_allclose(up_and_down, [max(step, 0), max(-step, 0)], rtol=1e-6)
+
+
+def test_bins_are_thinned_out_where_the_table_would_be_too_large(
+    counts_TN: NDArray, walk_TD: NDArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binned, shapes, fit = binned_session(counts_TN, walk_TD[:, 0]), [], module.fit_poisson
+
+    def noted(z_TF: NDArray, *rest: NDArray) -> module.Poisson:
+        shapes.append(z_TF.shape)
+        return fit(z_TF, *rest)
+
+    monkeypatch.setattr(module, "fit_poisson", noted)
+    for most in (1800 * 36, 1800 * 36 - 1):  # six units' spikes in six boxcars
+        monkeypatch.setattr(module, "MOST_CELLS", most)
+        forward_1(binned, np.arange(10))
+    assert shapes == [(1800, 36), (900, 36)]
 
 
 def test_rates_stay_between_half_a_spike_in_training_and_the_most_seen(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from offline.baselines import gru as module
@@ -96,6 +97,26 @@ def test_what_is_live_is_read_where_it_is_known_and_not_before(
     assert decoded()[-1] != expected[-1]
 
 
+def test_what_is_live_is_read_in_sds_or_classes_beside_whether_it_is_known(
+    counts_TN: NDArray, speed_T: NDArray
+) -> None:
+    binned = binned_session(counts_TN, speed_T, side=(np.arange(T) % 3).astype(float))
+    binned.shown_TM[::5, 1:] = False
+    known_T = binned.shown_TM[:, 1]
+    train = speed_T[:1200][known_T[:1200]]
+    expected_TG = np.stack(
+        [
+            *((np.arange(T) % 3 == c) & known_T for c in range(3)),
+            known_T,
+            np.where(known_T, (speed_T - train.mean()) / train.std(), 0.0),
+            known_T,
+        ],
+        axis=1,
+    )
+    found_TG = module._observed(binned, ["side", "speed"], {"side": 3})
+    np.testing.assert_allclose(found_TG, expected_TG, atol=1e-5)
+
+
 def test_unrecorded_bins_enter_as_silence(counts_TN: NDArray, speed_T: NDArray) -> None:
     hole = slice(1650, 1700)
     silent_TN = counts_TN.copy()
@@ -141,3 +162,114 @@ def test_a_short_window_is_lengthened(
     for window in (0, 50, 160):
         gru(binned, ["speed"], np.arange(1700, 1710), window=window)
     assert seen == [80, 80, 160]
+
+
+def test_each_output_is_scored_at_its_own_bin_of_the_split_it_is_for(
+    counts_TN: NDArray, speed_T: NDArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network that gives back what it reads gives the counts of the bins it is scored at."""
+
+    class Echo(module._Net):
+        def forward(self, x_BTF, state=None):
+            return x_BTF[..., :1] + 0 * self.out.weight.sum(), None
+
+    calls, loss = [], module._loss
+
+    def noted(out_SO, at_S, binned, targets, asked):
+        calls.append((out_SO.requires_grad, out_SO.detach()[:, 0].numpy(), at_S, asked))
+        return loss(out_SO, at_S, binned, targets, asked)
+
+    drawn, draw = [], module._Starts.draw
+    monkeypatch.setattr(
+        module._Starts, "draw", lambda self, asked_S: drawn.append(asked_S) or draw(self, asked_S)
+    )
+    monkeypatch.setattr(module, "MOST_STEPS", 20)
+    monkeypatch.setattr(module, "_Net", Echo)
+    monkeypatch.setattr(module, "_loss", noted)
+    monkeypatch.setattr(module, "VALIDATION_LEAD", 70)
+    binned = binned_session(counts_TN, speed_T)
+    binned.scored_TM[[*range(300, 400), *range(1300, 1400)], 1] = False
+    gru(binned, ["speed"], np.arange(10))
+    scored = {
+        split: np.flatnonzero(binned.of_split(split) & binned.scored_TM[:, 1])
+        for split in ("train", "val")
+    }
+    read_T = np.sqrt(counts_TN[:, 0])
+    for trains, out_S, at_S, asked in calls:
+        np.testing.assert_array_equal(np.flatnonzero(asked), scored["train" if trains else "val"])
+        inside = at_S >= 0
+        offset, slope = np.polynomial.Polynomial.fit(
+            read_T[at_S[inside]], out_S[inside], 1
+        ).convert()
+        np.testing.assert_allclose(out_S[inside], offset + slope * read_T[at_S[inside]], atol=1e-4)
+        if not trains:
+            np.testing.assert_array_equal(np.intersect1d(at_S, scored["val"]), scored["val"])
+    assert {trains for trains, *_ in calls} == {True, False}
+    assert all(np.array_equal(asked_S, scored["train"]) for asked_S in drawn)
+
+
+def test_a_stretch_of_validation_has_its_own_lead(
+    counts_TN: NDArray, speed_T: NDArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "VALIDATION_LEAD", 70)
+    asked = np.zeros((T, 1), bool)
+    asked[[*range(1200, 1300), *range(1369, 1400), 1470]] = True
+    stretches = module._stretches(lambda first, stop: (first, stop), asked)
+    found = [(at[0], at[-1], *read) for at, read in stretches]
+    assert found == [(1200, 1399, 1130, 1400), (1470, 1470, 1400, 1471)]
+
+
+def test_what_is_lost_is_the_mean_over_bins_of_the_session_that_are_asked_for(
+    counts_TN: NDArray, speed_T: NDArray
+) -> None:
+    side_T = (speed_T > 500).astype(float)
+    binned = binned_session(counts_TN, speed_T, side=side_T)
+    targets = module._targets(binned, ["speed", "side"], {"side": 2})
+    out_SO = torch.from_numpy(np.random.default_rng(3).normal(size=(40, 3)))
+    asked = np.ones((T, 2), bool)
+    asked[5:9] = False
+    bins = np.r_[0:5, 9:30]
+    z_S = torch.from_numpy((speed_T[bins] - speed_T[:1200].mean()) / speed_T[:1200].std())
+    squared = ((out_SO[10 + bins, 0] - z_S) ** 2).mean()
+    log_S = out_SO[10 + bins, 1:].log_softmax(dim=1)[np.arange(26), side_T[bins].astype(int)]
+    lost = module._loss(out_SO, np.arange(-10, 30), binned, targets, asked)
+    assert float(lost) == pytest.approx(float(squared - log_S.mean()), rel=1e-5)
+
+
+def test_the_best_on_validation_is_used_and_training_ends_when_it_gets_no_better(
+    counts_TN: NDArray, speed_T: NDArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binned, asked, loss = binned_session(counts_TN, speed_T), np.arange(1600, 1650), module._loss
+    monkeypatch.setattr(module, "VALIDATE_EVERY", 2)
+    monkeypatch.setattr(module, "MOST_STEPS", 4)
+    monkeypatch.setattr(module, "PATIENCE", 3)
+    said = iter(())
+
+    def scripted(*args):
+        return loss(*args) if args[0].requires_grad else next(said)
+
+    monkeypatch.setattr(module, "_loss", scripted)
+    said = iter([5.0, 1.0])
+    at_the_second = gru(binned, ["speed"], asked)["speed"]
+    monkeypatch.setattr(module, "MOST_STEPS", 20)
+    said = iter([5.0, 1.0, 1.0, 3.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    np.testing.assert_array_equal(gru(binned, ["speed"], asked)["speed"], at_the_second)
+    assert len(list(said)) == 5
+
+
+def test_of_no_spikes_nothing_of_them_is_read(
+    counts_TN: NDArray, speed_T: NDArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_STEPS", 2)
+    depth_T = np.random.default_rng(4).normal(size=T)
+    results = [
+        gru(
+            binned_session(counts, depth_T, "depth", speed=speed_T),
+            ["speed"],
+            np.arange(1600, 1620),
+            live=["depth"],
+            spikes=False,
+        )["speed"]
+        for counts in (counts_TN, 1 + 0 * counts_TN)
+    ]
+    np.testing.assert_array_equal(*results)
