@@ -190,43 +190,6 @@ def test_noise_is_numpys_median_absolute_deviation(made):
     assert np.allclose(arrays["noise_C"][column], np.median(wants, axis=0), rtol=1e-3)
 
 
-@pytest.mark.parametrize("rate", [30_000.0, 24_414.0])
-def test_a_units_mean_has_the_sorters_sample_where_its_template_is_looked_for(rate):
-    class Ramp:  # the samples of a recording are their own numbers, and go through no filter
-        channels = ("0",)
-        reset, rows = (lambda self: None), (lambda self, samples_SC: samples_SC)
-
-        def pieces(self, first, end):
-            for at in range(first, end, 1000):
-                yield at, np.arange(at, min(at + 1000, end), dtype=np.float32)[:, None]
-
-    ramp, before = Ramp(), round(templates.BEFORE_MS * rate / 1000)
-    train = [np.array([500, 990, 1003, 2710])]
-    (mean_WC,) = templates._averages(ramp, ramp, train, 0, 4000, before, 120, lambda *_: None)
-    np.testing.assert_allclose(mean_WC[2 * before], np.mean(train))
-
-
-def test_a_template_does_not_reach_over_to_another_shank():
-    template_WC, shank_C = np.zeros((3, 100), np.float32), np.repeat([0, 1], 50)
-    template_WC[1, 40:60] = 1.0  # most of it would lie in the columns 20 to 59
-    template_WC[1, 42] = 2.0
-    assert templates._where(template_WC, shank_C) in range(3, 11)  # up to column 49 at the most
-    assert templates._where(template_WC, 0 * shank_C) == 20
-
-
-def test_dead_and_wild_channels_are_not_used():
-    rng = np.random.default_rng(0)
-    samples = np.rint(10 * rng.standard_normal((20_000, CHANNELS))).astype(np.int16)
-    samples[:, 3] = 7
-    samples[:, 9] *= 40
-    recording = si.NumpyRecording(samples, 30_000.0)
-    recording.set_probe(si.generate_recording(num_channels=CHANNELS, durations=[1]).get_probe())
-    # Two constant samples in a row would do as well: a channel without noise has no threshold.
-    _, arrays = templates.calibrate(as_raw(recording, "r"), 0, 20_000)
-    assert np.flatnonzero(arrays["noise_C"] == 0).tolist() == [9]
-    assert arrays["noise_C"][3] < 4  # what remains of a dead channel is the reference it is given
-
-
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -245,6 +208,21 @@ def test_dead_and_wild_channels_are_not_used():
             ["prepare", "spikeinterface", "--detector", "D", "--recording", "R", "--out", "S.h5"],
             "D is not a detector",
         ),
+        (
+            [
+                "prepare",
+                "spikeinterface",
+                "--analyzer",
+                "A",
+                "--detector",
+                "D",
+                "--recording",
+                "R",
+                "--out",
+                "S.h5",
+            ],
+            "expects --detector FOLDER --recording DIR, or --analyzer DIR",
+        ),
         (["prepare", "ibl", "--alf", ".", "--out", "no/S.h5"], "lies in no existing folder"),
     ],
 )
@@ -254,6 +232,18 @@ def test_mistakes_get_one_line(argv, words, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err.strip()
     assert words in said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize("what", ["detector", "prepare spikeinterface --detector D"])
+def test_the_stream_that_is_named_is_opened(what, tmp_path, monkeypatch, capsys):
+    def opened(path, stream=None):
+        raise ConfigError(f"opened {path} {stream}")
+
+    monkeypatch.setattr("offline.prepare.recording.open_recording", opened)
+    monkeypatch.setattr("rt_neds.stream.detector.load_detector", lambda path: None)
+    argv = ["--recording", "R", "--stream", "imec1.ap", "--out", tmp_path / "new", "--quiet"]
+    assert run(*what.split(), *argv) == 2
+    assert "opened R imec1.ap" in capsys.readouterr().err
 
 
 def test_another_probes_recording_is_refused(made, tmp_path, capsys):
@@ -297,6 +287,12 @@ def test_a_recording_is_read_in_pieces_that_end_where_they_are_told_to():
     raw = as_raw(recording, "r")
     assert raw.uv_per_bit == 2.5
     assert raw.group_C.tolist() == [0, 1, 2] * 4
+    assert not raw.shank_C.any()
+    probe = probe.copy()
+    probe.set_shank_ids(np.repeat([0, 1, 2], 4))
+    probe.set_device_channel_indices(np.arange(12))
+    recording.set_probe(probe)
+    assert as_raw(recording, "r").shank_C.tolist() == [0] * 4 + [1] * 4 + [2] * 4
 
 
 def test_raw_samples_are_those_before_all_preprocessing_and_as_many():
@@ -304,7 +300,8 @@ def test_raw_samples_are_those_before_all_preprocessing_and_as_many():
     recording.set_channel_gains(1.0)
     recording.set_channel_offsets(0.0)
     filtered = highpass_filter(recording, 300.0, dtype="float32")
-    np.testing.assert_array_equal(raw_of(filtered, "r").read(0, 50), samples[:50])
+    twice = highpass_filter(filtered, 300.0, dtype="float32")
+    np.testing.assert_array_equal(raw_of(twice, "r").read(0, 50), samples[:50])
     cut = filtered.frame_slice(1000, 20_000)
     with pytest.raises(ConfigError, match="19000 samples, cut from a recording of 30000"):
         raw_of(cut, "r")
@@ -322,6 +319,8 @@ def test_the_stream_is_the_only_one_that_may_hold_spikes_or_the_one_that_is_name
     assert _choose(tmp_path, "imec0.lf", names) == "imec0.lf"
     with pytest.raises(ConfigError, match="no stream imec1.ap in"):
         _choose(tmp_path, "imec1.ap", names)
+    of_openephys = [f"Node 101#Neuropix-PXI-100.ProbeA-{end}" for end in ("AP", "LFP", "SYNC")]
+    assert _choose(tmp_path, None, of_openephys) == of_openephys[0]
     for several in ([*names, "imec1.ap"], ["nidq"]):
         with pytest.raises(ConfigError, match="name the probe's with --stream"):
             _choose(tmp_path, None, several)

@@ -82,14 +82,35 @@ def write_metrics(probe, **columns):
 def test_a_region_is_that_of_the_unit_whose_number_it_stands_beside(tmp_path):
     write_alf(tmp_path / "eid")
     probe = tmp_path / "eid" / "alf" / "probe00"
-    write_metrics(probe, cluster_id=[2, 0, 1, 4, 3], acronym=["c", "a", "b", "e", "d"])
+    label = [0.2, 0.0, 0.1, 0.4, 0.3]
+    write_metrics(probe, cluster_id=[2, 0, 1, 4, 3], acronym=[*"cabed"], label=label)
     session = prepared(tmp_path / "eid", tmp_path)
     assert session.column("units.acronym").tolist() == ["a", "b", "c", "d", "e"]
+    assert session.column("units.label").tolist() == sorted(label)
     # As many rows as there are units, and yet not one of each.
     write_metrics(probe, cluster_id=[0, 1, 2, 3, 6], acronym=["a", "b", "c", "d", "g"])
     session = prepared(tmp_path / "eid", tmp_path)
     assert len(session.unit_ids) == 7
     assert not session.has("units.acronym")
+
+
+def test_units_are_called_by_their_uuids_where_each_has_one(tmp_path):
+    write_alf(tmp_path / "eid")
+    probe = tmp_path / "eid" / "alf" / "probe00"
+    np.save(probe / "clusters.channels.npy", np.arange(5) + 30)
+    (probe / "clusters.uuids.csv").write_text("uuids\n" + "\n".join("abcde") + "\n")
+    session = prepared(tmp_path / "eid", tmp_path)
+    assert session.unit_ids == [*"abcde"]
+    assert session.column("units.channels").tolist() == [30, 31, 32, 33, 34]
+    (probe / "clusters.uuids.csv").write_text("uuids\na\nb\n")
+    assert prepared(tmp_path / "eid", tmp_path).unit_ids[0] == "probe00/0"
+
+
+def test_a_session_is_called_after_the_folder_that_holds_alf(tmp_path, monkeypatch):
+    write_alf(tmp_path / "eid")
+    monkeypatch.chdir(tmp_path / "eid")
+    for folder in (tmp_path / "eid", tmp_path / "eid" / "alf", "."):
+        assert from_alf(folder).session.id == "eid"
 
 
 def test_where_one_probe_was_not_recorded_its_units_are_not_silent(tmp_path):
@@ -164,6 +185,16 @@ def test_the_wheels_speed_is_that_of_the_last_20_ms(tmp_path):
     np.testing.assert_array_equal(speed.values_L, np.abs(velocity.values_L))
 
 
+def test_the_wheel_is_known_from_the_first_20_ms_of_it_to_the_last(tmp_path):
+    write_alf(tmp_path / "eid")
+    when = np.linspace(4.005, 40.995, 5000)
+    np.save(tmp_path / "eid" / "alf" / "_ibl_wheel.timestamps.npy", when)
+    np.save(tmp_path / "eid" / "alf" / "_ibl_wheel.position.npy", when)
+    speed = prepared(tmp_path / "eid", tmp_path).series("wheel.wheel_speed")
+    assert (speed.samples_L[[0, -1]] / 600).tolist() == [202, 2049]
+    assert (speed.domain_K2 // 600).tolist() == [[201, 2049]]
+
+
 def test_the_wheels_speed_knows_nothing_of_what_its_encoder_tells_later(tmp_path):
     write_alf(tmp_path / "eid")
     alf = tmp_path / "eid" / "alf"
@@ -220,6 +251,9 @@ def test_what_is_not_known_of_a_trial_stays_unknown(tmp_path):
     np.testing.assert_array_equal(session.column("trials.feedback_type"), [np.nan, -1, 1])
     np.testing.assert_array_equal(session.column("trials.reward"), [np.nan, 0, 1])
     np.testing.assert_array_equal(session.column("trials.choice"), [1, np.nan, 2])
+    assert session.column("trials.block_prior").tolist() == [-1, 1, 0]
+    write_trials(alf, **{**TRIALS, "probabilityLeft": np.float32(TRIALS["probabilityLeft"])})
+    session = prepared(tmp_path / "eid", tmp_path)
     assert session.column("trials.block_prior").tolist() == [-1, 1, 0]
 
 

@@ -138,10 +138,13 @@ def test_where_one_device_has_no_spikes_its_units_are_not_silent(tmp_path, colum
         group = nwb.create_electrode_group(f"shank{probe}", "d", location="l", device=device)
         probes.append(group)
         nwb.add_electrode(group=group, location="l")
+    # Another shank of the second probe, whose units are silent for longer: it was recorded.
+    probes.append(nwb.create_electrode_group("shank2", "d", location="l", device=device))
+    nwb.add_electrode(group=probes[-1], location="l")
     for unit in range(6):
-        probe = unit % 2
-        whose = probes[probe] if column == "electrode_group" else [probe]
-        times = np.sort(rng.uniform(20 * probe, 60, 900))
+        shank = unit % 3
+        whose = probes[shank] if column == "electrode_group" else [shank]
+        times = np.sort(rng.uniform(20 * shank, 60, 900))
         nwb.add_unit(spike_times=times, **{column: whose})
     assert main(written(tmp_path, nwb)) == 0
     domain_K2 = load_session(tmp_path / "S.h5").domain_K2 / 30_000

@@ -128,6 +128,11 @@ def test_a_pause_is_long_beside_the_usual_step_and_beside_a_second(step, pause, 
     assert len(series_of(time_L, {"x": time_L}).domain) == pieces
 
 
+def test_many_pauses_are_each_long_beside_the_usual_step():
+    time_L = np.cumsum(np.where(np.arange(100) % 5, 0.2, 4.0))
+    assert len(series_of(time_L, {"x": time_L}).domain) == 20
+
+
 def test_trials_without_an_end_are_left_out_and_the_rest_is_in_order():
     columns = {"start": [5.0, np.nan, 1.0, 3.0], "end": [6.0, 3.0, 2.0, np.nan], "n": [3, 2, 0, 1]}
     found = trials_of({name: np.array(of) for name, of in columns.items()}, ["start", "end"])
@@ -136,7 +141,8 @@ def test_trials_without_an_end_are_left_out_and_the_rest_is_in_order():
 
 def test_what_was_written_is_told_in_seconds_and_spikes(tmp_path):
     path = tmp_path / "s.h5"
-    time_S, unit_S = np.array([6.0, 1.0, 2.0, 3.0, 11.0]), np.array([1, 0, 0, 1, 1])
+    time_S = np.array([6.0, 1.0, 2.0, 3.0, 11.0, 4.0, 12.0])  # an end is no part of a piece
+    unit_S = np.array([1, 0, 0, 1, 1, 0, 0])
     ids = {"id": np.array(["a", "b"])}
     domain_K2 = np.array([[0.0, 4.0], [10.0, 12.0]])
     told = write_session(path, session_data("s", time_S, unit_S, ids, domain_K2))
@@ -145,6 +151,12 @@ def test_what_was_written_is_told_in_seconds_and_spikes(tmp_path):
     session = load_session(path)
     assert session.column("units.firing_rate").tolist() == [2 / 6, 2 / 6]
     assert session.records_S["unit"].tolist() == [0, 0, 1, 1]
+
+
+def test_two_units_of_one_name_are_refused():
+    ids, domain_K2 = {"id": np.array(["a", "b", "a"])}, np.array([[0.0, 4.0]])
+    with pytest.raises(SessionError, match="3 units and 2 different ids"):
+        session_data("s", np.ones(1), np.zeros(1, int), ids, domain_K2)
 
 
 def test_nothing_is_left_of_a_session_that_could_not_be_written(session, tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ def from_alf(folder: str | Path, session_id: str | None = None) -> Data:
         groups["wheel"] = wheel
     pieces = [recorded(time_S) for time_S in time if len(time_S)]
     return session_data(
-        session_id or (folder.name if alf != folder else folder.resolve().parent.name),
+        session_id or (folder.resolve() if alf != folder else folder.resolve().parent).name,
         np.concatenate(time),
         np.concatenate(unit),
         units,
