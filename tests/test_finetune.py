@@ -178,11 +178,17 @@ def test_of_sessions_that_lack_a_behaviour_nothing_is_taken_for_it(tmp_path, mon
     known = build_model(bundle, load_spec(bundle))
     with torch.no_grad():  # whether it was kept or left to regression
         known.parts("b").behaviour_out["speed"].linear.bias.fill_(0.5)
+        for session, bias in (("a", 1.0), ("b", 4.0)):
+            known.parts(session).behaviour_out["choice"].linear.bias.fill_(bias)
     monkeypatch.setattr("offline.finetune.build_model", lambda *_: known)
     new = prepare(write_session(tmp_path / "c.h5", session_id="c"), config)
     model = build(config, [new])
-    begin_at_bundle(model, bundle, config)
+    taken = begin_at_bundle(model, bundle, config)
+    assert taken == {"a": ["choice"], "b": ["speed", "choice"]}
     assert (model.parts("c").behaviour_out["speed"].linear.bias == 0.5).all()
+    assert (model.parts("c").behaviour_out["choice"].linear.bias == 2.5).all()
+    # The new session's spikes say nothing yet but by its regression.
+    assert not any(p.any() for p in model.parts("c").spikes_in.linear.parameters())
     # The same session with its wheel: that has a scale of its own, what was there keeps it.
     again = [
         prepare(write_session(tmp_path / "a.h5", session_id="a", seed=7), config),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from offline.batches import draw_step, prepare
-from offline.beginning import build
+from offline.beginning import _statistics_sample, build
 from offline.checkpoint import Best, load_checkpoint, save_checkpoint
 from offline.losses import smeared
 from offline.predict import scales
@@ -18,6 +18,7 @@ from offline.train import learning_rate, train
 from rt_neds.bundle import build_model, load_spec
 from rt_neds.errors import BundleError, ConfigError, DeviceError, SessionError
 from rt_neds.model.readout import MARGIN_STEPS, STEPS
+from tests.baselines.making import binned_session
 from tests.making import stopped_at_eight, tiny_config, write_session
 
 
@@ -70,7 +71,7 @@ def test_a_network_begins_knowing_nothing_of_what_is_held_out_or_was_not_recorde
     config = tiny_config(model={"history": [1]})
     subject = prepare(write_session(tmp_path / "s.h5"), config)
     binned = subject.binned
-    binned.shown_TM[500:700, 0] = False
+    binned.shown_TM[:, 0] &= np.arange(binned.bins) % 50 < 30
     before = begun_at(config, subject)
     records_S = binned.session.records_S
     known_S = (binned.of_split("train") & binned.shown_TM[:, 0])[
@@ -81,6 +82,15 @@ def test_a_network_begins_knowing_nothing_of_what_is_held_out_or_was_not_recorde
         assert torch.equal(was, now)
     records_S["unit"][known_S] = 0
     assert not torch.equal(before[0], begun_at(config, subject)[0])
+
+
+def test_read_ins_begin_at_sums_that_reach_back_before_their_windows():
+    binned = binned_session(np.ones((500, 3), np.int64), np.zeros(500))
+    binned.split_T[:30] = -1
+    config = tiny_config(data={"window_bins": 12}, model={"history": [1, 25]})
+    counts_TN, sums_TKN = _statistics_sample(binned, config, np.random.default_rng(0))
+    assert (counts_TN == 1).all()
+    assert (sums_TKN == np.array([1, 25])[:, None]).all()
 
 
 def test_the_same_seed_gives_the_same_losses_and_weights(tiny, tmp_path):
