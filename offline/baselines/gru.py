@@ -161,8 +161,9 @@ def _observed(
         if name in classes:
             said_TC = np.eye(classes[name])[value_T.astype(int)]
         else:
-            sd = max(float(value_T[train_T].std()), 1e-6)
-            said_TC = ((value_T - value_T[train_T].mean()) / sd)[:, None]
+            fitted = value_T[train_T]
+            mean, sd = (fitted.mean(), fitted.std()) if len(fitted) else (0.0, 1.0)
+            said_TC = ((value_T - mean) / max(float(sd), 1e-6))[:, None]
         columns += [np.where(known_T[:, None], said_TC, 0), known_T[:, None]]
     return np.concatenate(columns, axis=1).astype(np.float32)
 

@@ -117,6 +117,15 @@ def test_what_is_live_is_read_in_sds_or_classes_beside_whether_it_is_known(
     np.testing.assert_allclose(found_TG, expected_TG, atol=1e-5)
 
 
+def test_what_is_live_and_never_known_in_training_is_read_as_it_is(
+    counts_TN: NDArray, speed_T: NDArray
+) -> None:
+    binned = binned_session(counts_TN, speed_T)
+    binned.shown_TM[:1700, 1] = False
+    expected_TG = np.stack([np.where(np.arange(T) < 1700, 0.0, speed_T), np.arange(T) >= 1700], 1)
+    np.testing.assert_allclose(module._observed(binned, ["speed"], {}), expected_TG)
+
+
 def test_unrecorded_bins_enter_as_silence(counts_TN: NDArray, speed_T: NDArray) -> None:
     hole = slice(1650, 1700)
     silent_TN = counts_TN.copy()
