@@ -371,8 +371,12 @@ def test_a_session_the_bundle_knows_is_fitted_anew_and_read_out_as_before(sessio
     model = build(config, [subject])
     known = begin_at_bundle(model, bundle, config)
     model.parts("tiny").linear.weight_UF.zero_()
-    fit_linear(model, [subject], known)
     theirs = build_model(bundle, load_spec(bundle)).parts("tiny").linear.state_dict()
+    for of in model.parts("tiny").linear.out.state_dict(), theirs:
+        for name in of:
+            if name.endswith("bias"):
+                of[name] += 0.25  # as if it had been learned
+    fit_linear(model, [subject], known)
     for name, tensor in model.parts("tiny").linear.state_dict().items():
         torch.testing.assert_close(tensor, theirs[name], atol=1e-5, rtol=0)
 
@@ -500,9 +504,14 @@ def test_what_was_fitted_is_kept_and_fitted_anew_when_it_must_be(session, tmp_pa
     fitted.clear()
     begin(tiny_config(model={**LINEAR, "history": [1, 8]}))  # other features
     begin(config_of(data={"train_minutes": 2.0}))  # other bins
+    subject = kept(session, config, tmp_path / "cache")
+    subject.scales[0] = msgspec.structs.replace(subject.scales[0], high=99.0)  # those of a bundle
+    fit_linear(model, [subject])
+    model.parts("tiny").spikes_in.sd_KN += 0.1
+    fit_linear(model, [subject])
     monkeypatch.setattr(cache, "METHOD", -1)  # by other rules
     begin(config)
-    assert len(fitted) == 3
+    assert len(fitted) == 5
 
 
 def test_a_network_must_be_shown_to_decode_better_than_regression(begun):

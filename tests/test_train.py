@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from offline import train as module
 from offline.batches import draw_step, prepare
 from offline.beginning import _statistics_sample, build
-from offline.checkpoint import Best, load_checkpoint, save_checkpoint
+from offline.checkpoint import Best, load_checkpoint, open_log, save_checkpoint
 from offline.losses import smeared
 from offline.predict import scales
 from offline.train import learning_rate, train
@@ -169,6 +170,17 @@ def test_resume_refuses_another_configuration_and_an_empty_folder(tiny, tmp_path
         train(tiny_config(), [str(session)], tmp_path, resume=True)
 
 
+def test_a_log_goes_on_where_its_run_does_and_is_begun_anew_where_that_is(tmp_path):
+    lines = [f'{{"step": {step}}}\n' for step in (0, 1, 2, 3)]
+    for step, kept in ((2, lines[:3]), (0, lines[:1]), (None, [])):
+        (tmp_path / "log.jsonl").write_text("".join(lines))
+        with open_log(tmp_path, step, first=False) as log:
+            log.write("of another process")
+        assert (tmp_path / "log.jsonl").read_text() == "".join(lines)
+        open_log(tmp_path, step, first=True).close()
+        assert (tmp_path / "log.jsonl").read_text() == "".join(kept)
+
+
 def test_nothing_of_validation_or_test_is_asked_for_or_shown_as_behaviour(tmp_path):
     config = tiny_config(masking={"schemes": {"encoding": 1.0, "decoding": 1.0}})
     subject = prepare(write_session(tmp_path / "s.h5"), config)
@@ -264,6 +276,32 @@ def test_read_in_starts_standardised(tmp_path):
     z = (boxcar_sums(counts, (1, 4)).sqrt() - parts.spikes_in.mean_KN) / parts.spikes_in.sd_KN
     assert z.mean(dim=(0, 1)).abs().max() < 0.2
     assert z.std(dim=(0, 1)).max() < 1.3
+
+
+def test_what_is_validated_is_the_settled_average_also_after_the_last_step(tmp_path, monkeypatch):
+    done, validated = [], module.validate_all
+
+    class Noted(module.RunningAverage):
+        def after(self, sessions, keep):
+            done.append(keep)
+            super().after(sessions, keep)
+
+        def settle(self):
+            done.append("settled")
+            super().settle()
+
+    def validate_all(*args):
+        done.append("validated")
+        return validated(*args)
+
+    monkeypatch.setattr(module, "RunningAverage", Noted)
+    monkeypatch.setattr(module, "validate_all", validate_all)
+    path = write_session(tmp_path / "s.h5", seconds=20)
+    settings = {"steps": 5, "validate_every": 4, "average": 0.2}
+    train(tiny_config(training=settings), [str(path)], tmp_path / "run")
+    keep = [1 / 10, 2 / 11, 0.2, 0.2]  # begins at the first step's weights, not at the beginning
+    judged = ["settled", "validated"]
+    assert done == ["validated", *keep, *judged, 0.2, *judged, "validated"]
 
 
 def test_refit_keeps_the_last_weights(tmp_path):

@@ -14,8 +14,9 @@ from offline.config import TrainConfig
 from offline.masking import draw_masks
 from offline.predict import decode_spans
 from offline.processes import Processes
-from offline.validation import mean_score, null_rates, validate
+from offline.validation import mean_score, null_rates, refuse_nonfinite, validate
 from rt_neds.config import parse_config
+from rt_neds.errors import ConfigError
 from rt_neds.model.neds import AHEAD, SCHEMES, SPIKES
 from rt_neds.model.readout import to_values_TV
 from rt_neds.session import load_session
@@ -193,7 +194,37 @@ def test_one_score_far_below_zero_does_not_choose_alone():
     early = {"a": {"speed": 0.1}, "b": {"speed": still}}
     late = {"a": {"speed": 0.6}, "b": {"speed": 2 * still}}
     assert mean_score(late) > mean_score(early)
-    assert mean_score({"a": {"speed": 0.5}, "b": {"speed": -0.5}}) == 0.0
+    of_all = {"a": {"speed": 0.5, "choice": 0.1}, "b": {"speed": -0.9}}
+    assert mean_score(of_all) == pytest.approx(-0.1)
+    assert mean_score({"a": {}}) == 0.0
+
+
+@pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf])
+def test_a_score_that_is_no_number_is_refused(score):
+    with pytest.raises(ConfigError, match="step 3: the validation score of x in session b is"):
+        refuse_nonfinite({"a": {"x": 0.5}, "b": {"y": -1e9, "x": score}}, 3)
+    refuse_nonfinite({"a": {"x": 0.5}, "b": {"y": -1e9}}, 3)
+
+
+@torch.no_grad()
+def test_trials_lose_what_is_not_explained_of_them_once_it_is_calibrated(tmp_path):
+    config = tiny_config(masking=DECODING)
+    subject = prepare(write_session(tmp_path / "s.h5"), config)
+    model = drawn_model(config, subject)
+    for parameter in model.parts("tiny").behaviour_out["choice"].parameters():
+        parameter *= 10.0  # much too sure
+    val = validate(model, [subject], config, "val", torch.device("cpu"))
+    lost = val.losses["tiny"]["choice"].mean() / np.log(2)
+    assert val.scores["tiny"]["choice"] == pytest.approx(1 - lost, rel=1e-4)
+
+
+def test_what_is_not_taught_is_not_scored(tmp_path):
+    subject = prepare(write_session(tmp_path / "s.h5"), tiny_config())
+    for schemes in ({"encoding"}, {"decoding"}):
+        config = tiny_config(masking={"schemes": dict.fromkeys(schemes, 1.0)})
+        val = validate(build(config, [subject]).eval(), [subject], config, "val", "cpu")
+        expected = schemes if "encoding" in schemes else {"speed", "choice"}
+        assert set(val.scores["tiny"]) == expected
 
 
 def test_a_unit_silent_in_training_does_not_make_the_score(tmp_path):
@@ -208,6 +239,8 @@ def test_a_unit_silent_in_training_does_not_make_the_score(tmp_path):
     null_N = null_rates(subject)
     assert null_N[5] == pytest.approx(0.5 / 2100)
     np.testing.assert_array_equal(null_N[:5], subject.rate_N[:5])
+    subject.binned.scored_TM[:100, 0] = False
+    assert null_rates(subject)[5] == pytest.approx(0.5 / 2000)
     model = build(config, [subject]).eval()
     scores = validate(model, [subject], config, "val", torch.device("cpu")).scores["tiny"]
     assert abs(scores["encoding"]) < 1.0
