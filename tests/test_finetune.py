@@ -105,6 +105,7 @@ def test_rates_of_trunk_and_sessions(pretrained, tmp_path):
     optimiser = make_optimiser(model, config.training)
     owned = sum(p.numel() for group in optimiser.param_groups for p in group["params"])
     assert owned == sum(p.numel() for p in model.parameters())
+    assert {of["weight_decay"] for of in optimiser.param_groups} == {config.training.weight_decay}
     set_rates(optimiser, 2, config.training)
     assert optimiser.param_groups[0]["lr"] == 0 < optimiser.param_groups[1]["lr"]
     set_rates(optimiser, 3, config.training)

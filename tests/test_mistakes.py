@@ -137,6 +137,10 @@ def test_a_run_goes_on_with_its_own_sessions_only(tmp_path, monkeypatch):
         train(tiny_config(), [str(mine)], tmp_path / "run")
     with pytest.raises(ConfigError, match="or on other sessions"):
         train(tiny_config(), [str(other)], tmp_path / "run", resume=True)
+    with h5py.File(mine, "r+") as file:
+        file["wheel/wheel_speed"][...] *= 2  # whose steps are others, then
+    with pytest.raises(ConfigError, match="or on other sessions"):
+        train(tiny_config(), [str(mine)], tmp_path / "run", resume=True)
     (checkpoint,) = (tmp_path / "run" / "checkpoint").iterdir()
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(ConfigError, match="is damaged"):

@@ -15,12 +15,13 @@ from offline.beginning import _statistics_sample, build
 from offline.checkpoint import Best, load_checkpoint, open_log, save_checkpoint
 from offline.losses import smeared
 from offline.predict import scales
+from offline.processes import Processes
 from offline.train import learning_rate, train
 from rt_neds.bundle import build_model, load_spec
 from rt_neds.errors import BundleError, ConfigError, DeviceError, SessionError
 from rt_neds.model.readout import MARGIN_STEPS, STEPS
 from tests.baselines.making import binned_session
-from tests.making import stopped_at_eight, tiny_config, write_session
+from tests.making import TINY, drawn_model, stopped_at_eight, tiny_config, write_session
 
 
 def losses(run):
@@ -37,6 +38,10 @@ def test_a_run_leaves_a_bundle_that_loads(tiny):
     assert [b.name for b in spec.behaviours] == ["speed", "choice"]
     assert spec.session().units == [f"tiny/{n}" for n in range(6)]
     assert spec.training["config"]["model"]["dim"] == 16
+    assert spec.training["val"] == summary["val"]
+    assert {session: set(of) for session, of in summary["temperature"].items()} == {
+        "tiny": {"choice"}
+    }
 
 
 def begun_at(config, subject):
@@ -179,6 +184,26 @@ def test_a_log_goes_on_where_its_run_does_and_is_begun_anew_where_that_is(tmp_pa
         assert (tmp_path / "log.jsonl").read_text() == "".join(lines)
         open_log(tmp_path, step, first=True).close()
         assert (tmp_path / "log.jsonl").read_text() == "".join(kept)
+
+
+def test_losses_are_weighed_and_gradients_clipped_as_configured(tmp_path):
+    speed = {**TINY["behaviour"]["speed"], "weight": 3.0}
+    weighed = tiny_config(behaviour={"speed": speed}, training={"spikes_weight": 0.5, "clip": 1e-3})
+    subject = prepare(write_session(tmp_path / "s.h5"), weighed)
+    model, losses_of = drawn_model(weighed, subject), []
+    for config in (tiny_config(), weighed):
+        rng = np.random.default_rng(0)
+        step = draw_step([subject], config, rng, torch.device("cpu"))
+        (batch,) = step.batches
+        losses_of.append(module.batch_losses(model, batch, config))
+    for name, factor in {"speed": 3.0, "choice": 1.0, "spikes": 0.5}.items():
+        plain, mine = (of[name].item() for of in losses_of)
+        assert mine == pytest.approx(factor * plain)
+    optimiser = module.make_optimiser(model, weighed.training)
+    step = draw_step([subject], weighed, rng, torch.device("cpu"))
+    module.train_step(model, optimiser, step, weighed, Processes(torch.device("cpu")))
+    grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    assert torch.cat(grads).norm() == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_nothing_of_validation_or_test_is_asked_for_or_shown_as_behaviour(tmp_path):
