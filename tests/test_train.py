@@ -206,6 +206,24 @@ def test_losses_are_weighed_and_gradients_clipped_as_configured(tmp_path):
     assert torch.cat(grads).norm() == pytest.approx(1e-3, rel=1e-2)
 
 
+@torch.no_grad()
+def test_spikes_that_are_learned_are_those_of_the_window_not_of_what_leads_up_to_it(tmp_path):
+    config = tiny_config(model={"history": [1, 9]}, masking={"schemes": {"encoding": 1.0}})
+    subject = prepare(write_session(tmp_path / "s.h5"), config)
+    model, rng = drawn_model(config, subject), np.random.default_rng(0)
+    (batch,) = draw_step([subject], config, rng, torch.device("cpu")).batches
+    assert batch.counts_BTN.shape[1] == 48
+
+    def lost():
+        return module.batch_losses(model, batch, config)["spikes"].item()
+
+    before = lost()
+    batch.counts_BTN[:, :8] += 3
+    assert lost() == before
+    batch.counts_BTN[:, -1] += 3
+    assert lost() != before
+
+
 def test_nothing_of_validation_or_test_is_asked_for_or_shown_as_behaviour(tmp_path):
     config = tiny_config(masking={"schemes": {"encoding": 1.0, "decoding": 1.0}})
     subject = prepare(write_session(tmp_path / "s.h5"), config)
