@@ -150,6 +150,44 @@ def test_a_trial_without_a_score_is_no_trial(base, monkeypatch, tmp_path):
     assert "no score of speed or choice" in module._outcome(result)["error"]
 
 
+def test_a_trial_counts_by_its_best_validation_and_not_at_all_once_it_failed():
+    metrics = {"step": 12, "score": 0.1, "best": 0.3, "best_step": 6}
+    config = {"settings": {"model.layers": 1}, "out": "/out"}
+    result = SimpleNamespace(metrics=metrics, config=config, path="/ray/a", error=None)
+    expected = {"trial": "/out/a", "score": 0.3, "best_step": 6, "steps": 12}
+    assert module._outcome(result) == {**expected, "settings": config["settings"]}
+    result.metrics = {**metrics, "step": 0, "error": "no longer finite"}
+    assert module._outcome(result) == {"settings": config["settings"], "error": "no longer finite"}
+    result.metrics, result.error = None, ValueError("of many\nlines")
+    assert module._outcome(result)["error"] == "lines"
+
+
+def test_ranges_are_drawn_from_as_they_are_written():
+    tune = SimpleNamespace(
+        choice=lambda of: ("choice", of),
+        uniform=lambda low, high: ("uniform", low, high),
+        loguniform=lambda low, high: ("loguniform", low, high),
+    )
+    rules = {"a": {"choice": [2, 1]}, "b": {"uniform": [0, 2]}, "c": {"log_uniform": [0.1, 2]}}
+    space = search({f"model.{name}": rule for name, rule in rules.items()}).space
+    assert [module._domain(tune, of) for of in space.values()] == [
+        ("choice", [2, 1]),
+        ("uniform", 0, 2),
+        ("loguniform", 0.1, 2),
+    ]
+
+
+def test_what_is_varied_lies_beside_the_search(base, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "sweep", lambda *args, **of: asked.append((args, of)) or {})
+    path = tmp_path / "sweep.toml"
+    path.write_text('[sweep]\nconfig = "tiny.toml"\nspace = { "model.layers" = { choice = [1] } }')
+    argv = ["sweep", "--config", str(path), "--sessions", "a", "b", "--out", "o", "--quiet"]
+    assert cli.main([*argv, "--set", "sweep.samples=7"]) == 0
+    (((of, varied, *rest), _),) = asked
+    assert (of.samples, varied, rest) == (7, base, [["a", "b"], "o"])
+
+
 def test_the_toml_of_the_best_is_the_run_it_names(base, tmp_path):
     settings = {"training.learning_rate": 1.25e-5, "model.layers": 3}
     config = module._with(base, settings)

@@ -18,6 +18,7 @@ from offline.predict import scales
 from offline.processes import Processes
 from offline.train import learning_rate, train
 from rt_neds.bundle import build_model, load_spec
+from rt_neds.cli import main
 from rt_neds.errors import BundleError, ConfigError, DeviceError, SessionError
 from rt_neds.model.readout import MARGIN_STEPS, STEPS
 from tests.baselines.making import binned_session
@@ -119,6 +120,16 @@ def test_resume_equals_not_having_stopped(tiny, tmp_path, monkeypatch):
     # The checkpoint was at step 6: steps 7 and 8 were taken, and are told, anew.
     assert (tmp_path / "log.jsonl").read_text() == (run / "log.jsonl").read_text()
     assert load_spec(tmp_path / "bundle").sha256 == load_spec(run / "bundle").sha256
+
+
+def test_a_run_that_is_there_is_gone_on_with_only_if_that_is_asked_for(tmp_path, capsys):
+    tomli_w = pytest.importorskip("tomli_w")
+    (tmp_path / "c.toml").write_text(tomli_w.dumps(TINY))
+    session = str(write_session(tmp_path / "s.h5", seconds=20))
+    argv = ["train", "--config", str(tmp_path / "c.toml"), "--sessions", session]
+    argv += ["--out", str(tmp_path / "run"), "--quiet", "--set", "training.steps=2"]
+    assert [main(argv), main(argv), main([*argv, "--resume"])] == [0, 2, 0]
+    assert capsys.readouterr().err.count("is there already; name another --out") == 1
 
 
 def test_a_checkpoint_is_wholly_of_one_step_whenever_writing_it_was_interrupted(
