@@ -23,7 +23,7 @@ from offline.windows import bin_session
 from rt_neds import cli
 from rt_neds.bundle import build_model, load_spec
 from rt_neds.config import parse_config
-from rt_neds.errors import ConfigError, SessionError
+from rt_neds.errors import BundleError, ConfigError, SessionError
 from rt_neds.model.readout import to_values_TV
 from rt_neds.result import clean
 from rt_neds.session import load_session
@@ -268,7 +268,50 @@ def test_only_scored_bins_count_beside_a_profile_of_training_and_choices_by_tria
     for phase in range(75):
         profile_T[phase_T == phase] = value_T[train_T & (phase_T == phase)].mean()
     expected = r2_score(value_T[of.bins["speed"]], profile_T[of.bins["speed"]])
-    assert of.result["decoding"]["speed"]["r2_profile"] == pytest.approx(expected, rel=1e-4)
+    scores = of.result["decoding"]["speed"]
+    assert scores["r2_profile"] == pytest.approx(expected, rel=1e-4)
+    sd = np.std((value_T - profile_T)[train_T])
+    off_S = (value_T - profile_T)[of.bins["speed"]]
+    nll = np.log(sd) + 0.5 * np.log(2 * np.pi) + 0.5 * np.mean((off_S / sd) ** 2)
+    assert scores["nll_profile"] == pytest.approx(nll, rel=1e-4)
+    tenth_S = np.where(phase_T < 0, -1, phase_T * 10 // 75)[of.bins["speed"]]
+    errors = [
+        np.mean(off_S[tenth_S == n] ** 2) / np.var(value_T[of.bins["speed"]]) for n in range(10)
+    ]
+    np.testing.assert_allclose(scores["error_by_time_profile"], errors, rtol=1e-4)
+    assert of.result["bins"] == test_T.sum()
+
+
+def test_a_session_whose_units_are_in_another_order_is_refused(two, tmp_path):
+    paths, bundle = two
+    shutil.copy(paths[0], tmp_path / "a.h5")
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        file["units/id"][...] = file["units/id"][()][::-1]
+    with pytest.raises(BundleError, match="has 24, or others"):
+        evaluate(bundle, tmp_path / "a.h5", baselines="none")
+
+
+def test_another_split_and_the_region_that_training_used(two, monkeypatch):
+    (first, _), bundle = two
+    asked, regions_of = [], module.regions_of
+    monkeypatch.setattr(
+        module, "regions_of", lambda of, field: asked.append(field) or regions_of(of, field)
+    )
+    result = evaluate(bundle, first, split="val", overrides={"split": "trials"}, baselines="none")
+    assert result["split"] == "trials/val"
+    assert asked == ["region"]
+
+
+def test_options_are_those_of_the_command_line(monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "evaluate", lambda *args, **of: asked.append((args, of)) or {})
+    argv = "evaluate --bundle B --session S T --split val --baselines all --region half --live x y"
+    assert cli.main([*argv.split(), "--report", "R", "--quiet"]) == 0
+    ((args, of),) = asked
+    assert args == ("B", ["S", "T"])
+    assert of == {
+        "split": "val", "baselines": "all", "region": "half", "report": "R", "live": ["x", "y"]
+    }  # fmt: skip
 
 
 def test_tenths_of_trials(two):

@@ -57,6 +57,11 @@ def test_a_stretch_leaves_time_out_and_says_so(evaluation):
     assert place.tolist() == [*range(60), *range(60 + figures.GAP, 70 + figures.GAP)]
 
 
+def test_a_stretch_begins_where_bins_lie_densest():
+    shown, place = figures._stretch([np.arange(0, 30, 3), np.arange(100, 160)], 30)
+    assert (shown[0], len(shown), place[-1]) == (100, 30, 29)
+
+
 def test_traces_show_what_was_decoded_where_it_was(evaluation):
     speed, side = figures.traces(evaluation).axes
     _, decoded = line(speed, "decoded")

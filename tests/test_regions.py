@@ -106,3 +106,14 @@ def test_what_the_session_gives_away_is_in_the_floor():
     came = decode_regions(model, region_of)
     assert came["shuffled"]["balanced_accuracy"] == pytest.approx(0.5, abs=0.1)
     assert came["embedding"]["balanced_accuracy"] == pytest.approx(0.5, abs=0.12)
+
+
+def test_what_the_rate_gives_away_is_of_the_bias_alone():
+    region_N = labelled(["A", "B"], 20)
+    for where, expected in (("bias", 1.0), ("weight", 0.5)):
+        model = network({"a": 40})
+        with torch.no_grad():
+            getattr(model.parts("a").spikes_out.linear, where)[region_N == "A"] += 5.0
+        came = decode_regions(model, {"a": region_N})
+        assert came["rate"]["balanced_accuracy"] == pytest.approx(expected, abs=0.2)
+        assert came["embedding"]["balanced_accuracy"] > 0.95
