@@ -113,14 +113,14 @@ def test_filters_undo_what_noise_the_channels_share():
 
 
 def test_noise_is_that_of_the_baseline_but_for_a_disturbed_piece_of_it():
-    samples_SC = noise(5.0, 8)
-    samples_SC[:60_000] *= 9  # before the baseline
-    samples_SC[100_000:110_000] *= 9
+    samples_SC = noise(6.0, 8)
+    samples_SC[:120_000] *= 9  # before the baseline
+    samples_SC[135_000:150_000] *= 9
     raw = raw_of(np.rint(samples_SC).astype(np.int16))
-    _, arrays = templates.calibrate(raw, 60_000, raw.samples)
+    _, arrays = templates.calibrate(raw, 120_000, raw.samples)
     np.testing.assert_allclose(arrays["noise_C"], NOISE, rtol=0.2)
     with pytest.raises(ConfigError, match=r"0\.4 s to calibrate with; expected at least 0\.5"):
-        templates.calibrate(raw, 60_000, 72_000)
+        templates.calibrate(raw, 120_000, 132_000)
 
 
 def test_spikes_of_a_template_are_of_the_baseline_and_spread_over_it():
