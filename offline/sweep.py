@@ -237,7 +237,7 @@ def _trial(drawn: dict[str, Any]) -> None:
 
 def _outcome(result: Any) -> dict[str, Any]:
     metrics, trial = result.metrics or {}, {"settings": result.config["settings"]}
-    if "score" not in metrics or "error" in metrics:
+    if result.error is not None or "score" not in metrics or "error" in metrics:
         said = metrics.get("error") or str(result.error or "it reported nothing").splitlines()[-1]
         return {**trial, "error": said}
     return {

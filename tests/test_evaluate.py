@@ -302,6 +302,18 @@ def test_another_split_and_the_region_that_training_used(two, monkeypatch):
     assert asked == ["region"]
 
 
+def test_spikes_are_encoded_from_each_behaviour_in_its_own_scale(two, monkeypatch):
+    (first, _), bundle = two
+    given, predict = [], module.predict_spikes
+    monkeypatch.setattr(
+        module, "predict_spikes", lambda *of, **more: given.append(of[4]) or predict(*of, **more)
+    )
+    evaluate(bundle, first, baselines="none")
+    spec, scales = load_spec(bundle), load_spec(bundle).session("tiny").scales
+    assert given == [[scales[b.name] for b in spec.behaviours]]
+    assert len({(scale.mean, scale.sd) for scale in given[0]}) == len(given[0]) > 1
+
+
 def test_options_are_those_of_the_command_line(monkeypatch):
     asked = []
     monkeypatch.setattr(module, "evaluate", lambda *args, **of: asked.append((args, of)) or {})

@@ -168,6 +168,22 @@ def test_series_of_one_name_are_told_apart_by_their_containers(tmp_path):
     assert session.series("behavior_RightEye_pupil.pupil").values_L[0] == 2
 
 
+def test_series_that_cannot_be_told_apart_are_refused(tmp_path, capsys):
+    nwb = nwb_file()
+    module = nwb.create_processing_module("behavior", "b")
+    for container, inside in (("eye", "pupil"), ("left_eye", "pupil"), ("left", "eye_pupil")):
+        of = pynwb.behavior.BehavioralTimeSeries(name=container)
+        of.add_timeseries(series(inside, np.zeros(600)))
+        module.add(of)
+    of = pynwb.behavior.BehavioralTimeSeries(name="another")
+    of.add_timeseries(series("left_eye_pupil", np.ones(600)))
+    module.add(of)
+    assert main(written(tmp_path, nwb)) == 2
+    said = capsys.readouterr().err
+    assert "would be called behavior_left_eye_pupil; rename" in said
+    assert said.count("\n") == 1
+
+
 def test_the_session_is_called_what_was_asked_for(tmp_path):
     assert prepared(tmp_path, options=("--session", "monday")).id == "monday"
 

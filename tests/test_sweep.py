@@ -158,6 +158,8 @@ def test_a_trial_counts_by_its_best_validation_and_not_at_all_once_it_failed():
     assert module._outcome(result) == {**expected, "settings": config["settings"]}
     result.metrics = {**metrics, "step": 0, "error": "no longer finite"}
     assert module._outcome(result) == {"settings": config["settings"], "error": "no longer finite"}
+    result.metrics, result.error = metrics, RuntimeError("out of memory")  # after it had a score
+    assert module._outcome(result) == {"settings": config["settings"], "error": "out of memory"}
     result.metrics, result.error = None, ValueError("of many\nlines")
     assert module._outcome(result)["error"] == "lines"
 

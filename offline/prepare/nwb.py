@@ -141,6 +141,11 @@ def _behaviour(nwb: Any) -> dict[str, Any]:
             name = f"behavior_{_name(one.name)}"
             if name in series:  # as of two eyes or two paws
                 name = f"behavior_{_name(container.name)}_{_name(one.name)}"
+            if name in series:
+                raise SessionError(
+                    f"two behaviours of the file would be called {name}; rename {one.name} of "
+                    f"{container.name} in processing/behavior"
+                )
             series[name] = made
     return series
 
