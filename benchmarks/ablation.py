@@ -43,7 +43,9 @@ def changes_of(label: str, dataset: str) -> list[str]:
     if dataset != "simulated":  # its units are all of one region
         parts = [part for part in schemes.split(", ") if "region" not in part]
         schemes = ", ".join(parts)
+    memory = [] if dataset == "simulated" else ["model.memory=500"]  # windows are short
     return [
+        *memory,
         f"masking.schemes={{{schemes}}}",
         f"masking.ahead={'true' if label == AHEAD else 'false'}",
     ]

@@ -72,8 +72,14 @@ class Protocol:
     neural: bool = False
 
 
-RAT_FULL = ("masking.ahead=false", "data.window_bins=300", "training.batch=8")
-"""It sees a window whole, so a long one costs it by the square."""
+RAT_FULL = (
+    "masking.ahead=false",
+    "data.window_bins=300",
+    "training.batch=8",
+    "model.memory=500",
+)
+"""It sees a window whole, so a long one costs it by the square; no longer a memory is learned in
+one."""
 PROTOCOLS = (
     Protocol(
         "rat_w_maze",
