@@ -27,8 +27,9 @@ from offline.average import RunningAverage
 from offline.batches import draw_step, prepare
 from offline.beginning import build
 from offline.config import TrainConfig
+from offline.optimiser import make_optimiser
 from offline.processes import Processes
-from offline.train import make_optimiser, train_step
+from offline.train import train_step
 from rt_neds.config import parse_config
 from rt_neds.result import machine
 from rt_neds.simulate import simulate_file

@@ -32,10 +32,11 @@ from offline.beginning import build, fit_linear
 from offline.cache import kept
 from offline.calibration import calibrate
 from offline.checkpoint import Best, load_checkpoint, open_log, save_checkpoint
-from offline.config import TrainConfig, TrainingConfig
+from offline.config import TrainConfig
 from offline.expectation import expectation_of
-from offline.finetune import begin_at_bundle, keep_scales, refuse_other_units, trunk
+from offline.finetune import begin_at_bundle, keep_scales, refuse_other_units
 from offline.losses import loss_of, spikes_loss
+from offline.optimiser import make_optimiser, set_rates
 from offline.processes import Processes, join, leave
 from offline.progress import progress
 from offline.silence import longest_silences
@@ -359,36 +360,6 @@ def batch_losses(model: NEDS, batch: Batch, config: TrainConfig) -> dict[str, Te
             loss = loss_of(kind, raw_BTC, target_BT, asked_BT, scale)
             losses[name] = config.behaviour[name].weight * loss
     return {name: batch.share[name] * loss for name, loss in losses.items() if name in batch.share}
-
-
-def learning_rate(step: int, settings: TrainingConfig) -> float:
-    """One cycle: up from a tenth in the warm-up, then down a cosine to a thousandth."""
-    warm = max(1, round(settings.warmup * settings.steps))
-    if step < warm:
-        return settings.learning_rate * (0.1 + 0.9 * step / warm)
-    done = (step - warm) / max(1, settings.steps - warm)
-    return settings.learning_rate * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def make_optimiser(model: NEDS, settings: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW over two groups: the trunk, and what belongs to sessions."""
-    of_trunk = trunk(model)
-    of_sessions = [p for name, p in model.named_parameters() if name not in of_trunk]
-    return torch.optim.AdamW(
-        [{"params": list(of_trunk.values())}, {"params": of_sessions}],
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
-
-
-def set_rates(optimiser: torch.optim.Optimizer, step: int, settings: TrainingConfig) -> None:
-    """Learning rates of trunk and sessions; the trunk's is zero while it is frozen."""
-    rate = learning_rate(step, settings)
-    of_trunk, of_sessions = optimiser.param_groups
-    of_sessions["lr"] = rate
-    of_trunk["lr"] = rate * settings.trunk_rate if step >= settings.frozen_steps else 0.0
 
 
 def _digest(subject: Subject) -> str:

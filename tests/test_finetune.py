@@ -11,7 +11,8 @@ import torch
 from offline.batches import prepare
 from offline.beginning import build
 from offline.finetune import begin_at_bundle, keep_scales, refuse_other_units, trunk
-from offline.train import make_optimiser, set_rates, train
+from offline.optimiser import make_optimiser, set_rates
+from offline.train import train
 from rt_neds.bundle import build_model, load_spec
 from rt_neds.errors import BundleError
 from tests.making import TINY, stopped_at_eight, tiny_config, write_session

@@ -14,9 +14,10 @@ from offline.batches import draw_step, prepare
 from offline.beginning import _statistics_sample, build
 from offline.checkpoint import Best, load_checkpoint, open_log, save_checkpoint
 from offline.losses import smeared
+from offline.optimiser import learning_rate, make_optimiser
 from offline.predict import scales
 from offline.processes import Processes
-from offline.train import learning_rate, train
+from offline.train import train
 from rt_neds.bundle import build_model, load_spec
 from rt_neds.cli import main
 from rt_neds.errors import BundleError, ConfigError, DeviceError, SessionError
@@ -210,7 +211,7 @@ def test_losses_are_weighed_and_gradients_clipped_as_configured(tmp_path):
     for name, factor in {"speed": 3.0, "choice": 1.0, "spikes": 0.5}.items():
         plain, mine = (of[name].item() for of in losses_of)
         assert mine == pytest.approx(factor * plain)
-    optimiser = module.make_optimiser(model, weighed.training)
+    optimiser = make_optimiser(model, weighed.training)
     step = draw_step([subject], weighed, rng, torch.device("cpu"))
     module.train_step(model, optimiser, step, weighed, Processes(torch.device("cpu")))
     grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
