@@ -98,7 +98,8 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True):
     bin_ms : float
     window_bins : int
         Length of a training window; longer than the context, so that the banded mask is trained,
-        and with a memory longer than its span: what lies before a window is not learned to be kept.
+        and with a memory not much shorter than its span: what lies before a window is not learned
+        to be kept.
     split : str
         ``time``: three contiguous pieces; ``trials``: contiguous folds over trial order; any other
         name ``X``: the intervals ``X_{train,val,test}_domain`` of the file; the last may be absent.

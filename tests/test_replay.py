@@ -1,12 +1,10 @@
 """A session on its way out: all that was recorded of it, once, in its own time."""
 
-import threading
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +14,7 @@ from rt_neds.frames import SPIKE_DTYPE
 from rt_neds.replay import batches, on_time, replay
 from rt_neds.session import Session, load_session
 from rt_neds.wire import unpack_behaviour, unpack_spikes
+from tests.hearing import heard_while
 from tests.making import write_session
 
 RATE = 1000.0
@@ -54,20 +53,12 @@ def test_all_that_was_recorded_of_a_part_is_sent_once(spikes, batch_ms, first, e
 
 def heard(session, **options):
     """What a subscriber hears of a replay, topics and all, and what the replay says."""
-    bind, result, messages = f"tcp://127.0.0.1:{free_port()}", {}, []
+    bind, result = f"tcp://127.0.0.1:{free_port()}", {}
 
     def send():
         result.update(replay(session, "p", bind=bind, epoch=7, wait_s=20, **options))
 
-    with zmq.Context() as context, context.socket(zmq.SUB) as listener:
-        listener.connect(bind)
-        listener.subscribe(b"")
-        sending = threading.Thread(target=send)
-        sending.start()
-        while sending.is_alive() or listener.poll(200):
-            if listener.poll(50):
-                messages.append(listener.recv_multipart())
-        sending.join()
+    messages = [frames for frames, _ in heard_while(bind, send)]
     return messages, result
 
 

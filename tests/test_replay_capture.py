@@ -1,8 +1,5 @@
 """A capture goes out as it came: bytes, order, garbage, timing."""
 
-import threading
-import time
-
 import pytest
 import zmq
 
@@ -11,6 +8,7 @@ from rt_neds.capture import Capture, Stream
 from rt_neds.children import free_port
 from rt_neds.replay_capture import replay_capture
 from tests.capturing import write_capture
+from tests.hearing import heard_while
 
 MS = 1_000_000
 MESSAGES = [  # disorder, garbage, and a message of the other stream
@@ -27,22 +25,13 @@ SENT = [frames for _, stream, frames in MESSAGES if stream == Stream.SPIKES]
 def heard(folder, speed):
     """What a subscriber hears of a replay, when (ns), and what the replay says."""
     bind = f"tcp://127.0.0.1:{free_port()}"
-    frames, stamps, result = [], [], {}
+    result = {}
 
     def send():
         result.update(replay_capture(Capture(folder), bind=bind, speed=speed, wait_s=10))
 
-    with zmq.Context() as context, context.socket(zmq.SUB) as listener:
-        listener.connect(bind)
-        listener.subscribe(b"")
-        sending = threading.Thread(target=send)
-        sending.start()
-        while sending.is_alive() or listener.poll(200):
-            if listener.poll(50):
-                frames.append(tuple(listener.recv_multipart()))
-                stamps.append(time.monotonic_ns())
-        sending.join()
-    return frames, stamps, result
+    messages = heard_while(bind, send)
+    return [tuple(one) for one, _ in messages], [at_ns for _, at_ns in messages], result
 
 
 @pytest.mark.parametrize("speed", [0.0, 0.5, 1.0, 4.0])
