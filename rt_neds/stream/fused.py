@@ -45,7 +45,9 @@ def _zeros(*shape: int) -> F4:
     """
     numbers = math.prod(shape)
     if 4 * numbers >= HUGE // 2 and hasattr(mmap, "MADV_HUGEPAGE"):
-        room = mmap.mmap(-1, (1 + -(-4 * numbers // HUGE)) * HUGE)
+        # Private, which is not Python's default: kernels grant shared memory none.
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        room = mmap.mmap(-1, (1 + -(-4 * numbers // HUGE)) * HUGE, flags=private)
         with contextlib.suppress(OSError):  # a kernel without them
             room.madvise(mmap.MADV_HUGEPAGE)
         raw, line = np.frombuffer(room, np.float32), HUGE
