@@ -89,12 +89,13 @@ def assemble(
     """Put the parts of the loop together for what the source announced.
 
     ``restarts`` is how many processes ended before this one took their place, ``kept`` the
-    :class:`rt_neds.stream.silent.KeptSilence` in which they counted.
+    :class:`rt_neds.stream.kept.Kept` that they left.
     """
     import torch
 
     from rt_neds.stream.binner import Binner
     from rt_neds.stream.decoder import schema_outputs
+    from rt_neds.stream.kept import Past
     from rt_neds.stream.loop import Loop
     from rt_neds.stream.receiver import Announcement
     from rt_neds.stream.silent import FallenSilent
@@ -116,6 +117,7 @@ def assemble(
     lateness = 0 if is_rig(config.source) else round(config.lateness_ms / 1000 * rate)
     validity = Validity(
         spec.model.context,
+        max(spec.model.context, spec.model.memory),
         round(width / rate * 1e9),
         ClockFit(rate, config.slip_ms),
         config.stale_ms,
@@ -127,12 +129,15 @@ def assemble(
     assumed = announced or Announcement(session.id, rate, tuple(session.units))
     if not is_rig(config.source):
         source.assume(assumed)
+    decoder = warm_decoder(config, spec, model, session, missing_N, say)
+    if kept is not None:
+        decoder.keep(Past(kept, session, width))
     return Loop(
         probe=config.probe,
         model=spec.name,
         source=source,
         binner=Binner(rows, len(session.units), width, spec.model.context, lateness),
-        decoder=warm_decoder(config, spec, model, session, missing_N, say),
+        decoder=decoder,
         validity=validity,
         sink=sink,
         assumed=assumed,
@@ -156,7 +161,7 @@ def assemble(
             spec.bin_ms / 1000,
             max(spec.model.history),
             missing_N,
-            kept.of(session) if kept is not None else None,
+            kept.silence(session) if kept is not None else None,
         ),
         live=source.live if config.live else None,
     )

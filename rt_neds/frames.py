@@ -26,13 +26,13 @@ class Flag(IntFlag):
     LATE
         The frame came out more than one bin after its end, or spikes came after their bin closed.
     WARMING
-        Fewer bins than the context have been seen.
+        Fewer bins than the context, or the span of the memory, have been seen.
     STALE
         The source had been silent for longer than it should.
     SLIPPED
         The sample clock jumped against the host clock.
     RESTARTED
-        The acquisition or the decoder began anew and the context is not yet full again.
+        The acquisition began anew, or another process decodes, and that is not yet a context ago.
     UNKNOWN_UNITS
         Spikes came from units the bundle does not know.
     MISSING_UNITS
@@ -103,7 +103,10 @@ class BinnedFrame:
         Spikes that came after their bin closed, and messages lost, since the frame before.
     first_of_run : bool
         True for the first bin after a start, a restart or a gap longer than the context: nothing
-        from before can matter any more.
+        from before can matter any more, but for what is ``known``.
+    known, missed : int
+        Of a first bin: bins of its run that a worker before this one has decoded and left in
+        memory, and how many after those nobody has. 0 and 0: the run is not known.
     silent_N : ndarray of bool or None
         Units that have fallen silent, to be taken for missing; None for none. The same array as in
         the bin before, unless it changed.
@@ -127,6 +130,8 @@ class BinnedFrame:
     binned_ns: int = 0
     silent_N: NDArray[np.bool_] | None = None
     live_M: NDArray[np.float32] | None = None
+    known: int = 0
+    missed: int = 0
 
 
 @dataclass(slots=True)

@@ -203,7 +203,7 @@ def serve_supervised(
     if config.standby:
         board.also["gate"] = counts.status
 
-    kept = [_kept_silence(loaded) for _ in range(2 if config.standby else 1)]
+    kept = [_kept(loaded) for _ in range(2 if config.standby else 1)]
 
     def alone(line: Lifeline) -> None:
         publisher = Publisher(config.publish, probes[0])
@@ -256,11 +256,11 @@ def _tell_of_triggers(loaded: Loaded, board: Any) -> None:
         board.also["actuators"] = loaded.actuators.status
 
 
-def _kept_silence(loaded: Loaded) -> dict[str, Any]:
-    """Where one worker after the other counts how long units have been silent, by probe."""
-    from rt_neds.stream.silent import KeptSilence
+def _kept(loaded: Loaded) -> dict[str, Any]:
+    """Where one worker after the other keeps what it knows of its stream, by probe."""
+    from rt_neds.stream.kept import Kept
 
-    return {one.probe: KeptSilence(loaded.specs[one.bundle].sessions) for one in loaded.configs}
+    return {one.probe: Kept(loaded.specs[one.bundle]) for one in loaded.configs}
 
 
 def decode(
@@ -281,8 +281,8 @@ def decode(
         As in :func:`serve`.
     line : Lifeline, optional
         What to know of those who decoded before us, and to tell those after us.
-    kept : mapping of str to KeptSilence, optional
-        By probe, where they and we count the silence of units.
+    kept : mapping of str to Kept, optional
+        By probe, where they and we keep what we know of the stream.
 
     Raises
     ------
@@ -307,8 +307,8 @@ def decode(
                 if announced is not None:
                     line.remember(one.probe, [announced.session, announced.rate, announced.units])
             spec, model = specs[one.bundle], loaded.models[one.bundle]
-            mine, silence = sink.beside(one.probe), kept[one.probe] if kept else None
-            loop = assemble(one, spec, model, receiver, mine, announced, say, restarts, silence)
+            mine, left = sink.beside(one.probe), kept[one.probe] if kept else None
+            loop = assemble(one, spec, model, receiver, mine, announced, say, restarts, left)
             say(f"serving {one.probe}: {one.source} -> {one.publish}, bundle {spec.name}")
             if trouble := getattr(receiver, "trouble", ""):
                 say(f"waiting: {trouble}")

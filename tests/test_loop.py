@@ -199,7 +199,7 @@ def test_a_hole_of_another_run_is_none_of_this_one(run):
 
 def test_who_goes_on_distrusts_what_the_one_before_had_not_yet_said():
     def validity(fit):
-        return Validity(CONTEXT, 20 * MS, fit, stale_ms=100.0, units_missing=False)
+        return Validity(CONTEXT, CONTEXT, 20 * MS, fit, stale_ms=100.0, units_missing=False)
 
     fit = ClockFit(RATE)
     before, after = validity(fit), validity(ClockFit(RATE))

@@ -1,9 +1,6 @@
 """Units that fall silent: noticed as the rule says, taken for missing alike by all, and said."""
 
 import itertools
-import os
-import signal
-import time
 import uuid
 
 import msgspec
@@ -24,13 +21,11 @@ from rt_neds.replay import batches
 from rt_neds.serve_config import ServeConfig
 from rt_neds.session import load_session
 from rt_neds.stream.binner import Binner
-from rt_neds.stream.board import Board
 from rt_neds.stream.decoder import Decoder, EagerStep
 from rt_neds.stream.fused import FusedStep
 from rt_neds.stream.graph import GraphStep
 from rt_neds.stream.publisher import Note
-from rt_neds.stream.silent import LEAST_S, LONGEST_S, TIMES, FallenSilent, KeptSilence
-from rt_neds.supervise import Supervisor
+from rt_neds.stream.silent import LEAST_S, LONGEST_S, TIMES, FallenSilent
 from rt_neds.wire import MAX_NAMED, pack_map, unpack_map
 from tests.making import tiny_config, write_session
 from tests.naive import fallen_silent, longest_silence
@@ -91,56 +86,6 @@ def test_who_goes_on_with_the_same_units_knows_who_was_silent():
     assert after.now_N.tolist() == [True, False]
     other.go_on_from(before)
     assert other.now_N is None
-
-
-def of_two_sessions(trained):
-    """Two sessions of a bundle, the second with a unit more."""
-    first = load_spec(trained[2]).sessions[0]
-    second = msgspec.structs.replace(
-        first,
-        id="other",
-        units=[*first.units, "more"],
-        longest_silence=[*first.longest_silence, 0.1],
-    )
-    return first, second
-
-
-def test_who_takes_a_workers_place_knows_who_was_silent(trained, tmp_path):
-    first, second = of_two_sessions(trained)
-    kept = KeptSilence([first, second])
-    dead_after = 1 + round(max(TIMES * max(first.longest_silence), LEAST_S) / BIN_S)
-
-    def work(line):
-        silence = FallenSilent(first.longest_silence, BIN_S, 5, None, kept.of(first))
-        if line.writer:
-            (tmp_path / "knew").write_text(repr(silence.now_N.tolist()))
-        counts_N = np.array([0, *[1] * (len(first.units) - 1)], np.float32)
-        for _ in range(dead_after):
-            silence.take(frame(counts_N))
-        if not line.writer:
-            os.kill(os.getpid(), signal.SIGKILL)
-        while not line.stop():
-            time.sleep(0.01)
-
-    supervisor = Supervisor([("worker", work)], Board(["p"], 1), 60_000, lambda line: None)
-    supervisor.run(lambda: (tmp_path / "knew").exists())
-    assert (tmp_path / "knew").read_text() == repr([True] + [False] * (len(first.units) - 1))
-
-
-def test_of_another_session_nothing_is_kept(trained):
-    first, second = of_two_sessions(trained)
-    kept = KeptSilence([first, second])
-    kept.of(first)[:] = 7
-    assert kept.of(first).tolist() == [7] * len(first.units)
-    assert kept.of(second).tolist() == [0] * len(second.units)
-    kept.of(second)[:] = 7
-    assert kept.of(first).tolist() == [0] * len(first.units)
-    spec = load_spec(trained[2])
-    model, config = build_model(trained[2], spec), ServeConfig(probe="p", bundle="b")
-    kept = KeptSilence(spec.sessions)
-    kept.of(spec.sessions[0])[2] = 1 << 40
-    loop = assemble(config, spec, model, ListSource([]), ListSink(), None, kept=kept)
-    assert loop.status(0)["units"]["silent"] == [spec.sessions[0].units[2]]
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -22,6 +22,7 @@ from rt_neds.model.readout import Behaviour, Scale
 from rt_neds.stream.binner import CHUNK
 from rt_neds.stream.fused import FusedStep
 from rt_neds.stream.graph import GraphStep
+from rt_neds.stream.kept import Past
 from rt_neds.stream.values import Values, values_of
 
 SHARING = (FusedStep, GraphStep)
@@ -172,6 +173,8 @@ class Decoder:
 
     Attributes
     ----------
+    past : Past or None
+        Where the step's past lies, if it outlives this process.
     values_V : ndarray of float32
         Values of the first of the bins last decoded, in the order of the schema; overwritten by
         the next.
@@ -195,7 +198,14 @@ class Decoder:
         self._step = step
         self._silent_N: NDArray[np.bool_] | None = None
         self._next_before: list[NDArray[np.float32]] = []
+        self.past: Past | None = None
         self.values_V = self._values.values_TV[0]
+
+    def keep(self, past: Past) -> None:
+        """Decode in memory that outlives this process, if the step can; once it is warm."""
+        if isinstance(self._step, FusedStep):
+            self._step.lie_in(past.room)
+            self.past = past
 
     def decode(self, frame: BinnedFrame) -> NDArray[np.float32]:
         """Decode a bin; bins must come in order, and a first of a run begins anew."""
@@ -203,9 +213,29 @@ class Decoder:
 
     def decode_chunk(self, frames: Sequence[BinnedFrame]) -> NDArray[np.float32]:
         """Decode at most ``CHUNK`` bins, to shape (T, V); only the first may begin a run."""
-        if frames[0].first_of_run:
-            self._step.reset(frames[0].bin)
-        return self._values.of(self._raw_TO(frames))
+        self._begin(frames[0])
+        raw_TO = self._raw_TO(frames)
+        self._complete(frames[-1])
+        return self._values.of(raw_TO)
+
+    def _begin(self, frame: BinnedFrame) -> None:
+        """What comes before the bins of a chunk: their past, if that is not the last chunk."""
+        if self.past is not None:
+            self.past.change(frame)
+        if not frame.first_of_run:
+            return
+        if not (frame.known and isinstance(self._step, FusedStep)):
+            self._step.reset(frame.bin)
+            return
+        self._step.go_on_at(frame.bin - frame.missed)
+        nothing_N = np.zeros_like(frame.counts_N)
+        for t in range(0, frame.missed, CHUNK):
+            bins = min(CHUNK, frame.missed - t)
+            self._step.steps((nothing_N,) * bins, (False,) * bins)
+
+    def _complete(self, frame: BinnedFrame) -> None:
+        if self.past is not None:
+            self.past.complete(frame)
 
     def share(self, other: Decoder) -> bool:
         """Whether the bins of both can go through one call of the network."""
@@ -290,8 +320,7 @@ def decode_together(
         return [d.decode_chunk(frames) for d, frames in zip(decoders, frames_of, strict=True)]
     for decoder, frames in zip(decoders, frames_of, strict=True):
         decoder._next_before.clear()
-        if frames[0].first_of_run:
-            decoder._step.reset(frames[0].bin)
+        decoder._begin(frames[0])
     steps: list[Any] = [decoder._step for decoder in decoders]
     raws = steps[0].together(
         steps,
@@ -299,6 +328,8 @@ def decode_together(
         [[frame.observed for frame in frames] for frames in frames_of],
         [live(frames) for frames in frames_of],
     )
+    for decoder, frames in zip(decoders, frames_of, strict=True):
+        decoder._complete(frames[-1])
     return [decoder._values.of(raw) for decoder, raw in zip(decoders, raws, strict=True)]
 
 

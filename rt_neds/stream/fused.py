@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rt_neds.model.attention import ROTARY_BASE
+from rt_neds.model.config import ModelConfig
 from rt_neds.model.neds import NEDS, SCHEMES
 from rt_neds.model.readout import Scale
 from rt_neds.model.rounding import is_rounded
@@ -36,6 +37,8 @@ from rt_neds.stream.live_tokens import LiveTokens
 F4 = NDArray[np.float32]
 F8 = NDArray[np.float64]
 HUGE = 1 << 21
+LINE = 16
+"""Numbers of a cache line."""
 
 
 def _zeros(*shape: int) -> F4:
@@ -52,7 +55,7 @@ def _zeros(*shape: int) -> F4:
             room.madvise(mmap.MADV_HUGEPAGE)
         raw, line = np.frombuffer(room, np.float32), HUGE
     else:
-        raw, line = np.zeros(numbers + 16, np.float32), 64
+        raw, line = np.zeros(numbers + LINE, np.float32), 4 * LINE
     start = -raw.ctypes.data % line // raw.itemsize
     return raw[start : start + numbers].reshape(shape)
 
@@ -183,6 +186,36 @@ def _padded(vector_D: F8) -> F4:
     return _aligned(np.pad(vector_D, (0, _up(len(vector_D)) - len(vector_D))))
 
 
+def _past_shapes(config: ModelConfig, units: int) -> dict[str, tuple[int, ...]]:
+    """What a stream's past is: arrays that a step finds and leaves changed."""
+    rows, width = config.context + CHUNK, config.dim // config.heads
+    return {  # a whole chunk sees so many rows, and the sink
+        "keys_LHX": (config.layers, config.heads, _up(rows, LANES) * (1 + width)),
+        "values_LHX": (config.layers, config.heads, _up(width, LANES) * (1 + rows)),
+        "memory_D": (_up(config.dim),),
+        "dark_1": (2,),  # words of one integer
+        "counts_CN": (max(config.history), units),
+        "sums_KN": (len(config.history), units),
+    }
+
+
+def past_words(config: ModelConfig, units: int) -> int:
+    """Words of 4 bytes that the past of a stream takes."""
+    return sum(_up(math.prod(shape), LINE) for shape in _past_shapes(config, units).values())
+
+
+def _past_in(room: F4, config: ModelConfig, units: int) -> dict[str, NDArray]:
+    """The arrays, each on a cache line, one after the other."""
+    arrays: dict[str, NDArray] = {}
+    at = 0
+    for name, shape in _past_shapes(config, units).items():
+        size = math.prod(shape)
+        arrays[name] = room[at : at + size].reshape(shape)
+        at += _up(size, LINE)
+    arrays["dark_1"] = arrays["dark_1"].view(np.int64)
+    return arrays
+
+
 class _Trunk:
     """Weights that all sessions of a network share, and where the work on them is done."""
 
@@ -276,34 +309,28 @@ class FusedStep:
             "counts_TN": np.zeros((T, parts.units), np.float32),
             "shown_T": np.zeros(T, np.int64),
             "live_TD": _zeros(T, _up(c.dim)),
-            "counts_CN": _zeros(max(c.history), parts.units),
-            "sums_KN": _zeros(len(c.history), parts.units),
             "found_I": np.zeros(inputs, np.int64),
             "root_I": _zeros(inputs),
             "read_in": _aligned(_rows(*read_in)),
             "spikes_D": _padded(_f8(model.modality_MD)[0] + dark_D),
             "dark_D": _padded(dark_D),
             "heads_OI": heads_OI,
-            "keys_LHX": _zeros(c.layers, c.heads, R * (1 + width)),
-            "values_LHX": _zeros(c.layers, c.heads, V * (1 + rows)),
-            "memory_D": _zeros(_up(c.dim)),
-            "dark_1": np.zeros(1, np.int64),
             "token_TD": _zeros(T, c.dim),
             "raw_TO": np.zeros((T, len(heads_OI)), np.float32),
         }
         self._stream_1 = np.zeros(1, STREAM)
-        for name, array in self._arrays.items():
-            assert array.flags.c_contiguous, name
-            self._stream_1[name] = array.ctypes.data
+        self._point_to(self._arrays)
         for name, size in (("units", parts.units), ("inputs", inputs), ("outputs", len(heads_OI))):
             self._stream_1[name] = size
         # What a step touches, ready to hand: looking it up costs more than it does.
         self._fields = self._stream_1.view(np.int64)
         self._counts_TN, self._shown_T = self._arrays["counts_TN"], self._arrays["shown_T"]
         self._raw_TO, self._bin, self._bins = self._arrays["raw_TO"], 0, 0
+        self._config = c
+        self.lie_in(_zeros(past_words(c, parts.units)))
         self._set_sinks(model, rows, R, V, width)
         self.nbytes = sum(
-            array.nbytes for name, array in self._arrays.items() if name[:4] in ("read", "keys")
+            self._arrays[name].nbytes for name in ("read_in", "keys_LHX", "values_LHX")
         )
         self.nbytes += self._trunk.weights.nbytes
         weight_DD, bias_D = _map(model.next)
@@ -329,10 +356,31 @@ class FusedStep:
     def reset(self, first_bin: int = 0) -> None:
         """Forget the past; the next bin has this number."""
         self._bin, self._bins = int(first_bin), 0
-        for name in ("counts_CN", "sums_KN", "memory_D", "keys_LHX"):
+        for name in ("counts_CN", "sums_KN", "memory_D", "dark_1", "keys_LHX"):
             self._arrays[name][:] = 0
         self._arrays["keys_LHX"][:, :, self._unseen_X] = -np.inf
         self._arrays["values_LHX"][:] = self._sink_LHX
+
+    def lie_in(self, room: F4) -> None:
+        """Have the past lie in this memory, on a cache line, with what is there already.
+
+        Parameters
+        ----------
+        room : ndarray of float32
+            At least :func:`past_words` of them.
+        """
+        past = _past_in(room, self._config, self._counts_TN.shape[1])
+        self._point_to(past)
+        self._arrays |= past
+
+    def go_on_at(self, bin_: int) -> None:
+        """The past is that of a stream whose next bin has this number."""
+        self._bin, self._bins = int(bin_), 0
+
+    def _point_to(self, arrays: Mapping[str, NDArray]) -> None:
+        for name, array in arrays.items():
+            assert array.flags.c_contiguous, name
+            self._stream_1[name] = array.ctypes.data
 
     def step(self, counts_N: F4, observed: bool) -> F4:
         """Decode the next bin; see :meth:`steps`."""

@@ -175,6 +175,8 @@ class Loop:
             if binned.first_of_run or len(self._closed) == CHUNK:
                 self._decode()
                 self._alive()  # a message can hold thousands of bins
+            if binned.first_of_run and self._decoder.past is not None:
+                self._decoder.past.join(binned)
             if self._silent is not None:
                 self._silent.take(binned)
             if self._live is not None:

@@ -17,9 +17,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from rt_neds.bundle import BundleSession
 from rt_neds.frames import BinnedFrame
-from rt_neds.stream.board import shared
 
 TIMES = 5.0
 """How many times its longest silence in training: with three, units of recordings that were as they
@@ -51,33 +49,6 @@ def count_silence(counts_N, limit_N, silent_bins_N):  # type: ignore[no-untyped-
             silent_bins_N[n] = before + 1
             changed += before == limit_N[n]
     return changed
-
-
-class KeptSilence:
-    """How long units have been silent, for whoever takes a worker's place.
-
-    To be made before workers are forked, one for each that may be alive at once: they count in it.
-
-    Parameters
-    ----------
-    sessions : sequence of BundleSession
-        All whose units may come.
-    """
-
-    def __init__(self, sessions: Sequence[BundleSession]) -> None:
-        self._number = {session.id: number for number, session in enumerate(sessions, start=1)}
-        most = max(len(session.longest_silence) for session in sessions)
-        memory = shared(1 + most, np.dtype(np.int64))
-        self._whose, self._silent_bins = memory[:1], memory[1:]
-
-    def of(self, session: BundleSession) -> NDArray[np.int64]:
-        """The counts of a session's units; zeros unless those counted last are the same."""
-        number = self._number[session.id]
-        if self._whose[0] != number:
-            self._whose[0] = 0  # nobody's, should we end now
-            self._silent_bins[:] = 0
-            self._whose[0] = number
-        return self._silent_bins[: len(session.longest_silence)]
 
 
 class FallenSilent:

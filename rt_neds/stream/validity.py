@@ -13,6 +13,8 @@ class Validity:
     ----------
     context : int
         Bins of context of the decoder; a fault stays flagged while it is inside.
+    full : int
+        Bins of a run after which the decoder knows all that it can; at least the context.
     bin_ns : int
         Width of a bin.
     fit : ClockFit
@@ -32,6 +34,7 @@ class Validity:
     def __init__(
         self,
         context: int,
+        full: int,
         bin_ns: int,
         fit: ClockFit,
         stale_ms: float,
@@ -40,11 +43,11 @@ class Validity:
     ) -> None:
         self.units_missing = units_missing
         self.counters = dict.fromkeys(("late", "stale", "slips", "restarts"), 0)
-        self._context, self._fit = context, fit
+        self._context, self._full, self._fit = context, full, fit
         self._in_time_ns, self._held_ns = bin_ns + lateness_ns, 0
         self._stale_ns = round(stale_ms * 1e6)
         self._epoch: int | None = None
-        self._bins_in_run = 0
+        self._bins_in_run = self._bins_of_ours = 0
         self._began_before = False
         self._bins_since_hole = self._bins_since_slip = context
         self._last_received_ns = 0
@@ -56,6 +59,7 @@ class Validity:
         self._began_before = before._began_before
         self._stale, self._stale_told = before._stale, before._stale_told
         self._bins_since_slip = before._bins_since_slip
+        self._bins_since_hole = before._bins_since_hole
 
     def follow(self, before: Validity) -> None:
         """Begin anew where another ended whose bins were others: that shows, and counts go on."""
@@ -91,18 +95,22 @@ class Validity:
         """Flags of a bin that is about to be decoded; lateness is added by :meth:`lateness`."""
         if frame.first_of_run:
             self.counters["restarts"] += self._began_before
-            self._bins_in_run = 0
-            self._bins_since_hole = self._context
+            self._bins_in_run, self._bins_of_ours = frame.known + frame.missed, 0
+            if not frame.known:
+                self._bins_since_hole = self._context
+            elif frame.missed:
+                self._bins_since_hole = 0
         self._bins_in_run += 1
+        self._bins_of_ours += 1
         self._bins_since_hole = 0 if not frame.observed else self._bins_since_hole + 1
         self._bins_since_slip += 1
         flags = 0
         if self._bins_since_hole < self._context:
             flags |= Flag.GAP
-        if self._bins_in_run < self._context:
+        if self._bins_in_run < self._full:
             flags |= Flag.WARMING
-            if self.counters["restarts"]:
-                flags |= Flag.RESTARTED
+        if self._bins_of_ours < self._context and self.counters["restarts"]:
+            flags |= Flag.RESTARTED
         if self._stale:
             flags |= Flag.STALE
             self._stale_told = True

@@ -160,7 +160,7 @@ def test_whoever_joins_late_misses_bins_but_publishes_none_that_is_wrong(session
 def test_when_a_bin_ended_is_known_though_it_was_held_back(source, channels):
     """Each block of 10 ms is there 0.2 ms after it ended; by spikes they wait for 50 ms more."""
     bins = Binner(np.arange(5, dtype=np.int32), 5, WIDTH, CONTEXT)
-    validity = Validity(CONTEXT, 20_000_000, ClockFit(RATE), 250.0, False)
+    validity = Validity(CONTEXT, CONTEXT, 20_000_000, ClockFit(RATE), 250.0, False)
     rng, number, off_ms, late = np.random.default_rng(0), 0, [], 0
     for k in range(600):
         now = 10**12 + (k + 1) * 10_000_000 + 200_000

@@ -28,6 +28,7 @@ from rt_neds.stream.publisher import DecodedListener
 from rt_neds.stream.sender import Sender
 from rt_neds.stream.silent import LONGEST_S
 from rt_neds.supervise import CAN_FORK, GIVE_UP
+from tests.test_kept import save_untrained
 from tests.test_loop import ListSink, ListSource
 
 pytestmark = [
@@ -195,13 +196,57 @@ def test_a_killed_and_a_hung_worker_are_replaced_and_bins_keep_their_numbers(tin
         assert second["frame_counters"]["restarts"] == 1
 
         undisturbed = rig.undisturbed()
+        anew = Flag.RESTARTED | Flag.WARMING
         for at in (killed, hung):
             flags = [frame.flags for frame in rig.frames[at : at + FULL]]
-            assert flags[0] & Flag.RESTARTED
-            assert flags[0] & Flag.WARMING
-            assert not any(f & (Flag.RESTARTED | Flag.WARMING) for f in flags[CONTEXT:])
+            went_on = at == killed and not flags[0] & Flag.WARMING  # not all is forgotten
+            assert flags[0] & (anew | Flag.GAP) == Flag.RESTARTED | Flag.GAP if went_on else anew
+            assert not any(f & (anew | Flag.GAP) for f in flags[CONTEXT:])
             for frame in rig.frames[at + FULL : at + FULL + 10]:
                 np.testing.assert_allclose(frame.values_V, undisturbed[frame.bin], atol=1e-5)
+
+
+def decoded(path, spec, model, epoch, comes):
+    """Values by bin of a loop to which only some bins of a session came."""
+    source, sink = ListSource(batches(load_session(path), 20.0, epoch=epoch)), ListSink()
+    source.items = [batch for batch in source.items if comes(batch.first // WIDTH)]
+    config = ServeConfig(probe="p", bundle="b", session="a")
+    assemble(config, spec, model, source, sink, None).run(lambda: not source.items)
+    return {frame.bin: frame.values_V for frame in sink.frames}
+
+
+def test_a_replacement_goes_on_with_what_the_killed_one_knew(tiny, tmp_path):
+    context, units = 60, load_session(tiny[0]).unit_ids
+    size = (16, 2, 2, context, (1, 4), 2, len(units), 400, True)
+    save_untrained(tmp_path / "bundle", size, units)
+    spec = load_spec(tmp_path / "bundle")
+    model = build_model(tmp_path / "bundle", spec)
+    with Rig((tiny[0], tmp_path, None), announcements=1000) as rig:
+        rig.acquisition.session = replace(rig.acquisition.session, id="a")
+        with serving(*rig.options, "--session", "a") as child:
+            wait_for_schema(rig.listener, child)
+            rig.hear_frames(420)  # longer than the memory
+            for _ in range(3):  # one that is killed in the middle of a step leaves nothing
+                status = rig.hear_status()
+                at = rig.restarted(rig.signal(status["pid"], signal.SIGKILL, 60))
+                after = rig.frames[at : at + 50]
+                if not after[0].flags & Flag.WARMING:
+                    break
+                rig.hear_frames(420)
+            told = rig.hear_status()["supervision"]["handover"]
+    last, first = told["from"]["bin"], told["to"]["bin"]
+    of = tiny[0], spec, model, after[0].epoch
+    holed = decoded(*of, lambda bin_: not last < bin_ < first)
+    anew = decoded(*of, lambda bin_: bin_ >= first)
+    errors = {"went on": [], "anew": []}
+    for frame in after:
+        assert frame.flags & (Flag.RESTARTED | Flag.GAP)
+        assert not frame.flags & Flag.WARMING
+        for how, values in (("went on", holed), ("anew", anew)):
+            errors[how].append(np.abs(frame.values_V - values[frame.bin]).max())
+    # What came before serve had begun is in the memory of the one and not of the other.
+    assert max(errors["went on"]) < 1e-3
+    assert np.median(errors["anew"]) > 0.03
 
 
 def test_a_standby_takes_over_and_no_bin_is_missed(tiny):
