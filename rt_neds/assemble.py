@@ -16,28 +16,35 @@ from rt_neds.spikeglx_wire import is_spikeglx
 
 
 def open_source(
-    config: ServeConfig, spec: Any, detector: Any = None, before: list[Any] | None = None
+    config: ServeConfig,
+    spec: Any,
+    detector: Any = None,
+    before: list[Any] | None = None,
+    kept: Any = None,
 ) -> Any:
     """The source that a URL names; rigs do not say which session is on, so we do.
 
-    ``before`` is what it had announced to the process whose place we take: session, rate, units.
+    ``before`` is what it had announced to the process whose place we take: session, rate, units;
+    ``kept`` the :class:`rt_neds.stream.kept.Kept` that it left.
     """
     from rt_neds.stream.receiver import Announcement, Receiver
 
     endpoint, heard = source_endpoint(config.source), None
     if before is not None:
         heard = Announcement(before[0], before[1], tuple(before[2]))
+    run = kept.run() if kept is not None else None
     if is_openephys(config.source):
         from rt_neds.stream.openephys import OpenEphysSource
 
         session = spec.session(config.session or None)
         known = Announcement(session.id, session.rate, tuple(session.units))
-        return OpenEphysSource(endpoint, known, config.lateness_ms, heard)
+        return OpenEphysSource(endpoint, known, config.lateness_ms, heard, run)
     source: Any
     if is_spikeglx(config.source):
         from rt_neds.stream.spikeglx import SpikeGLXSource
 
-        source = SpikeGLXSource(endpoint, spec.session(config.session or None).id, detector)
+        session = spec.session(config.session or None)
+        source = SpikeGLXSource(endpoint, session.id, detector, run)
     else:
         from rt_neds.stream.live import live_of
 

@@ -293,7 +293,13 @@ def decode(
 
     configs, specs, heard = loaded.configs, loaded.specs, line.heard if line is not None else {}
     receivers = [
-        open_source(one, specs[one.bundle], loaded.detectors.get(one.probe), heard.get(one.probe))
+        open_source(
+            one,
+            specs[one.bundle],
+            loaded.detectors.get(one.probe),
+            heard.get(one.probe),
+            kept[one.probe] if kept else None,
+        )
         for one in configs
     ]
     try:

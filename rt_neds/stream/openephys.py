@@ -35,7 +35,7 @@ from rt_neds.openephys_wire import (
     unit_name,
 )
 from rt_neds.stream.openephys_heartbeat import Heartbeat
-from rt_neds.stream.receiver import Announcement
+from rt_neds.stream.receiver import Announcement, Run
 from rt_neds.stream.watermark import Span, Watermark
 
 QUEUE = 20_000
@@ -53,6 +53,8 @@ STOCK_S = 30.0
 """How often electrodes are compared with the units of the bundle, where any is unknown."""
 SILENCE_NS = 250_000_000
 """So long the clock may stand in for spikes; then nothing is published until one comes."""
+RECOGNISED_S = 1.0
+"""So exactly an acquisition goes on where a process that has ended was reading."""
 PATIENCE_NS = 2_000_000_000
 """So long nothing need come before it is said."""
 
@@ -88,6 +90,8 @@ class OpenEphysSource:
         See :class:`Watermark`.
     before : Announcement, optional
         What a source in a process that has ended had come to announce.
+    run : Run, optional
+        What that source was reading: if samples go on from there, it is the same acquisition.
 
     Attributes
     ----------
@@ -117,6 +121,7 @@ class OpenEphysSource:
         known: Announcement,
         lateness_ms: float = 0.0,
         before: Announcement | None = None,
+        run: Run | None = None,
     ) -> None:
         self.address = parse_url(url)
         if before is not None:
@@ -133,6 +138,7 @@ class OpenEphysSource:
         self.counters["loss_unknown"] = int(not self._numbered)
         self._last_number = 0
         self._epoch = self._seq = 0
+        self._run = run
         self._watermark = Watermark(known.rate, lateness_ms)
         self._fit = ClockFit(known.rate)
         self._channels: set[int] = set()
@@ -213,6 +219,9 @@ class OpenEphysSource:
             self.counters["other_stream"] += 1
             return
         self._last_message_ns = received_ns
+        if self._run is not None:
+            at = message.end if isinstance(message, Block) else message.sample
+            self._recognise(self._run, at, received_ns)
         if isinstance(message, Block):
             self._take_block(message, received_ns)
             return
@@ -286,6 +295,17 @@ class OpenEphysSource:
         self._fit.restart()
         self._stock_at = None
         self._watermark.begin(whole=whole)
+
+    def _recognise(self, run: Run, sample: int, received_ns: int) -> None:
+        """Whether our first sample is where an acquisition that was being read should be now.
+
+        One that began since has counted for no longer than that was ago.
+        """
+        self._run = None
+        rate = self._known.rate
+        ahead_s = (sample - run.end) / rate - (received_ns - run.at_ns) / 1e9
+        if abs(ahead_s) < RECOGNISED_S and run.end > 2 * RECOGNISED_S * rate:
+            self._epoch = run.epoch
 
     def _is_behind(self, sample: int, received_ns: int) -> bool:
         """Whether the acquisition that we know was at ``sample`` long ago, by the clock.

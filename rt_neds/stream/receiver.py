@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import zmq
 
@@ -48,6 +48,14 @@ class Announcement:
     session: str
     rate: float
     units: tuple[str, ...]
+
+
+class Run(NamedTuple):
+    """An acquisition of which all up to sample ``end`` had come at ``at_ns`` by the host's clock."""
+
+    epoch: int
+    end: int
+    at_ns: int
 
 
 class Receiver:

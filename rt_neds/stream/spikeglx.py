@@ -32,7 +32,7 @@ from rt_neds.spikeglx_wire import (
     parse_spikeglx_url,
     sample_count,
 )
-from rt_neds.stream.receiver import Announcement
+from rt_neds.stream.receiver import Announcement, Run
 from rt_neds.stream.spikeglx_line import Line, LineError, look_up
 from rt_neds.stream.spikeglx_samples import Detector, Samples
 
@@ -88,6 +88,9 @@ class SpikeGLXSource:
         Session of the bundle, which SpikeGLX cannot name.
     detector : Detector
         Until it has settled after a gap, that counts as gap: it would find nothing.
+    before : Run, optional
+        What a source in a process that has ended was reading: if it still goes on, so do we, from
+        where that process was, as far as SpikeGLX holds it.
 
     Attributes
     ----------
@@ -113,7 +116,9 @@ class SpikeGLXSource:
         no such probe, or one that the detector was not made for.
     """
 
-    def __init__(self, url: str, session: str, detector: Detector) -> None:
+    def __init__(
+        self, url: str, session: str, detector: Detector, before: Run | None = None
+    ) -> None:
         self.address = parse_spikeglx_url(url)
         self.announced: Announcement | None = None
         self.probe: Probe | None = None
@@ -134,6 +139,7 @@ class SpikeGLXSource:
         # The run
         self._head, self._head_ns = 0, 0  # the newest sample known of, and when it was
         self._waited = False  # whether we saw that there was no run
+        self._before = before
         self._held: SpikeBatch | None = None
 
     @property
@@ -262,12 +268,22 @@ class SpikeGLXSource:
             after_ns = monotonic_ns() + WAIT_NS
         now = monotonic_ns()
         if not self._samples.epoch:
-            self._samples.begin(0 if self._waited else count)
+            self._join(count, now)
         elif self._waited or not self._is_same_run(count, now):
             self._samples.begin(0)
         self._waited = False
         self._head, self._head_ns = count, now
         return waited
+
+    def _join(self, count: int, now: int) -> None:
+        """Begin with the first run that we meet."""
+        if self._before is not None and not self._waited:
+            self._samples.next = self._head = self._before.end
+            self._head_ns = self._before.at_ns
+            if self._is_same_run(count, now):
+                self._samples.go_on(self._before.epoch, self._before.end)
+                return
+        self._samples.begin(0 if self._waited else count)
 
     def _follow(self) -> Talk:
         """Fetch from where we are, until the run ends or what comes is of another."""

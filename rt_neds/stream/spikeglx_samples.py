@@ -94,6 +94,13 @@ class Samples:
         self._seq = self._lost = 0
         self._go_on_at(first)
 
+    def go_on(self, epoch: int, end: int) -> None:
+        """A run of which a process before us has stated all up to ``end``."""
+        self._counters["epochs"] += 1
+        self.epoch = epoch
+        self._seq = self._lost = 0
+        self._go_on_at(max(0, end - self._detector.settle))
+
     def give_up_to(self, sample: int) -> None:
         """The samples up to this one are held no more."""
         if self._seq:

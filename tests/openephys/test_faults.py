@@ -11,6 +11,7 @@ from rt_neds.errors import ConfigError, StreamError
 from rt_neds.openephys_emulator import Emulator, next_port, pieces, send_session
 from rt_neds.stream.binner import Binner
 from rt_neds.stream.openephys import MAX_CHANNELS, OpenEphysSource
+from rt_neds.stream.receiver import Run
 from rt_neds.stream.validity import Validity
 from rt_neds.stream.watermark import TAIL
 from tests import naive_openephys as naive
@@ -131,6 +132,35 @@ def test_an_acquisition_that_began_anew_unseen_is_told_by_the_clock(source, chan
         got.extend(source._ready)
         source._ready.clear()
     assert source.counters["epochs"] == len({batch.epoch for batch in got}) == epochs
+
+
+HEARD = {  # seconds that a process was reading, that it is away, where samples go on; the same?
+    "the same, which went on": (10.0, 0.2, 10.2, True),
+    "the same, a second late": (10.0, 0.2, 9.3, True),
+    "another that began at once": (10.0, 0.2, 0.15, False),
+    "another, of as long ago as ours was": (10.0, 12.0, 11.9, False),
+    "one that had hardly begun": (1.5, 0.2, 1.7, False),
+}
+
+
+@pytest.mark.parametrize("name", HEARD)
+@pytest.mark.parametrize("block", [True, False])
+def test_whoever_takes_a_place_knows_the_acquisition_that_goes_on(port, name, block):
+    read_s, away_s, at_s, same = HEARD[name]
+    run = Run(77, round(read_s * RATE), 10**12)
+    url, now = f"openephys://127.0.0.1:{port}", 10**12 + round(1e9 * away_s)
+    source, got = OpenEphysSource(url, known(["E1"]), run=run), []
+    try:
+        for k in range(100):
+            at = round(at_s * RATE) + 300 * k
+            frames = naive.data(9 + k, 0, at, 300) if block else naive.spike(9 + k, "E1", at)
+            source.take(frames, now + 10_000_000 * k)
+            got.extend(source._ready)
+            source._ready.clear()
+    finally:
+        source.close()
+    assert {batch.epoch == 77 for batch in got} == {same}
+    assert source.counters["epochs"] == 1
 
 
 def test_whoever_joins_late_misses_bins_but_publishes_none_that_is_wrong(session, port):

@@ -5,11 +5,14 @@ import time
 import pytest
 
 import rt_neds.stream.spikeglx as module
+from rt_neds.stream.receiver import Run
+from rt_neds.stream.spikeglx import SpikeGLXSource
 from tests import naive_spikeglx as naive
 from tests.spikeglx.checking import (
     AP,
     LAG,
     PATIENCE_S,
+    WIDTH,
     agree,
     expected,
     frames_of,
@@ -224,3 +227,55 @@ def test_a_stall_of_the_probe_is_the_same_run(serve):
     assert source.counters["epochs"] == 1
     assert source.counters["empty"] > 10
     assert source.counters["lost"] == 0
+
+
+def ticks(samples):
+    def on(server):
+        server.count += samples
+
+    return on
+
+
+def begins_anew(server):
+    server.count = 1
+
+
+def stops(server):
+    server.running, server.count = False, 0
+
+
+BETWEEN = {  # what happens between two processes; is it the same run, and is all of it read?
+    "nothing": (ticks(0), True, True),
+    "a tenth of a second": (ticks(3_000), True, True),
+    "more samples than are held": (ticks(8_000), True, False),
+    "another run": (begins_anew, False, False),
+    "the end of the run": (stops, False, False),
+}
+
+
+@pytest.mark.parametrize("what", BETWEEN)
+def test_whoever_takes_a_place_reads_on_where_the_other_was(serve, what):
+    happens, same, whole = BETWEEN[what]
+    data, settle = naive.recording(60_000, AP), 90
+    detector = naive.Threshold(AP, lag=LAG, settle=settle)
+    first, server, _ = serve(data, steps=(300,), ring=5_000, detector=detector)
+    server.count = 1
+    before = read_until(first, 15_000)
+    bins, run = frames_of(before)[0], before[-1]
+    first.close()
+    happens(server)
+    run = Run(run.epoch, (bins[-1][0] + 1) * WIDTH, run.received_ns)
+    second = SpikeGLXSource(f"spikeglx://127.0.0.1:{server.port}", "s", detector, run)
+    try:
+        if not server.running:
+            read_until_told(second, "no run is going")
+            server.running = True
+        after = read_until(second, len(data) - LAG)
+    finally:
+        second.close()
+    assert {batch.epoch for batch in after} == {after[0].epoch}
+    assert (after[0].epoch == run.epoch) == same
+    assert (after[0].first == run.end) == whole
+    if whole:
+        agree([*bins, *frames_of(after)[0]], expected(data, [(1, len(data))], settle=settle))
+    assert (second.counters["epochs"], second.counters["lost"]) == (1, 0)

@@ -1,0 +1,81 @@
+"""A worker beside a rig is killed: whoever takes its place reads the same acquisition on."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from rt_neds.children import free_port, serving, start_replay, wait_for_schema
+from rt_neds.frames import DecodedFrame, Flag
+from rt_neds.session import load_session
+from rt_neds.spikeglx_recording import SynthesisedRecording
+from rt_neds.stream.detector import save_detector
+from rt_neds.stream.publisher import DecodedListener
+from rt_neds.supervise import CAN_FORK
+from tests.test_spikeglx_emulator import detector_for
+
+pytestmark = [
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(not CAN_FORK, reason="supervision forks, which is safe on Linux alone"),
+]
+
+
+class Ear:
+    """Frames and the last status of a ``serve``."""
+
+    def __init__(self, publish):
+        self.listener, self.frames, self.status = DecodedListener(publish, "imec0"), [], None
+
+    def hear(self, enough, seconds=90):
+        deadline = time.monotonic() + seconds
+        while not enough():
+            assert time.monotonic() < deadline, f"not in time; status {self.status}"
+            message = self.listener.read(50)
+            if isinstance(message, DecodedFrame):
+                self.frames.append(message)
+            elif message is not None and message.kind == "status":
+                self.status = message.fields
+
+
+@pytest.mark.parametrize("rig", ["openephys", "spikeglx"])
+def test_bins_go_on_where_the_killed_one_was(tiny, tmp_path, rig):
+    path, run, _ = tiny
+    session, port = load_session(path), free_port()
+    publish = f"tcp://127.0.0.1:{free_port()}"
+    options = ["--probe", "imec0", "--bundle", str(run / "bundle"), "--publish", publish,
+               "--source", f"{rig}://127.0.0.1:{port}"]  # fmt: skip
+    if rig == "spikeglx":
+        recording = SynthesisedRecording(session)
+        save_detector(tmp_path / "detector", detector_for(recording, session))
+        options += ["--detector", str(tmp_path / "detector")]
+    ear = Ear(publish)
+    sending = start_replay(
+        "--session", str(path), "--probe", "imec0", "--as", rig, "--bind",
+        f"tcp://127.0.0.1:{port}", "--wait", "120", out=tmp_path / "replay.json",
+    )  # fmt: skip
+    try:
+        with serving(*options) as child:
+            wait_for_schema(ear.listener, child)
+            for kills in (1, 2, 3):  # one that is killed in the middle of a step leaves nothing
+                begun = len(ear.frames)
+                ear.hear(lambda begun=begun: len(ear.frames) > begun + 150)
+                os.kill(ear.status["pid"], signal.SIGKILL)
+                ear.hear(lambda kills=kills: ear.status["supervision"]["handovers"] == kills)
+                told = ear.status["supervision"]
+                if told["handover"]["from"]["epoch"] == told["handover"]["to"]["epoch"]:
+                    break
+            before = len(ear.frames)
+            ear.hear(lambda: len(ear.frames) > before + 60)
+    finally:
+        sending.kill()
+        sending.communicate()
+        ear.listener.close()
+    epoch = told["handover"]["to"]["epoch"]
+    assert told["handover"]["from"]["epoch"] == epoch
+    assert {frame.epoch for frame in ear.frames[begun:]} == {epoch}
+    assert (np.diff([frame.bin for frame in ear.frames[begun:]]) > 0).all()
+    assert not ear.frames[-1].flags & (Flag.RESTARTED | Flag.GAP | Flag.WARMING)
+    if rig == "spikeglx":  # it holds what nobody has read
+        assert told["handover"]["to"]["bin"] == told["handover"]["from"]["bin"] + 1
