@@ -346,11 +346,16 @@ def _top(x_R):  # type: ignore[no-untyped-def]
 
 @_summing
 def _softmax(x_R):  # type: ignore[no-untyped-def]
-    """Logits, in bits, to shares; one of -inf gets as good as nothing."""
-    total = np.float32(0)
+    """Logits, in bits, to shares; one of -inf gets nothing.
+
+    Nothing at all, for with numbers too small to be normal some processors take a hundred times as
+    long, and a share that was as small as it can be would become one when it is scaled.
+    """
+    total, least = np.float32(0), np.float32(-126)
     top = np.int32(_top(x_R)).view(np.float32)  # not negative: the sink has 0
     for r in range(x_R.size):
-        x_R[r] = _exp2(x_R[r] - top)
+        below = x_R[r] - top
+        x_R[r] = _exp2(below) if below > least else np.float32(0)
         total += x_R[r]
     scale = np.float32(1) / total
     for r in range(x_R.size):
