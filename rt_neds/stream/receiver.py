@@ -51,7 +51,7 @@ class Announcement:
 
 
 class Run(NamedTuple):
-    """An acquisition of which all up to sample ``end`` had come at ``at_ns`` by the host's clock."""
+    """An acquisition of which all up to ``end`` had come at ``at_ns``, by the host's clock."""
 
     epoch: int
     end: int
