@@ -51,10 +51,10 @@ FLAGS: dict[Flag, tuple[str, str]] = {
         "frames come out later than a bin, or spikes after their bin",
         "see `rt-neds doctor`; a greater lateness_ms if spikes come late",
     ),
-    Flag.WARMING: ("the decoder has not yet seen a whole context", ""),
+    Flag.WARMING: ("context, or memory, of the decoder are not yet full", ""),
     Flag.STALE: ("the source had fallen silent", ""),
     Flag.SLIPPED: ("the sample clock jumped against this machine's", ""),
-    Flag.RESTARTED: ("the acquisition or the decoder began anew", ""),
+    Flag.RESTARTED: ("the acquisition began anew, or another process decodes", ""),
     Flag.UNKNOWN_UNITS: (
         "spikes come from units that the bundle does not know",
         "serve the bundle of today's session",
