@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -21,10 +22,12 @@ from rt_neds.errors import BundleError
 from rt_neds.model.config import ModelConfig
 from rt_neds.model.neds import NEDS
 from rt_neds.model.readout import Behaviour, Scale
-from rt_neds.model.rounding import trunk_weights
+from rt_neds.model.rounding import from_bytes, to_bytes, trunk_weights
 
-FORMAT = 4
+FORMAT = 5
 JSON_NAME, WEIGHTS_NAME = "bundle.json", "model.safetensors"
+SCALE = ".scale"
+"""After the name of a matrix of the trunk: the scale of each of its outputs."""
 
 
 class BundleSession(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,7 +105,7 @@ def save_bundle(
 ) -> BundleSpec:
     """Write a bundle; a half-written one never has a readable ``bundle.json``.
 
-    The trunk's matrices are rounded to bfloat16, for whoever reads it alike
+    The trunk's matrices are rounded to a byte for each weight, for whoever reads it alike
     (:mod:`rt_neds.model.rounding`).
 
     Parameters
@@ -119,12 +122,21 @@ def save_bundle(
     Returns
     -------
     BundleSpec
+
+    Raises
+    ------
+    BundleError
+        A weight that is no number; it is named, and nothing is written.
     """
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise BundleError(f"{name} has weights that are no numbers; train with a smaller step")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / JSON_NAME).unlink(missing_ok=True)
     weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    weights |= {name: weights[name].bfloat16() for name, _ in trunk_weights(model)}
+    for name, _ in trunk_weights(model):
+        weights[name], weights[name + SCALE] = to_bytes(weights[name])
     save_file(weights, folder / WEIGHTS_NAME)
     spec = BundleSpec(
         format=FORMAT,
@@ -187,15 +199,19 @@ def build_model(folder: str | Path, spec: BundleSpec) -> NEDS:
         weights = load_file(Path(folder) / WEIGHTS_NAME)
     except (SafetensorError, OSError) as error:
         raise BundleError(f"{folder}: weights cannot be read ({error}); copy it again") from None
-    expected = model.state_dict()
+    trunk = [name for name, _ in trunk_weights(model)]
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected |= {name + SCALE: expected[name][:1] for name in trunk}
     for name in sorted(expected.keys() | weights.keys()):
         came = tuple(weights[name].shape) if name in weights else "nothing"
-        wants = tuple(expected[name].shape) if name in expected else "nothing"
+        wants = expected.get(name, "nothing")
         if came != wants:
             raise BundleError(
                 f"{folder}: {name} is {came} in the weights and {wants} by the JSON; "
                 "the two files are not of one bundle: copy it again"
             )
+    for name in trunk:
+        weights[name] = from_bytes(weights[name], weights.pop(name + SCALE))
     model.load_state_dict(weights)
     return model.eval()
 

@@ -149,11 +149,12 @@ def test_bins_together_give_the_same_bits_as_one_by_one(size, wanted, shown, rou
         np.testing.assert_array_equal(np.concatenate(got), expected_TO)
 
 
-def test_rounded_weights_are_read_in_two_bytes():
+def test_rounded_weights_are_read_in_one_byte():
     model = random_model((64, 2, 3, 10, (1, 3), 2, 5, 9, True))
     whole = FusedStep(model, "a", NAMES).nbytes
-    trunk = sum(w.numel() for _, w in trunk_weights(model))
-    assert whole - FusedStep(round_trunk(model), "a", NAMES).nbytes == 2 * trunk
+    weights, outputs = np.sum([(w.numel(), len(w)) for _, w in trunk_weights(model)], axis=0)
+    saved = whole - FusedStep(round_trunk(model), "a", NAMES).nbytes
+    assert saved == 3 * weights - 4 * outputs  # each has a scale
     with torch.no_grad():  # one weight that does not fit, and all are kept whole
         model.layers[1].narrow.weight[3, 5] = 1 + 2**-12
     assert FusedStep(model, "a", NAMES).nbytes == whole

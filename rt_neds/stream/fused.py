@@ -3,8 +3,8 @@
 Equal to ``NEDS.step`` for one stream that shows spikes and asks for behaviours. Both read every
 weight once per bin; what this saves is everything around that:
 
-* Weights lie in one array in the order they are read, those of the trunk in two bytes each where
-  they fit, as a bundle's do; weights of units that were silent are not read at all.
+* Weights lie in one array in the order they are read, those of the trunk in a byte each where they
+  fit, as a bundle's do; weights of units that were silent are not read at all.
 * Standardisation, and what stands in for missing units, are folded into the read-in at load.
 
 When the loop is behind the clock, a few bins go through one call, and so do those of several probes
@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ from rt_neds.model.attention import ROTARY_BASE
 from rt_neds.model.config import ModelConfig
 from rt_neds.model.neds import NEDS, SCHEMES
 from rt_neds.model.readout import Scale
-from rt_neds.model.rounding import is_rounded
+from rt_neds.model.rounding import is_rounded, to_bytes
 from rt_neds.stream.binner import CHUNK
 from rt_neds.stream.fused_kernel import LANES, LIVE, PAIR, PANEL, STREAM, fused_step, place
 from rt_neds.stream.live_tokens import LiveTokens
@@ -87,19 +88,25 @@ def _rows(weight_EI: F8, bias_E: F8) -> F8:
     return rows_IE
 
 
-def _panels(half: bool, *maps: tuple[F8, F8]) -> Iterator[F4]:
-    """The same for one panel of outputs after the other; maps of the same inputs, side by side."""
+def _panels(packed: bool, *maps: tuple[F8, F8]) -> Iterator[F4]:
+    """The same for one panel of outputs after the other; maps of the same inputs, side by side.
+
+    Packed weights are multiples of a scale for each output, which lies between.
+    """
+    scale_E = np.zeros(0)
+    if packed:
+        split = [(*to_bytes(torch.from_numpy(weight_EI)), bias_E) for weight_EI, bias_E in maps]
+        scale_E = np.concatenate([_rows(of[:, None].numpy(), bias_E)[1] for _, of, bias_E in split])
+        maps = tuple((whole_EI.numpy(), bias_E) for whole_EI, _, bias_E in split)
     rows_IE = np.concatenate([_rows(*one) for one in maps], axis=1).astype(np.float32)
     for panel in range(0, rows_IE.shape[1], PANEL):
         rows_IP = np.ascontiguousarray(rows_IE[:, panel : panel + PANEL])
         yield rows_IP[0]
-        yield (_halves(rows_IP[1:]) if half else rows_IP[1:]).ravel()
-
-
-def _halves(rows_IP: F4) -> F4:
-    """Two weights to a word, of the same place in the two vectors of a pair."""
-    words_I2V = rows_IP.view(np.uint32).reshape(len(rows_IP), -1, 2, PAIR // 2)
-    return (words_I2V[:, :, 0] >> 16 | words_I2V[:, :, 1]).view(np.float32)
+        if packed:
+            yield scale_E[panel : panel + PANEL].astype(np.float32)
+            yield rows_IP[1:].astype(np.int8).view(np.float32).ravel()
+        else:
+            yield rows_IP[1:].ravel()
 
 
 def _norm(norm: nn.LayerNorm) -> F4:
@@ -120,10 +127,13 @@ def _read_in(parts: Any) -> tuple[F8, F8]:
 def _shared(model: Any) -> tuple[F8, F8]:
     """What all sessions make of that."""
     weight_EI, bias_E = _map(model.spikes_shared)
-    if model.linear_in is None:
-        return weight_EI, bias_E
-    of_said_EU, more_E = _map(model.linear_in)
-    return np.concatenate([weight_EI, of_said_EU], axis=1), bias_E + more_E
+    return weight_EI, bias_E if model.linear_in is None else bias_E + _map(model.linear_in)[1]
+
+
+def _of_said(model: Any) -> tuple[F8, F8]:
+    """And of what a linear decoder says, if there is one; its bias is in the map before."""
+    nothing_D = np.zeros(model.config.dim)
+    return _f8(model.linear_in.weight) if model.linear_in else nothing_D[:, None][:, :0], nothing_D
 
 
 def _head(parts: Any, name: str, said: int) -> F8:
@@ -158,21 +168,22 @@ def _instead(parts: Any, missing_N: NDArray[np.bool_] | None) -> F8:
     return instead_NE
 
 
-def _blocks(model: Any, half: bool) -> Iterator[F4]:
+def _blocks(model: Any, packed: bool) -> Iterator[F4]:
     """Weights that all sessions share, in the order they are read."""
-    yield from _panels(half, _shared(model))
+    yield from _panels(packed, _shared(model))
+    yield from _panels(False, _of_said(model))
     for layer in model.layers:
         yield _norm(layer.norm1)
         weight_EI, bias_E = _map(layer.attention.qkv)
-        yield from _panels(half, *zip(np.split(weight_EI, 3), np.split(bias_E, 3), strict=True))
-        yield from _panels(half, _map(layer.attention.out))
+        yield from _panels(packed, *zip(np.split(weight_EI, 3), np.split(bias_E, 3), strict=True))
+        yield from _panels(packed, _map(layer.attention.out))
         yield _norm(layer.norm2)
-        yield from _panels(half, _map(layer.widen))
-        yield from _panels(half, _map(layer.narrow))
+        yield from _panels(packed, _map(layer.widen))
+        yield from _panels(packed, _map(layer.narrow))
     if model.memory is not None:
         yield _norm(model.memory.norm)
-        yield from _panels(half, _map(model.memory.gate), _map(model.memory.value))
-        yield from _panels(half, _map(model.memory.out))
+        yield from _panels(packed, _map(model.memory.gate), _map(model.memory.value))
+        yield from _panels(packed, _map(model.memory.out))
     yield _norm(model.norm)
 
 
@@ -222,16 +233,16 @@ class _Trunk:
     def __init__(self, model: Any, said: int) -> None:
         c, T = model.config, CHUNK
         D, rows, width = _up(c.dim), c.context + CHUNK, c.dim // c.heads
-        half = is_rounded(model)
-        blocks = list(_blocks(model, half))
+        packed = is_rounded(model)
+        blocks = list(_blocks(model, packed))
         self.weights = _zeros(sum(block.size for block in blocks))
         np.concatenate(blocks, out=self.weights, casting="same_kind")
-        self.config = c, half, said
+        self.config = c, packed, said
         self.streams_P = np.zeros(T, STREAM)  # each has a bin at least
         self.fields_PX = self.streams_P.view(np.int64).reshape(T, -1)
         self.arguments = (
             self.weights,
-            int(half),
+            int(packed),
             c.layers,
             c.heads,
             ROTARY_BASE ** -(np.arange(0, width, 2, dtype=np.float64) / width),

@@ -4,7 +4,7 @@ What lies in which array is :mod:`rt_neds.stream.fused`'s business; this file on
 it must stay in one file: numba's cache does not notice that a function changed in another.
 
 * All in float32; weights that streams share lie in one array in the order they are read, as the
-  prefetcher likes them, in four bytes each or in two, and all tokens, of whichever stream, use a
+  prefetcher likes them, in four bytes each or in one, and all tokens, of whichever stream, use a
   weight while it is in a register.
 * A stream is a record of where its own arrays are, for streams differ in units and in outputs.
 * Keys lie such that scores are one more linear map, whose bias says who is seen, and values such
@@ -34,7 +34,7 @@ from numba.extending import intrinsic
 
 LANES = 16 if llvm.get_host_cpu_features().get("avx512f", False) else 8
 PAIR = 2 * LANES
-"""Two vectors of outputs. Their two-byte weights share words: the first has the lower halves."""
+"""Two vectors of outputs: widths are padded to whole ones."""
 PANEL = 8 * LANES
 """Most outputs of a linear map that are computed together for one token: as many sums that need
 not wait for each other as the processor can have under way."""
@@ -62,7 +62,7 @@ SPIKES, LIVE = 1, 2
 NEAR, FAR = (2048, 32), (16384, 16)
 """Bytes by which weights are fetched before their turn, into an outer cache, and words per fetch.
 After a bin's sleep they lie in memory, which takes long, and processors do not look past a page by
-themselves. Near for two-byte weights of one token: outer caches fetch two lines of 64 bytes
+themselves. Near for one-byte weights of one token: outer caches fetch two lines of 64 bytes
 together, and asking for each costs more, of what is there already, than it gains. Far for more
 tokens, which read a part of each row at a time, and for keys and values."""
 
@@ -109,11 +109,12 @@ class _TileWriter:
     cannot promise for elements of arrays that might overlap.
     """
 
-    def __init__(self, builder: Any, half: bool, tokens: int, vectors: int, size: Any) -> None:
-        self.builder, self.half, self.size = builder, half, size
+    def __init__(self, builder: Any, packed: bool, tokens: int, vectors: int, size: Any) -> None:
+        self.builder, self.packed, self.size = builder, packed, size
         self.tokens, self.vectors = tokens, vectors
         self.vector = ir.VectorType(ir.FloatType(), LANES)
         self.words = ir.VectorType(ir.IntType(32), LANES)
+        self.bytes = ir.VectorType(ir.IntType(8), LANES)
 
     def at(self, pointer: Any, number: Any, kind: Any = None) -> Any:
         """Pointer to the vector that begins so many numbers further."""
@@ -124,22 +125,19 @@ class _TileWriter:
     def weights(self, row: Any) -> list[Any]:
         """Those of one input, widened if need be."""
         b = self.builder
-        if not self.half:
+        if not self.packed:
             return [b.load(self.at(row, v * LANES), align=4) for v in range(self.vectors)]
-        both = []
-        for pair in range(self.vectors // 2):
-            words = b.load(self.at(row, pair * LANES, self.words), align=4)
-            low = b.shl(words, self.words([16] * LANES))
-            both += [low, b.and_(words, self.words([0xFFFF0000] * LANES))]
-        return [b.bitcast(words, self.vector) for words in both]
+        places = [self.at(row, v * LANES // 4, self.bytes) for v in range(self.vectors)]
+        whole = [b.sext(b.load(place, align=4), self.words) for place in places]
+        return [b.sitofp(words, self.vector) for words in whole]
 
     def fetch(self, row: Any) -> None:
         """Ask for what will be read later on; nearer caches are left to what is read now."""
         b, byte, i32 = self.builder, ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
         prefetch = b.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        ahead, every = NEAR if self.tokens == 1 and self.half else FAR
-        for word in range(0, self.vectors * LANES // (2 if self.half else 1), every):
+        ahead, every = NEAR if self.tokens == 1 and self.packed else FAR
+        for word in range(0, self.vectors * LANES // (4 if self.packed else 1), every):
             line = b.bitcast(b.gep(row, [self.size(word + ahead // 4)]), byte)
             b.call(prefetch, [line, i32(0), i32(1), i32(1)])
 
@@ -163,32 +161,43 @@ class _TileWriter:
         self, bias: Any, weights: Any, stride: Any, inputs: Any, x: Any, x_stride: Any, y: Any,
         y_stride: Any,
     ) -> None:  # fmt: skip
-        """``stride``: words from the weights of an input to those of the next."""
+        """``stride``: words from the weights of an input to those of the next.
+
+        Packed weights are multiples of scales that lie behind the bias, of all of the panel.
+        """
         b = self.builder
         places = [(m, v) for m in range(self.tokens) for v in range(self.vectors)]
         self.sums = {place: cgutils.alloca_once(b, self.vector) for place in places}
+        biases = [b.load(self.at(bias, v * LANES), align=4) for v in range(self.vectors)]
         for m, v in places:
-            b.store(b.load(self.at(bias, v * LANES), align=4), self.sums[m, v])
+            b.store(self.vector([0.0] * LANES) if self.packed else biases[v], self.sums[m, v])
         with cgutils.for_range(b, inputs) as loop:
             self.multiply(loop.index, weights, stride, x, x_stride)
+        if self.packed:
+            scales = b.gep(bias, [b.mul(stride, self.size(4))])
         for m, v in places:
+            total = b.load(self.sums[m, v])
+            if self.packed:
+                scale = b.load(self.at(scales, v * LANES), align=4)
+                scaled = b.fmul(total, scale, flags=["contract"])
+                total = b.fadd(scaled, biases[v], flags=["contract"])
             place = b.add(b.mul(self.size(m), y_stride), self.size(v * LANES))
-            b.store(b.load(self.sums[m, v]), self.at(y, place), align=4)
+            b.store(total, self.at(y, place), align=4)
 
 
 def _tile_of(kinds: tuple[tuple[int, int, int], ...]) -> Any:
-    """Some outputs of a linear map, for kinds of (half-width or not, tokens, vectors of outputs).
+    """Some outputs of a linear map, for kinds of (packed or not, tokens, vectors of outputs).
 
     All places count words of flat arrays.
     """
 
     @intrinsic
     def tile(  # type: ignore[no-untyped-def]
-        typingctx, half, tokens, vectors, weights, bias, at, stride, inputs,
+        typingctx, packed, tokens, vectors, weights, bias, at, stride, inputs,
         x, x_at, x_stride, y, y_at, y_stride,
     ):  # fmt: skip
         signature = types.void(
-            half, tokens, vectors, weights, bias, at, stride, inputs,
+            packed, tokens, vectors, weights, bias, at, stride, inputs,
             x, x_at, x_stride, y, y_at, y_stride,
         )  # fmt: skip
 
@@ -201,11 +210,11 @@ def _tile_of(kinds: tuple[tuple[int, int, int], ...]) -> Any:
             size, after = args[0].type, b.append_basic_block("after")
             kind = b.add(b.mul(b.add(b.mul(args[0], size(16)), args[1]), size(16)), args[2])
             switch = b.switch(kind, after)
-            for half, tokens, vectors in kinds:
+            for packed, tokens, vectors in kinds:
                 block = b.append_basic_block("tile")
-                switch.add_case(size((half * 16 + tokens) * 16 + vectors), block)
+                switch.add_case(size((packed * 16 + tokens) * 16 + vectors), block)
                 b.position_at_end(block)
-                writer = _TileWriter(b, bool(half), tokens, vectors, size)
+                writer = _TileWriter(b, bool(packed), tokens, vectors, size)
                 writer.write(bias, weights, args[6], args[7], x, args[10], y, args[13])
                 b.branch(after)
             b.position_at_end(after)
@@ -219,9 +228,9 @@ def _tile_of(kinds: tuple[tuple[int, int, int], ...]) -> Any:
 _one = _tile_of(tuple((0, 1, vectors) for vectors in range(1, 9)))
 _some = _tile_of(
     (
-        *((half, 1, vectors) for half in (0, 1) for vectors in range(2, 9, 2)),
-        *((half, tokens, 2) for half in (0, 1) for tokens in range(2, TILE + 1)),
-        *((half, tokens, 4) for half in (0, 1) for tokens in range(2, FEW + 1)),
+        *((packed, 1, vectors) for packed in (0, 1) for vectors in range(2, 9, 2)),
+        *((packed, tokens, 2) for packed in (0, 1) for tokens in range(2, TILE + 1)),
+        *((packed, tokens, 4) for packed in (0, 1) for tokens in range(2, FEW + 1)),
     )
 )
 
@@ -237,19 +246,20 @@ def _mix(weights, outputs, inputs, x, x_row, x_column, y, y_row, y_column):  # t
 
 
 @_plain
-def _linear(weights, at, half, outputs, inputs, tokens, x, x_row, x_column, y, y_row, y_column):  # type: ignore[no-untyped-def]
+def _linear(weights, at, packed, outputs, inputs, tokens, x, x_row, x_column, y, y_row, y_column):  # type: ignore[no-untyped-def]
     """Map so many rows of ``x`` to rows of ``y``, from a row and column on; return where it ends.
 
-    The map begins at ``weights[at]``: for each panel its bias, then its weights input by input.
+    The map begins at ``weights[at]``: for each panel its bias, then the scales of packed weights,
+    then its weights input by input.
     """
     x_stride, y_stride, tiles = x.shape[1], y.shape[1], (tokens + TILE - 1) // TILE
     for panel in range(0, outputs, PANEL):
         width = min(PANEL, outputs - panel)
-        w_at, stride = at + width, width >> half
+        w_at, stride = at + width * (1 + packed), width >> 2 * packed
         if tokens == 1:
             x_at, y_at = x_row * x_stride + x_column, y_row * y_stride + y_column + panel
             _some(
-                half, 1, width // LANES, weights, at, w_at, stride, inputs,
+                packed, 1, width // LANES, weights, at, w_at, stride, inputs,
                 x, x_at, x_stride, y, y_at, y_stride,
             )  # fmt: skip
         else:
@@ -261,8 +271,8 @@ def _linear(weights, at, half, outputs, inputs, tokens, x, x_row, x_column, y, y
                     x_at = (x_row + m) * x_stride + x_column
                     y_at = (y_row + m) * y_stride + y_column + panel + part
                     _some(
-                        half, end - m, vectors, weights, at + part, w_at + (part >> half), stride,
-                        inputs, x, x_at, x_stride, y, y_at, y_stride,
+                        packed, end - m, vectors, weights, at + part, w_at + (part >> 2 * packed),
+                        stride, inputs, x, x_at, x_stride, y, y_at, y_stride,
                     )  # fmt: skip
         at = w_at + stride * inputs
     return at
@@ -547,8 +557,9 @@ def _begin(stream, first, x_TD, D):  # type: ignore[no-untyped-def]
 
 @numba.njit(error_model="numpy", cache=True, nogil=True)
 def fused_step(  # type: ignore[no-untyped-def]
-    streams_P, weights, half, layers, heads, frequency_F, query_scale, history_K, context, epsilon,
-    dim, widened, longest, observed_T, turn_T2F, work_4TD, said_TU, qkv_T3D, wide_TG, scores_1R,
+    streams_P, weights, packed, layers, heads, frequency_F, query_scale, history_K, context,
+    epsilon, dim, widened, longest, observed_T, turn_T2F, work_4TD, said_TU, qkv_T3D, wide_TG,
+    scores_1R,
 ):  # fmt: skip
     """The bins of all streams; :class:`FusedStep` owns a stream's arrays, its trunk all others."""
     D, G, width = qkv_T3D.shape[1] // 3, wide_TG.shape[1], 2 * frequency_F.size
@@ -557,19 +568,19 @@ def fused_step(  # type: ignore[no-untyped-def]
     said = said_TU.shape[1] - 1
     E = (dim + said + PAIR - 1) // PAIR * PAIR
     x_TD, normed_TD, more_TD, mixed_TD = work_4TD[0], work_4TD[1], work_4TD[2], work_4TD[3]
-    more_TD[:] = 0
     T = first = 0
     for stream in streams_P:
         T = _enter(
             stream, T, E, dim, history_K, frequency_F, observed_T, turn_T2F, normed_TD, said_TU
         )
-    at = _linear(weights, 0, half, D, dim + said, T, normed_TD, 0, 0, x_TD, 0, 0)
+    at = _linear(weights, 0, packed, D, dim, T, normed_TD, 0, 0, x_TD, 0, 0)
+    at = _linear(weights, at, 0, D, said, T, normed_TD, 0, dim, more_TD, 0, 0)
     for stream in streams_P:
         first = _begin(stream, first, x_TD, D)
     keys_X, values_X = R * (1 + width), V * (1 + rows)
     for layer in range(layers):
         at = _add_and_norm(weights, at, x_TD, more_TD, normed_TD, T, dim, D, epsilon)
-        at = _linear(weights, at, half, 3 * D, dim, T, normed_TD, 0, 0, qkv_T3D, 0, 0)
+        at = _linear(weights, at, packed, 3 * D, dim, T, normed_TD, 0, 0, qkv_T3D, 0, 0)
         _rotate(qkv_T3D, 0, T, heads, turn_T2F, query_scale)
         _rotate(qkv_T3D, D, T, heads, turn_T2F, one)
         first = 0
@@ -583,14 +594,14 @@ def fused_step(  # type: ignore[no-untyped-def]
                 width, rows, context,
             )  # fmt: skip
             first += bins
-        at = _linear(weights, at, half, D, dim, T, mixed_TD, 0, 0, more_TD, 0, 0)
+        at = _linear(weights, at, packed, D, dim, T, mixed_TD, 0, 0, more_TD, 0, 0)
         at = _add_and_norm(weights, at, x_TD, more_TD, normed_TD, T, dim, D, epsilon)
-        at = _linear(weights, at, half, G, dim, T, normed_TD, 0, 0, wide_TG, 0, 0)
+        at = _linear(weights, at, packed, G, dim, T, normed_TD, 0, 0, wide_TG, 0, 0)
         _gelu(wide_TG, T, widened)
-        at = _linear(weights, at, half, D, widened, T, wide_TG, 0, 0, more_TD, 0, 0)
+        at = _linear(weights, at, packed, D, widened, T, wide_TG, 0, 0, more_TD, 0, 0)
     if longest > 0:  # there is a memory
         at = _add_and_norm(weights, at, x_TD, more_TD, normed_TD, T, dim, D, epsilon)
-        at = _linear(weights, at, half, 2 * D, dim, T, normed_TD, 0, 0, qkv_T3D, 0, 0)
+        at = _linear(weights, at, packed, 2 * D, dim, T, normed_TD, 0, 0, qkv_T3D, 0, 0)
         first = 0
         for stream in streams_P:
             memory_D, dark_1 = _floats(stream.memory_D, 1, D)[0], _integers(stream.dark_1, 1)
@@ -599,7 +610,7 @@ def fused_step(  # type: ignore[no-untyped-def]
                 mixed_TD,
             )  # fmt: skip
             first += stream.bins
-        at = _linear(weights, at, half, D, dim, T, mixed_TD, 0, 0, more_TD, 0, 0)
+        at = _linear(weights, at, packed, D, dim, T, mixed_TD, 0, 0, more_TD, 0, 0)
     _add_and_norm(weights, at, x_TD, more_TD, normed_TD, T, dim, D, epsilon)
     first = 0
     for stream in streams_P:
