@@ -1,10 +1,11 @@
 """What is decoding worth just after it began, and does it say so?
 
-A decoder that begins in the middle of a recording, as after a restart without a standby, has an
-empty context and an empty memory. It is begun again and again along the longest stretch of the test
-split, beside one that has run since long before. By time since the beginning: the share of the test
-stretch's variance that is explained, the mean sd that is stated, and the root mean square of error
-over that sd. Streamed, bin by bin.
+A decoder that begins in the middle of a recording has an empty context and an empty memory. It is
+begun again and again along the longest stretch of the test split, beside one that has run since
+long before, and one that was replaced at the same moments by a worker that goes on with what it
+knew: a hole of the bins that are missed meanwhile. By time since the beginning: the share of the
+test stretch's variance that is explained, the mean sd that is stated, and the root mean square of
+error over that sd. Streamed, bin by bin.
 
     python benchmarks/beginning.py --session rat_w_maze.h5 --bundle RUN/bundle --json FILE
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +36,17 @@ from rt_neds.stream.decoder import Decoder, make_step
 EDGES_S = (0, 2, 5, 10, 20, 40, 60)
 EVERY_S = 8
 """From one beginning to the next."""
+MISSED_S = 0.14
+"""While a worker that was killed is replaced."""
 
 
-def streamed(decoder: Decoder, binned: Any, start: int, stop: int) -> NDArray[np.float32]:
+def streamed(
+    decoder: Decoder, binned: Any, start: int, stop: int, missed: Container[int] = ()
+) -> NDArray[np.float32]:
     """What is published of bins ``[start, stop)`` by a decoder that begins with the first."""
     values = []
     for bin_, counts_N in enumerate(np.ascontiguousarray(binned.counts_TN(start, stop)), start):
-        shown = bool(binned.shown_TM[bin_, 0])
+        shown = bool(binned.shown_TM[bin_, 0]) and bin_ not in missed
         frame = BinnedFrame(0, bin_, 0, counts_N, shown, 0, 0, 0, 0, bin_ == start, 0, 0)
         values.append(np.array(decoder.decode(frame)))
     return np.stack(values)
@@ -57,7 +63,7 @@ def scores(true_S: NDArray, values_SV: NDArray, variance: float) -> dict[str, fl
 
 
 def of_bundle(bundle: Path, session: Path) -> dict[str, dict[str, list[float]]]:
-    """By behaviour, what is told of each period: begun then (cold), and long before (warm)."""
+    """By behaviour, what is told of each period: begun then (cold), before (warm), replaced."""
     spec = load_spec(bundle)
     config = msgspec.convert(spec.training["config"], TrainConfig, strict=False)
     binned = bin_session(load_session(session), config.data, config.behaviour)
@@ -69,6 +75,9 @@ def of_bundle(bundle: Path, session: Path) -> dict[str, dict[str, list[float]]]:
     edges = [round(edge * 1e3 / spec.bin_ms) for edge in EDGES_S]
     starts = range(first, stop - edges[-1], round(EVERY_S * 1e3 / spec.bin_ms))
     warm_TV = streamed(decoder, binned, before, stop)[first - before :]
+    hole = round(MISSED_S * 1e3 / spec.bin_ms)
+    missed = {bin_ for at in starts for bin_ in range(at - hole, at)}
+    replaced_TV = streamed(decoder, binned, before, stop, missed)[first - before :]
     cold = {at: streamed(decoder, binned, at, at + edges[-1]) for at in starts}
     found: dict[str, dict[str, list[float]]] = {}
     for m, behaviour in enumerate(spec.behaviours, start=1):
@@ -79,7 +88,12 @@ def of_bundle(bundle: Path, session: Path) -> dict[str, dict[str, list[float]]]:
             at_S = np.concatenate([np.arange(at + low, at + high) for at in starts])
             use_S, columns = scored_T[at_S], slice(2 * (m - 1), 2 * m)
             cold_SV = np.concatenate([cold[at][low:high, columns] for at in starts])
-            for how, values_SV in (("cold", cold_SV), ("warm", warm_TV[at_S - first, columns])):
+            values_of = {
+                "cold": cold_SV,
+                "warm": warm_TV[at_S - first, columns],
+                "replaced": replaced_TV[at_S - first, columns],
+            }
+            for how, values_SV in values_of.items():
                 of_period = scores(true_T[at_S[use_S]], values_SV[use_S], variance)
                 for key, value in of_period.items():
                     told.setdefault(f"{how}_{key}", []).append(value)
