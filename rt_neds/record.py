@@ -6,7 +6,6 @@ One thread listens and stamps, another writes, so that a slow disk spoils no sta
 from __future__ import annotations
 
 import argparse
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 
 from rt_neds.capture import CaptureWriter, Stream, pack_record
 from rt_neds.errors import ConfigError, WireError
+from rt_neds.result import tell
 from rt_neds.stopping import asked_to_stop
 from rt_neds.wire import DEFAULT_DECODED, DEFAULT_SPIKES
 
@@ -236,7 +236,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"seconds {args.seconds:g}; more than 0 was expected")
     deadline = None if args.seconds is None else time.monotonic() + args.seconds
     stop = asked_to_stop()
-    say = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
+    say = (lambda line: None) if args.quiet else tell
     summary = record(
         args.probe,
         Path(args.out),

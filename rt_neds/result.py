@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,12 @@ def write_json(target: str, result: Any) -> None:
             file.write(text + "\n")
     except OSError as error:
         raise ConfigError(f"cannot write {target} ({error.strerror}); name another file") from None
+
+
+def tell(line: str) -> None:
+    """Say a line to whoever started us; one that cannot be said must not end what goes on."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
 
 
 def refuse_unwritable(target: str | None) -> None:

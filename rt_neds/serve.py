@@ -8,8 +8,6 @@ they publish goes through a gate (:mod:`rt_neds.stream.gate`).
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +20,7 @@ from rt_neds.clock import monotonic_ns
 from rt_neds.config import load_config
 from rt_neds.errors import ConfigError
 from rt_neds.priority import WATCHER, give_back, quiet_machine, take_priority
+from rt_neds.result import tell
 from rt_neds.serve_config import ServeConfig, each_probe, refuse_overruled, source_endpoint
 from rt_neds.spikeglx_wire import is_spikeglx
 from rt_neds.stopping import asked_to_stop
@@ -389,12 +388,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--control", action="store_true", default=None, help="publish without decoding"
     )
-
-
-def tell(line: str) -> None:
-    """Say a line to whoever started us; one that cannot be said must not end what decodes."""
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -198,8 +198,13 @@ class Supervisor:
             process = multiprocessing.get_context("fork").Process(
                 target=_work, args=(post.work, *tied), name=post.name
             )
-            with theirs:
-                process.start()
+            # Told to end before it can listen, it would be ended by force.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            try:
+                with theirs:
+                    process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         except OSError as error:  # of memory, processes or files there may be too few for a moment
             how = f"could not begin ({error.strerror or error})"
             self._count_death(post, how, at_once=True)
@@ -274,6 +279,7 @@ class Supervisor:
 
 def _work(work: Callable[[Lifeline], None], *tied: Any) -> None:
     lifeline = Lifeline(*tied)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
         work(lifeline)
     except RtNedsError as error:

@@ -9,7 +9,8 @@ import pytest
 from rt_neds.cli import main
 from rt_neds.config import parse_config
 from rt_neds.errors import ConfigError
-from rt_neds.serve import load, tell
+from rt_neds.result import tell
+from rt_neds.serve import load
 from rt_neds.serve_config import ServeConfig
 
 

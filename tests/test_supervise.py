@@ -116,6 +116,25 @@ def test_the_last_to_begin_is_the_first_to_end_and_who_does_not_is_killed(tmp_pa
             os.kill(int((tmp_path / name).read_text()), 0)
 
 
+def test_who_is_told_to_end_before_it_listens_ends_by_itself(tmp_path, monkeypatch):
+    class Interrupted(supervise.Lifeline):
+        def __init__(self, *tied):
+            os.kill(os.getpid(), signal.SIGTERM)
+            super().__init__(*tied)
+
+    monkeypatch.setattr(supervise, "Lifeline", Interrupted)
+    said, before = [], signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+    def work(line):
+        (tmp_path / "told").write_text(str(line.stop()))
+
+    supervisor = Supervisor([("worker", work)], Board(["p"], 1), 60_000, said.append)
+    supervisor.run(lambda: (tmp_path / "told").exists())
+    assert (tmp_path / "told").read_text() == "True"
+    assert said == []
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
 def test_a_key_that_ends_the_parent_is_not_for_the_workers(tmp_path):
     said = []
 
