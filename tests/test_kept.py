@@ -134,6 +134,16 @@ def test_what_cannot_be_gone_on_with_is_forgotten(bundle, why):
     assert spec.session("a").units == bundle[0].session("a").units
 
 
+def test_who_was_killed_in_a_step_of_a_runs_first_bins_leaves_nothing_either(bundle):
+    kept = Kept(bundle[0])
+    run(bundle, stream(range(0, 5)), kept)
+    Past(kept, bundle[0].session("a"), WIDTH).change(silent_frame(np.zeros(UNITS)))
+    after = run(bundle, stream(range(6, 60)), kept)
+    for frame, other in zip(after, run(bundle, stream(range(6, 60))), strict=True):
+        assert frame.flags == other.flags
+        np.testing.assert_array_equal(frame.values_V, other.values_V)
+
+
 def test_one_who_has_gone_on_is_gone_on_from(bundle):
     kept = Kept(bundle[0])
     pieces = [range(0, 50), range(50, 58), range(61, 100)]
