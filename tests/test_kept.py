@@ -182,27 +182,28 @@ def test_probes_that_share_a_trunk_are_each_gone_on_from(bundle):
             np.testing.assert_array_equal(frame.values_V, holed[frame.bin].values_V)
 
 
-def test_units_that_are_renumbered_are_decoded_on(bundle):
+@pytest.mark.parametrize("hole", [(), (47,)])
+def test_units_that_are_renumbered_are_decoded_on(bundle, hole):
     """Columns are the bundle's, whatever the stream calls them: nothing need be forgotten."""
     kept, spec = Kept(bundle[0]), bundle[0]
-    units = tuple(spec.session("a").units)
-    loop, source, sink = loop_of(bundle, stream(range(0, 50)), kept)
+    before = [bin_ for bin_ in range(50) if bin_ not in hole]
+    loop, source, sink = loop_of(bundle, stream(before), kept)
     loop.run(lambda: not source.items)
     batches = list(stream(range(50, 100)))
     for batch in batches:
         batch.records_S["unit"] = UNITS - 1 - batch.records_S["unit"]
-    other, model = Announcement("a", RATE, units[::-1]), bundle[1]
+    other = Announcement("a", RATE, tuple(spec.session("a").units[::-1]))
     source, after = ListSource(batches, other), ListSink()
     config = ServeConfig(probe="p", bundle="b")
-    renumbered = assemble(config, spec, model, source, after, other, kept=kept)
+    renumbered = assemble(config, spec, bundle[1], source, after, other, kept=kept)
     renumbered.go_on_from(loop)
     renumbered.run(lambda: not source.items)
-    whole = run(bundle, stream(range(0, 100)))
+    whole = run(bundle, stream([*before, *range(50, 100)]))
     for frame, undisturbed in zip(sink.frames + after.frames, whole, strict=True):
         np.testing.assert_array_equal(frame.values_V, undisturbed.values_V)
-    assert [f.flags for f in after.frames] == [Flag.RESTARTED] * (CONTEXT - 1) + [0] * (
-        51 - CONTEXT
-    )
+    for frame in after.frames:
+        expected = Flag.RESTARTED * (frame.bin - 50 < CONTEXT - 1)
+        assert frame.flags == expected | Flag.GAP * (bool(hole) and frame.bin - 47 < CONTEXT)
 
 
 # -- what has fallen silent ----------------------------------------------------------------------
