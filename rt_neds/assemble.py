@@ -21,30 +21,32 @@ def open_source(
     detector: Any = None,
     before: list[Any] | None = None,
     kept: Any = None,
+    acquisitions: Any = None,
 ) -> Any:
     """The source that a URL names; rigs do not say which session is on, so we do.
 
     ``before`` is what it had announced to the process whose place we take: session, rate, units;
-    ``kept`` the :class:`rt_neds.stream.kept.Kept` that it left.
+    ``kept`` the :class:`rt_neds.stream.kept.Kept` that it left. ``acquisitions`` are named alike by
+    all processes that read a rig.
     """
     from rt_neds.stream.receiver import Announcement, Receiver
 
     endpoint, heard = source_endpoint(config.source), None
     if before is not None:
         heard = Announcement(before[0], before[1], tuple(before[2]))
-    run = kept.run() if kept is not None else None
     if is_openephys(config.source):
         from rt_neds.stream.openephys import OpenEphysSource
 
         session = spec.session(config.session or None)
         known = Announcement(session.id, session.rate, tuple(session.units))
-        return OpenEphysSource(endpoint, known, config.lateness_ms, heard, run)
+        return OpenEphysSource(endpoint, known, config.lateness_ms, heard, acquisitions)
     source: Any
     if is_spikeglx(config.source):
         from rt_neds.stream.spikeglx import SpikeGLXSource
 
         session = spec.session(config.session or None)
-        source = SpikeGLXSource(endpoint, session.id, detector, run)
+        reached = kept.reached if kept is not None else None
+        source = SpikeGLXSource(endpoint, session.id, detector, acquisitions, reached)
     else:
         from rt_neds.stream.live import live_of
 

@@ -67,11 +67,6 @@ def load(config: ServeConfig, say: Callable[[str], None]) -> Loaded:
     configs = each_probe(config)
     for one in configs:
         source_endpoint(one.source)
-        if one.standby and is_rig(one.source):
-            raise ConfigError(
-                f"standby with {one.source}; Open Ephys and SpikeGLX do not name their runs, so "
-                "two workers cannot agree on one: serve it without standby"
-            )
         if is_spikeglx(one.source) != bool(one.detector):
             raise ConfigError(
                 f"probe {one.probe} of {one.source} has {one.detector or 'no'} detector; SpikeGLX "
@@ -186,6 +181,7 @@ def serve_supervised(
     BundleError, ConfigError, StreamError, WorkerError
     """
     loaded = load(config, say)
+    from rt_neds.stream.acquisitions import Acquisitions
     from rt_neds.stream.board import Accounted, Board
     from rt_neds.stream.gate import Counts, Gate, GateSink, datagrams
     from rt_neds.stream.publisher import Publisher, flush_sockets
@@ -203,12 +199,13 @@ def serve_supervised(
         board.also["gate"] = counts.status
 
     kept = [_kept(loaded) for _ in range(2 if config.standby else 1)]
+    acquisitions = {probe: Acquisitions() for probe in probes}
 
     def alone(line: Lifeline) -> None:
         publisher = Publisher(config.publish, probes[0])
         accounted = Accounted(publisher, board, line.writer, probes[0])
         sink = Triggered(accounted, loaded.triggers, probes[0])
-        decode(loaded, sink, line.stop, say, line, kept[0])
+        decode(loaded, sink, line.stop, say, line, kept[0], acquisitions)
         flush_sockets()
 
     def gate(line: Lifeline) -> None:
@@ -224,7 +221,7 @@ def serve_supervised(
     def behind_gate(which: int) -> Callable[[Lifeline], None]:
         def work(line: Lifeline) -> None:
             sink = GateSink(pairs[which][1], probes, board, line.writer, probes[0])
-            decode(loaded, sink, line.stop, say, line, kept[which])
+            decode(loaded, sink, line.stop, say, line, kept[which], acquisitions)
 
         return work
 
@@ -269,6 +266,7 @@ def decode(
     say: Callable[[str], None],
     line: Lifeline | None = None,
     kept: Mapping[str, Any] | None = None,
+    acquisitions: Mapping[str, Any] | None = None,
 ) -> None:
     """Decode into a sink until told to stop; closes it in the end.
 
@@ -282,6 +280,8 @@ def decode(
         What to know of those who decoded before us, and to tell those after us.
     kept : mapping of str to Kept, optional
         By probe, where they and we keep what we know of the stream.
+    acquisitions : mapping of str to Acquisitions, optional
+        By probe, what names those of rigs for all who read them.
 
     Raises
     ------
@@ -298,6 +298,7 @@ def decode(
             loaded.detectors.get(one.probe),
             heard.get(one.probe),
             kept[one.probe] if kept else None,
+            acquisitions[one.probe] if acquisitions else None,
         )
         for one in configs
     ]

@@ -145,14 +145,13 @@ def test_who_was_killed_in_a_step_of_a_runs_first_bins_leaves_nothing_either(bun
         np.testing.assert_array_equal(frame.values_V, other.values_V)
 
 
-def test_a_source_that_names_no_run_is_told_how_far_which_one_had_come(bundle):
+def test_a_source_is_told_how_far_an_acquisition_was_decoded(bundle):
     kept = Kept(bundle[0])
-    assert kept.run() is None
-    batches = list(stream(range(20, 50), epoch=7))
-    run(bundle, batches, kept)
-    assert kept.run() == (7, 50 * WIDTH, batches[-1].received_ns)
+    assert kept.reached(7) is None
+    run(bundle, stream(range(20, 50), epoch=7), kept)
+    assert (kept.reached(7), kept.reached(8)) == (50 * WIDTH, None)
     Past(kept, bundle[0].session("a"), WIDTH).change(silent_frame(np.zeros(UNITS)))
-    assert kept.run() is None
+    assert kept.reached(7) is None
 
 
 def test_one_who_has_gone_on_is_gone_on_from(bundle):

@@ -20,7 +20,6 @@ from rt_neds.bundle import BundleSession, BundleSpec
 from rt_neds.frames import BinnedFrame
 from rt_neds.stream.board import shared
 from rt_neds.stream.fused import past_words
-from rt_neds.stream.receiver import Run
 
 _HEAD = np.dtype(
     [
@@ -30,7 +29,6 @@ _HEAD = np.dtype(
             "past_of",  # the same of the past of the step
             "width",  # samples of its bins
             "epoch",
-            "received_ns",  # when the last bin was closed
             "first_bin",  # of the run, and
             "next_bin",  # the one after the last that was decoded; not after the first: nothing
         )
@@ -58,13 +56,12 @@ class Kept:
         words = max(past_words(spec.model, len(session.units)) for session in spec.sessions)
         self.room = shared(words, np.dtype(np.float32))
 
-    def run(self) -> Run | None:
-        """What was being decoded, for sources that do not name it; None if that is not known."""
+    def reached(self, epoch: int) -> int | None:
+        """The first sample of an acquisition that was not decoded; None if that is not known."""
         head = self.head
-        if head["next_bin"] <= head["first_bin"]:
+        if head["epoch"] != epoch or head["next_bin"] <= head["first_bin"]:
             return None
-        end = int(head["next_bin"] * head["width"])
-        return Run(int(head["epoch"]), end, int(head["received_ns"]))
+        return int(head["next_bin"] * head["width"])
 
     def silence(self, session: BundleSession) -> NDArray[np.int64]:
         """For how many bins each unit has been silent, to be counted on; zeros for another session
@@ -117,4 +114,4 @@ class Past:
         """It is what it should be after this bin."""
         head = self._head
         head["past_of"], head["width"], head["epoch"] = self._number, self._width, frame.epoch
-        head["received_ns"], head["next_bin"] = frame.received_ns, frame.bin + 1
+        head["next_bin"] = frame.bin + 1

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
-from time import time_ns
 
 import numpy as np
 import zmq
@@ -34,8 +33,9 @@ from rt_neds.openephys_wire import (
     parse_url,
     unit_name,
 )
+from rt_neds.stream.acquisitions import Acquisitions
 from rt_neds.stream.openephys_heartbeat import Heartbeat
-from rt_neds.stream.receiver import Announcement, Run
+from rt_neds.stream.receiver import Announcement
 from rt_neds.stream.watermark import Span, Watermark
 
 QUEUE = 20_000
@@ -53,8 +53,6 @@ STOCK_S = 30.0
 """How often electrodes are compared with the units of the bundle, where any is unknown."""
 SILENCE_NS = 250_000_000
 """So long the clock may stand in for spikes; then nothing is published until one comes."""
-RECOGNISED_S = 1.0
-"""So exactly an acquisition goes on where a process that has ended was reading."""
 PATIENCE_NS = 2_000_000_000
 """So long nothing need come before it is said."""
 
@@ -90,8 +88,8 @@ class OpenEphysSource:
         See :class:`Watermark`.
     before : Announcement, optional
         What a source in a process that has ended had come to announce.
-    run : Run, optional
-        What that source was reading: if samples go on from there, it is the same acquisition.
+    acquisitions : Acquisitions, optional
+        What names them, where several processes read, at once or one after the other.
 
     Attributes
     ----------
@@ -121,7 +119,7 @@ class OpenEphysSource:
         known: Announcement,
         lateness_ms: float = 0.0,
         before: Announcement | None = None,
-        run: Run | None = None,
+        acquisitions: Acquisitions | None = None,
     ) -> None:
         self.address = parse_url(url)
         if before is not None:
@@ -138,7 +136,8 @@ class OpenEphysSource:
         self.counters["loss_unknown"] = int(not self._numbered)
         self._last_number = 0
         self._epoch = self._seq = 0
-        self._run = run
+        self._acquisitions = acquisitions or Acquisitions()
+        self._begun = self._named = False
         self._watermark = Watermark(known.rate, lateness_ms)
         self._fit = ClockFit(known.rate)
         self._channels: set[int] = set()
@@ -219,9 +218,6 @@ class OpenEphysSource:
             self.counters["other_stream"] += 1
             return
         self._last_message_ns = received_ns
-        if self._run is not None:
-            at = message.end if isinstance(message, Block) else message.sample
-            self._recognise(self._run, at, received_ns)
         if isinstance(message, Block):
             self._take_block(message, received_ns)
             return
@@ -249,7 +245,7 @@ class OpenEphysSource:
     def _follow_numbers(self, message: Message, received_ns: int) -> bool:
         """Notice loss and restarts; False if the message is one we had."""
         number = message.number
-        if not self._epoch:
+        if not self._begun:
             self._begin(received_ns, whole=number == 1)
         elif number is not None and number <= self._last_number:
             if number == self._last_number != 1:
@@ -291,21 +287,10 @@ class OpenEphysSource:
         self.counters["discarded"] += self._held
         self.counters["epochs"] += 1
         self._held = self._seq = 0
-        self._epoch = max(self._epoch + 1, time_ns() // 1_000_000)
+        self._begun, self._named = True, False
         self._fit.restart()
         self._stock_at = None
         self._watermark.begin(whole=whole)
-
-    def _recognise(self, run: Run, sample: int, received_ns: int) -> None:
-        """Whether our first sample is where an acquisition that was being read should be now.
-
-        One that began since has counted for no longer than that was ago.
-        """
-        self._run = None
-        rate = self._known.rate
-        ahead_s = (sample - run.end) / rate - (received_ns - run.at_ns) / 1e9
-        if abs(ahead_s) < RECOGNISED_S and run.end > 2 * RECOGNISED_S * rate:
-            self._epoch = run.epoch
 
     def _is_behind(self, sample: int, received_ns: int) -> bool:
         """Whether the acquisition that we know was at ``sample`` long ago, by the clock.
@@ -339,6 +324,15 @@ class OpenEphysSource:
         self._fit.observe(block.end, received_ns)
         self._complete(self._watermark.see_block(block.first, block.end), received_ns)
 
+    def _name(self, end: int, received_ns: int) -> None:
+        """Know what to call the acquisition that is complete up to a sample."""
+        if self._named:
+            self._acquisitions.reached(self._epoch, end, received_ns)
+            return
+        rate = self._known.rate
+        self._epoch = self._acquisitions.name(end, received_ns, rate, self._epoch)
+        self._named = True
+
     def _hold(self, spike: Spike, received_ns: int) -> None:
         if self._held == HELD_SPIKES:  # far more than any lateness: nothing seems to complete them
             if self._watermark.end is not None:
@@ -350,6 +344,8 @@ class OpenEphysSource:
 
     def _complete(self, spans: list[Span], received_ns: int) -> None:
         """Make batches of what is complete now; what is held goes with the first it may."""
+        if spans:
+            self._name(spans[-1][1], received_ns)
         for index, (first, end) in enumerate(spans):
             held_S = self._records_S[: self._held]
             later = index + 1 < len(spans)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import zmq
 
@@ -48,14 +48,6 @@ class Announcement:
     session: str
     rate: float
     units: tuple[str, ...]
-
-
-class Run(NamedTuple):
-    """An acquisition of which all up to ``end`` had come at ``at_ns``, by the host's clock."""
-
-    epoch: int
-    end: int
-    at_ns: int
 
 
 class Receiver:

@@ -9,7 +9,7 @@ memory is short). What it holds no more is a gap of known length.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from socket import AF_INET, SOCK_DGRAM
 from socket import socket as Socket
 from time import sleep
@@ -32,7 +32,8 @@ from rt_neds.spikeglx_wire import (
     parse_spikeglx_url,
     sample_count,
 )
-from rt_neds.stream.receiver import Announcement, Run
+from rt_neds.stream.acquisitions import Acquisitions
+from rt_neds.stream.receiver import Announcement
 from rt_neds.stream.spikeglx_line import Line, LineError, look_up
 from rt_neds.stream.spikeglx_samples import Detector, Samples
 
@@ -88,9 +89,11 @@ class SpikeGLXSource:
         Session of the bundle, which SpikeGLX cannot name.
     detector : Detector
         Until it has settled after a gap, that counts as gap: it would find nothing.
-    before : Run, optional
-        What a source in a process that has ended was reading: if it still goes on, so do we, from
-        where that process was, as far as SpikeGLX holds it.
+    acquisitions : Acquisitions, optional
+        What names runs, where several processes read, at once or one after the other.
+    reached : callable, optional
+        Given an epoch, the first sample of it that the process before us has not decoded, or None:
+        if it still goes on we read from there, as far as SpikeGLX holds it.
 
     Attributes
     ----------
@@ -117,7 +120,12 @@ class SpikeGLXSource:
     """
 
     def __init__(
-        self, url: str, session: str, detector: Detector, before: Run | None = None
+        self,
+        url: str,
+        session: str,
+        detector: Detector,
+        acquisitions: Acquisitions | None = None,
+        reached: Callable[[int], int | None] | None = None,
     ) -> None:
         self.address = parse_spikeglx_url(url)
         self.announced: Announcement | None = None
@@ -139,7 +147,7 @@ class SpikeGLXSource:
         # The run
         self._head, self._head_ns = 0, 0  # the newest sample known of, and when it was
         self._waited = False  # whether we saw that there was no run
-        self._before = before
+        self._acquisitions, self._reached = acquisitions or Acquisitions(), reached
         self._held: SpikeBatch | None = None
 
     @property
@@ -267,23 +275,22 @@ class SpikeGLXSource:
             self.trouble = "SpikeGLX runs, but no run is going; waiting for one to start"
             after_ns = monotonic_ns() + WAIT_NS
         now = monotonic_ns()
-        if not self._samples.epoch:
+        if not self._samples.epoch or self._waited or not self._is_same_run(count, now):
             self._join(count, now)
-        elif self._waited or not self._is_same_run(count, now):
-            self._samples.begin(0)
         self._waited = False
         self._head, self._head_ns = count, now
         return waited
 
     def _join(self, count: int, now: int) -> None:
-        """Begin with the first run that we meet."""
-        if self._before is not None and not self._waited:
-            self._samples.next = self._head = self._before.end
-            self._head_ns = self._before.at_ns
-            if self._is_same_run(count, now):
-                self._samples.go_on(self._before.epoch, self._before.end)
-                return
-        self._samples.begin(0 if self._waited else count)
+        """Begin with the first run that we meet, or with another; we may not be the first to."""
+        assert self.probe is not None
+        before = self._samples.epoch
+        epoch = self._acquisitions.name(count, now, self.probe.rate, before)
+        reached = self._reached(epoch) if self._reached is not None and not before else None
+        if reached is not None and reached <= count:
+            self._samples.begin(epoch, max(0, reached - self._detector.settle))
+        else:  # one that we waited for, or that began while we looked away, from its first sample
+            self._samples.begin(epoch, 0 if self._waited or before else count)
 
     def _follow(self) -> Talk:
         """Fetch from where we are, until the run ends or what comes is of another."""
@@ -328,6 +335,7 @@ class SpikeGLXSource:
                 self.counters["empty"] += 1
             if not full:
                 self._head, self._head_ns = self._samples.next, reply.received_ns
+                self._acquisitions.reached(self._samples.epoch, self._head, self._head_ns)
             after_ns = 0 if full else asked_ns + PACE_NS
 
     def _is_same_run(self, count: int, now: int) -> bool:

@@ -6,7 +6,6 @@ Shape suffixes: S samples, C channels.
 from __future__ import annotations
 
 from collections import deque
-from time import time_ns
 from typing import Protocol
 
 import numpy as np
@@ -87,19 +86,12 @@ class Samples:
         if self._ap_SC.shape != (MAX_FETCH, ap):
             self._ap_SC = np.zeros((MAX_FETCH, ap), np.int16)
 
-    def begin(self, first: int) -> None:
+    def begin(self, epoch: int, first: int) -> None:
         """A new run: what the detector still holds of the last can never be complete."""
-        self._counters["epochs"] += 1
-        self.epoch = max(self.epoch + 1, time_ns() // 1_000_000)
-        self._seq = self._lost = 0
-        self._go_on_at(first)
-
-    def go_on(self, epoch: int, end: int) -> None:
-        """A run of which a process before us has stated all up to ``end``."""
         self._counters["epochs"] += 1
         self.epoch = epoch
         self._seq = self._lost = 0
-        self._go_on_at(max(0, end - self._detector.settle))
+        self._go_on_at(first)
 
     def give_up_to(self, sample: int) -> None:
         """The samples up to this one are held no more."""

@@ -9,9 +9,9 @@ import rt_neds.stream.openephys as module
 from rt_neds.clock import ClockFit
 from rt_neds.errors import ConfigError, StreamError
 from rt_neds.openephys_emulator import Emulator, next_port, pieces, send_session
+from rt_neds.stream.acquisitions import Acquisitions
 from rt_neds.stream.binner import Binner
 from rt_neds.stream.openephys import MAX_CHANNELS, OpenEphysSource
-from rt_neds.stream.receiver import Run
 from rt_neds.stream.validity import Validity
 from rt_neds.stream.watermark import TAIL
 from tests import naive_openephys as naive
@@ -136,10 +136,11 @@ def test_an_acquisition_that_began_anew_unseen_is_told_by_the_clock(source, chan
 
 HEARD = {  # seconds that a process was reading, that it is away, where samples go on; the same?
     "the same, which went on": (10.0, 0.2, 10.2, True),
-    "the same, a second late": (10.0, 0.2, 9.3, True),
+    "the same, most of a second late": (10.0, 0.2, 9.4, True),
+    "the same, which stalled": (10.0, 4.0, 10.1, True),
+    "the same, which had hardly begun": (0.5, 0.2, 0.7, True),
     "another that began at once": (10.0, 0.2, 0.15, False),
     "another, of as long ago as ours was": (10.0, 12.0, 11.9, False),
-    "one that had hardly begun": (1.5, 0.2, 1.7, False),
 }
 
 
@@ -147,9 +148,10 @@ HEARD = {  # seconds that a process was reading, that it is away, where samples 
 @pytest.mark.parametrize("block", [True, False])
 def test_whoever_takes_a_place_knows_the_acquisition_that_goes_on(port, name, block):
     read_s, away_s, at_s, same = HEARD[name]
-    run = Run(77, round(read_s * RATE), 10**12)
+    acquisitions = Acquisitions()
+    epoch = acquisitions.name(round(read_s * RATE), 10**12, RATE)
     url, now = f"openephys://127.0.0.1:{port}", 10**12 + round(1e9 * away_s)
-    source, got = OpenEphysSource(url, known(["E1"]), run=run), []
+    source, got = OpenEphysSource(url, known(["E1"]), acquisitions=acquisitions), []
     try:
         for k in range(100):
             at = round(at_s * RATE) + 300 * k
@@ -159,8 +161,29 @@ def test_whoever_takes_a_place_knows_the_acquisition_that_goes_on(port, name, bl
             source._ready.clear()
     finally:
         source.close()
-    assert {batch.epoch == 77 for batch in got} == {same}
+    assert len({batch.epoch for batch in got}) == 1
+    assert (got[0].epoch == epoch) == same
     assert source.counters["epochs"] == 1
+
+
+def test_who_read_at_once_call_every_acquisition_by_the_same_name(port):
+    acquisitions, url = Acquisitions(), f"openephys://127.0.0.1:{port}"
+    both = [OpenEphysSource(url, known(["E1"]), acquisitions=acquisitions) for _ in range(2)]
+    epochs, now = [[], []], 10**12
+    try:
+        for blocks in (300, 150, 200):  # three seconds, then two acquisitions more
+            for k in range(blocks):
+                now += 10_000_000
+                for source, of in zip(both, epochs, strict=True):
+                    source.take(naive.data(1 + k, 0, 300 * k, 300), now)
+                    of.extend(batch.epoch for batch in source._ready)
+                    source._ready.clear()
+    finally:
+        for source in both:
+            source.close()
+    assert epochs[0] == epochs[1]
+    assert len(set(epochs[0])) == 3
+    assert epochs[0] == sorted(epochs[0])
 
 
 def test_whoever_joins_late_misses_bins_but_publishes_none_that_is_wrong(session, port):

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
+import rt_neds.stream.acquisitions as acquisitions
 import rt_neds.stream.spikeglx as module
-from rt_neds.stream.receiver import Run
 from rt_neds.stream.spikeglx import SpikeGLXSource
 from tests import naive_spikeglx as naive
 from tests.spikeglx.checking import (
@@ -254,18 +254,23 @@ BETWEEN = {  # what happens between two processes; is it the same run, and is al
 
 
 @pytest.mark.parametrize("what", BETWEEN)
-def test_whoever_takes_a_place_reads_on_where_the_other_was(serve, what):
+def test_whoever_takes_a_place_reads_on_where_the_other_was(serve, monkeypatch, what):
+    monkeypatch.setattr(acquisitions, "TOLD_NS", 0)
+    monkeypatch.setattr(acquisitions, "SAME_S", 0.05)  # these runs are short
     happens, same, whole = BETWEEN[what]
-    data, settle = naive.recording(60_000, AP), 90
+    data, settle = naive.recording(90_000, AP), 90
     detector = naive.Threshold(AP, lag=LAG, settle=settle)
     first, server, _ = serve(data, steps=(300,), ring=5_000, detector=detector)
     server.count = 1
-    before = read_until(first, 15_000)
-    bins, run = frames_of(before)[0], before[-1]
+    before = read_until(first, 45_000)
+    bins, epoch = frames_of(before)[0], before[-1].epoch
     first.close()
     happens(server)
-    run = Run(run.epoch, (bins[-1][0] + 1) * WIDTH, run.received_ns)
-    second = SpikeGLXSource(f"spikeglx://127.0.0.1:{server.port}", "s", detector, run)
+    end = (bins[-1][0] + 1) * WIDTH
+    second = SpikeGLXSource(
+        f"spikeglx://127.0.0.1:{server.port}", "s", detector, first._acquisitions,
+        lambda of: end if of == epoch else None,
+    )  # fmt: skip
     try:
         if not server.running:
             read_until_told(second, "no run is going")
@@ -274,8 +279,8 @@ def test_whoever_takes_a_place_reads_on_where_the_other_was(serve, what):
     finally:
         second.close()
     assert {batch.epoch for batch in after} == {after[0].epoch}
-    assert (after[0].epoch == run.epoch) == same
-    assert (after[0].first == run.end) == whole
+    assert (after[0].epoch == epoch) == same
+    assert (after[0].first == end) == whole
     if whole:
         agree([*bins, *frames_of(after)[0]], expected(data, [(1, len(data))], settle=settle))
     assert (second.counters["epochs"], second.counters["lost"]) == (1, 0)

@@ -328,7 +328,6 @@ def test_a_worker_that_keeps_dying_is_given_up_in_one_line(tiny):
     ("table", "words"),
     [
         ({"hang_ms": 10.0}, "hang_ms 10; 300 to 86400000 ms can be had"),
-        ({"standby": True, "source": "openephys://h:5556"}, "serve it without standby"),
     ],
 )
 def test_mistakes_are_told(table, words):
