@@ -145,6 +145,19 @@ def test_who_was_killed_in_a_step_of_a_runs_first_bins_leaves_nothing_either(bun
         np.testing.assert_array_equal(frame.values_V, other.values_V)
 
 
+def test_bins_that_are_decoded_together_are_kept_together(bundle):
+    kept, batches = Kept(bundle[0]), list(stream(range(0, 60)))
+    for first, second, third in zip(batches[::3], batches[1::3], batches[2::3], strict=True):
+        first.end, first.seq = third.end, first.seq // 3
+        first.records_S = np.concatenate([b.records_S for b in (first, second, third)])
+    run(bundle, batches[::3], kept)
+    assert kept.reached(1) == 60 * WIDTH
+    after = run(bundle, stream(range(60, 90)), kept)
+    whole = run(bundle, stream(range(0, 90)))
+    for frame, undisturbed in zip(after, whole[60:], strict=True):
+        np.testing.assert_array_equal(frame.values_V, undisturbed.values_V)
+
+
 def test_a_source_is_told_how_far_an_acquisition_was_decoded(bundle):
     kept = Kept(bundle[0])
     assert kept.reached(7) is None
