@@ -25,6 +25,7 @@ MET = {  # where one was at a moment, and what is met then, in seconds; is it th
     "it went back": (100.0, 0.0, 99.9, 50.0, False),
     "another, that began since": (100.0, 0.0, 3.0, 5.0, False),
     "another, further on than ours was": (100.0, 0.0, 110.0, 111.0, False),
+    "another, that began soon after a short one": (2.0, 0.0, 4.5, 5.0, False),
     "two that have just begun to read": (0.02, 0.0, 0.025, 0.005, True),
     "another, after one of two seconds": (2.0, 0.0, 0.1, 0.3, False),
 }
@@ -66,6 +67,10 @@ def test_where_one_is_is_written_once_a_second_and_of_the_last_one_named_alone()
     assert acquisitions._row["sample"] == 0
     acquisitions.reached(first, 78, NOW + S)
     assert (acquisitions._row["sample"], acquisitions._row["at_ns"]) == (78, NOW + S)
+    acquisitions.reached(first, 79, NOW + S + 1)
+    assert acquisitions._row["sample"] == 78
+    assert acquisitions._lock.acquire(False)  # nobody has it
+    acquisitions._lock.release()
     acquisitions.name(5, NOW + 2 * S, RATE, previous=first)
     acquisitions.reached(first, sample(90), NOW + 9 * S)  # another process has not noticed yet
     assert acquisitions._row["sample"] == 5
