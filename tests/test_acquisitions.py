@@ -82,9 +82,15 @@ needs_fork = pytest.mark.skipif(
 
 
 @needs_fork
-def test_processes_that_meet_one_at_once_agree():
+def test_processes_that_meet_one_at_once_agree(monkeypatch):
+    def in_no_hurry():
+        time.sleep(0.01)
+        return time.time_ns()
+
+    monkeypatch.setattr(module, "time_ns", in_no_hurry)
+    monkeypatch.setattr(module, "WAIT_S", 10.0)
     fork = multiprocessing.get_context("fork")
-    for _ in range(20):
+    for _ in range(5):
         acquisitions, names, go = Acquisitions(), fork.Queue(), fork.Event()
 
         def meet(acquisitions=acquisitions, names=names, go=go):
