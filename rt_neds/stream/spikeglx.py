@@ -286,8 +286,8 @@ class SpikeGLXSource:
         assert self.probe is not None
         before = self._samples.epoch
         epoch = self._acquisitions.name(count, now, self.probe.rate, before)
-        reached = self._reached(epoch) if self._reached is not None and not before else None
-        if reached is not None and reached <= count:
+        reached = self._reached(epoch) if self._reached is not None else None
+        if reached is not None:
             self._samples.begin(epoch, max(0, reached - self._detector.settle))
         else:  # one that we waited for, or that began while we looked away, from its first sample
             self._samples.begin(epoch, 0 if self._waited or before else count)

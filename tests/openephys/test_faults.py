@@ -164,6 +164,9 @@ def test_whoever_takes_a_place_knows_the_acquisition_that_goes_on(port, name, bl
     assert len({batch.epoch for batch in got}) == 1
     assert (got[0].epoch == epoch) == same
     assert source.counters["epochs"] == 1
+    ahead = round(at_s * RATE) + 60_000  # where it has come to is written now and then
+    source.take(naive.data(500, 0, ahead, 300), now + 2_000_000_000)
+    assert acquisitions._row["sample"] > ahead - 1_000
 
 
 def test_who_read_at_once_call_every_acquisition_by_the_same_name(port):
