@@ -147,6 +147,8 @@ class DecodedFrame:
     stamps : dict of str to int
         ``sent, received, binned, decoded, published``, host monotonic ns; and ``ended``, the bin's
         end by the clock fit, while the stream is known to be real time.
+    allowed_ns : int
+        How long after its end it may go out and is not late. Not on the wire.
     """
 
     probe: str
@@ -161,3 +163,4 @@ class DecodedFrame:
     lost: int
     model: str
     stamps: dict[str, int] = field(default_factory=dict)
+    allowed_ns: int = 0

@@ -210,10 +210,9 @@ def serve_supervised(
 
     def gate(line: Lifeline) -> None:
         bin_ns = {one.probe: round(loaded.specs[one.bundle].bin_ms * 1e6) for one in loaded.configs}
-        held_ns = {one.probe: round(one.lateness_ms * 1e6) for one in loaded.configs}
         workers = [ours for ours, _ in pairs]
         known = loaded.triggers, line.heard, line.remember
-        gate = Gate(config.publish, bin_ns, held_ns, workers, board, counts, *known)
+        gate = Gate(config.publish, bin_ns, workers, board, counts, *known)
         with quiet_machine(config.realtime):
             gate.run(line.stop)
         flush_sockets()

@@ -51,7 +51,6 @@ class Gated:
 
     def __init__(self, monkeypatch, probes="p", **triggers):
         self.passed, self.probes = Passed(), list(probes)
-        self.lateness_ns = dict.fromkeys(self.probes, HELD_NS)
         monkeypatch.setattr(gate, "Publisher", lambda *_: self.passed)
         self.pairs, board, self.counts = datagrams(2), Board(self.probes, 3), Counts(self.probes)
         board.also["gate"] = self.counts.status
@@ -64,8 +63,8 @@ class Gated:
         workers = [ours for ours, _ in self.pairs]
         heard = json.loads(json.dumps(self.heard))
         self.gate = Gate(
-            "nowhere", dict.fromkeys(self.probes, BIN_NS), self.lateness_ns,
-            workers, self.board, self.counts, self._triggers, heard, self.remember,
+            "nowhere", dict.fromkeys(self.probes, BIN_NS), workers, self.board, self.counts,
+            self._triggers, heard, self.remember,
         )  # fmt: skip
 
     def remember(self, key, value):
@@ -97,13 +96,14 @@ def gated(monkeypatch):
         one.close()
 
 
-def decoded(bin_, ended_ago_ns, flags=0, epoch=1, x=0.9):
+def decoded(bin_, ended_ago_ns, flags=0, epoch=1, x=0.9, held_ns=HELD_NS):
     now = monotonic_ns()
     stamps = dict.fromkeys(("sent", "received", "binned", "decoded", "published"), now)
     if ended_ago_ns is not None:
         stamps["ended"] = now - ended_ago_ns
     values_V = np.array([x], np.float32)
-    return DecodedFrame("p", epoch, bin_, 0, values_V, flags, 3, 0, 0, 0, "m", stamps)
+    allowed_ns = BIN_NS + held_ns
+    return DecodedFrame("p", epoch, bin_, 0, values_V, flags, 3, 0, 0, 0, "m", stamps, allowed_ns)
 
 
 @pytest.mark.parametrize("flags", [0, 2, 8, 125, 128, 253, 255])
@@ -121,7 +121,7 @@ def test_when_a_frame_goes_out_and_whether_that_is_late_is_the_gates_to_say(
     late = ended_ago_ns == LONG_AGO_NS
     assert came.flags == (flags | Flag.LATE if late else flags)
     assert one.counts.status("p")["late"] == (late and not flags & Flag.LATE)
-    was, is_ = asdict(sent), asdict(came)
+    was, is_ = asdict(sent) | {"allowed_ns": 0}, asdict(came)
     was["stamps"]["published"] = is_["stamps"]["published"]
     assert was | {"flags": 0, "values_V": 0} == is_ | {"flags": 0, "values_V": 0}
     assert came.values_V == sent.values_V
@@ -147,11 +147,9 @@ def test_a_frame_waits_half_a_bin_for_the_active_worker_and_no_longer(gated, mon
 
 def test_frames_of_each_probe_are_its_own_and_late_by_its_own_rule(gated):
     one = gated(probes="pq")
-    one.lateness_ns["p"] = 0
-    one.replace()
     sink = one.sink(0, 0)
     of_q = sink.beside("q")
-    sink.write(decoded(5, HELD_NS))
+    sink.write(decoded(5, HELD_NS, held_ns=0))
     of_q.write(decoded(6, HELD_NS))
     one.turn()
     assert [bool(came.flags & Flag.LATE) for came in one.passed.frames] == [True, False]

@@ -93,6 +93,20 @@ def test_a_clean_stream_warms_up_and_is_then_to_be_acted_on(run):
     assert {kind for kind, _ in sink.notes} == {"schema", "status"}
 
 
+def test_a_frame_says_how_late_it_may_be(run):
+    """By its own width, by what is held open, and by what the source holds back."""
+    held = silence(0, 30)
+    for batch in held:
+        batch.newest = batch.end + WIDTH // 2
+    for batches_, options, allowed in (
+        (silence(0, 30), {}, 20 * MS),
+        (silence(0, 30), {"lateness_ms": 30.0}, 50 * MS),
+        (held, {}, 30 * MS),
+    ):
+        sink, _ = run(batches_, **options)
+        assert {f.allowed_ns for f in sink.frames} == {allowed}
+
+
 def test_the_schema_goes_out_before_the_first_frame(run, monkeypatch):
     order = []
     monkeypatch.setattr(ListSink, "write", lambda self, frame: order.append("decoded"))

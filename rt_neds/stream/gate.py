@@ -29,7 +29,8 @@ from rt_neds.stream.publisher import Publisher
 from rt_neds.stream.trigger import Triggers
 from rt_neds.wire import MAX_HEADER_BYTES, pack_decoded, pack_map, unpack_decoded, unpack_map
 
-# Probe, writer, epoch, bin (-1: not a frame), when it ended (0: unknown), length of the topic.
+# Probe, writer, epoch, bin (-1: not a frame), until when it is in time (0: unknown), length of the
+# topic.
 _HEAD = struct.Struct("<qqqqqq")
 _MAX_BYTES = 2 * MAX_HEADER_BYTES
 _WAIT_MS = 100
@@ -94,7 +95,8 @@ class GateSink:
     def write(self, frame: DecodedFrame) -> None:
         """Hand over one decoded bin."""
         ended_ns = frame.stamps.get("ended", 0)
-        self._send(pack_decoded(frame), frame.epoch, frame.bin, ended_ns)
+        until_ns = ended_ns + frame.allowed_ns if ended_ns else 0
+        self._send(pack_decoded(frame), frame.epoch, frame.bin, until_ns)
 
     def note(self, kind: str, fields: dict[str, Any]) -> None:
         """Hand over a map."""
@@ -111,20 +113,20 @@ class GateSink:
     def close(self) -> None:
         """Nothing to do: the socket outlives us, for whoever takes our place."""
 
-    def _send(self, parts: list[bytes], epoch: int, bin_: int, ended_ns: int) -> None:
+    def _send(self, parts: list[bytes], epoch: int, bin_: int, until_ns: int) -> None:
         which = self._probes.index(self._probe)
-        head = _HEAD.pack(which, self._writer, epoch, bin_, ended_ns, len(parts[0]))
+        head = _HEAD.pack(which, self._writer, epoch, bin_, until_ns, len(parts[0]))
         self._out.send(b"".join((head, *parts)))
 
 
 class Frame(NamedTuple):
-    """A decoded bin as it is handed over; ``ended_ns`` is 0 while it is not known."""
+    """A decoded bin as it is handed over, in time until ``until_ns``; 0 while that is not known."""
 
     epoch: int
     bin: int
     writer: int
     parts: tuple[bytes, bytearray]
-    ended_ns: int = 0
+    until_ns: int = 0
 
 
 class Turns:
@@ -237,8 +239,6 @@ class Gate:
         Address to bind.
     bin_ns : mapping of str to int
         Width of each probe's bins; what waits for the active worker does so for half of one.
-    lateness_ns : mapping of str to int
-        For which each probe's bins are held open on purpose.
     workers : sequence of socket
         One for each worker.
     board : Board
@@ -260,7 +260,6 @@ class Gate:
         self,
         endpoint: str,
         bin_ns: Mapping[str, int],
-        lateness_ns: Mapping[str, int],
         workers: Sequence[socket.socket],
         board: Board,
         counts: Counts,
@@ -274,7 +273,6 @@ class Gate:
         for which, place in itertools.product(range(len(bin_ns)), range(len(workers))):
             if (before := heard.get(self._schema_key(which, place))) is not None:
                 self._schemas[which, before[0]] = before[1]
-        self._in_time_ns = [width + lateness_ns[probe] for probe, width in bin_ns.items()]
         self._board, self._counts, self._workers = board, counts, list(workers)
         self._publisher = Publisher(endpoint, self._probes[0])
         self._turns = [Turns(width // 2, board.last(probe)) for probe, width in bin_ns.items()]
@@ -301,12 +299,12 @@ class Gate:
             self._publish(which, turns.overdue(monotonic_ns()))
 
     def _take(self, place: int, datagram: bytes) -> None:
-        which, writer, epoch, bin_, ended_ns, length = _HEAD.unpack_from(datagram)
+        which, writer, epoch, bin_, until_ns, length = _HEAD.unpack_from(datagram)
         middle = _HEAD.size + length
         parts = datagram[_HEAD.size : middle], datagram[middle:]
         turns = self._turns[which]
         if bin_ >= 0:
-            frame = Frame(epoch, bin_, writer, (parts[0], bytearray(parts[1])), ended_ns)
+            frame = Frame(epoch, bin_, writer, (parts[0], bytearray(parts[1])), until_ns)
             self._publish(which, turns.take(place, frame, monotonic_ns()))
             if turns.refused:
                 self._counts.add(self._probes[which], "refused", turns.refused)
@@ -342,7 +340,7 @@ class Gate:
         """Say when it goes out and, by the worker's own rule, whether that is late."""
         body, now = frame.parts[1], monotonic_ns()
         _STAMP.pack_into(body, body.rindex(_PUBLISHED) + len(_PUBLISHED), now)
-        if not frame.ended_ns or now - frame.ended_ns <= self._in_time_ns[which]:
+        if not frame.until_ns or now <= frame.until_ns:
             return
         at = body.rindex(_FLAGS) + len(_FLAGS)
         at += body[at] == _UINT8  # 128 and more take a byte of their own

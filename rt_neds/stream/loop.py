@@ -217,6 +217,7 @@ class Loop:
                 lost=binned.lost,
                 model=self._model,
                 stamps=stamps,
+                allowed_ns=self._validity.allowed_ns,
             )
         )
         self._published += 1

@@ -129,11 +129,16 @@ class Validity:
         """Host time of sample ``end``; None unless the stream runs at the probe's own rate."""
         return self._fit.host_ns(end, near_ns) if self._fit.realtime else None
 
+    @property
+    def allowed_ns(self) -> int:
+        """After its end a bin may take so long: its own width, and what is held back on purpose."""
+        return self._in_time_ns + self._held_ns
+
     def lateness(self, ended_ns: int | None, published_ns: int) -> int:
         """``Flag.LATE`` if a bin that ended at ``ended_ns`` comes out more than a bin later, and
         later than it was held back on purpose.
         """
-        if ended_ns is None or published_ns - ended_ns <= self._in_time_ns + self._held_ns:
+        if ended_ns is None or published_ns - ended_ns <= self.allowed_ns:
             return 0
         self.counters["late"] += 1
         return int(Flag.LATE)
