@@ -130,7 +130,10 @@ def save_bundle(
     """
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
-            raise BundleError(f"{name} has weights that are no numbers; train with a smaller step")
+            raise BundleError(
+                f"{name} has weights that are no numbers; train again with a smaller "
+                "training.learning_rate"
+            )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / JSON_NAME).unlink(missing_ok=True)
