@@ -1,4 +1,4 @@
-"""One step of the network in one compiled call: how its arrays are laid out.
+"""One step of the network in one compiled call.
 
 Equal to ``NEDS.step`` for one stream that shows spikes and asks for behaviours. Both read every
 weight once per bin; what this saves is everything around that:
@@ -15,216 +15,38 @@ Shape suffixes: as in :mod:`rt_neds.stream.fused_kernel`.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from rt_neds.model.attention import ROTARY_BASE
-from rt_neds.model.config import ModelConfig
-from rt_neds.model.neds import NEDS, SCHEMES
+from rt_neds.model.neds import NEDS
 from rt_neds.model.readout import Scale
-from rt_neds.model.rounding import is_rounded, to_bytes
+from rt_neds.model.rounding import is_rounded
 from rt_neds.stream.binner import CHUNK
-from rt_neds.stream.fused_kernel import LANES, LIVE, PAIR, PANEL, STREAM, fused_step, place
+from rt_neds.stream.fused_arrays import (
+    F4,
+    aligned,
+    dark_of,
+    f8,
+    head_of,
+    instead_of,
+    map_of,
+    of_root_sums,
+    padded,
+    past_in,
+    past_words,
+    read_in_of,
+    round_up,
+    rows_of,
+    trunk_blocks,
+    zeros,
+)
+from rt_neds.stream.fused_kernel import LANES, LIVE, PANEL, STREAM, fused_step, place
 from rt_neds.stream.live_tokens import LiveTokens
-
-F4 = NDArray[np.float32]
-F8 = NDArray[np.float64]
-HUGE = 1 << 21
-LINE = 16
-"""Numbers of a cache line."""
-
-
-def _zeros(*shape: int) -> F4:
-    """Zeros that begin on a cache line, so that no vector of a panel lies on two.
-
-    On pages of 2 MB, where there are such: a step walks through thousands of small ones.
-    """
-    numbers = math.prod(shape)
-    if 4 * numbers >= HUGE // 2 and hasattr(mmap, "MADV_HUGEPAGE"):
-        # Private, which is not Python's default: kernels grant shared memory none.
-        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        room = mmap.mmap(-1, (1 + -(-4 * numbers // HUGE)) * HUGE, flags=private)
-        with contextlib.suppress(OSError):  # a kernel without them
-            room.madvise(mmap.MADV_HUGEPAGE)
-        raw, line = np.frombuffer(room, np.float32), HUGE
-    else:
-        raw, line = np.zeros(numbers + LINE, np.float32), 4 * LINE
-    start = -raw.ctypes.data % line // raw.itemsize
-    return raw[start : start + numbers].reshape(shape)
-
-
-def _aligned(array: NDArray) -> F4:
-    """The same numbers, on cache lines."""
-    copied = _zeros(*array.shape)
-    copied[...] = array
-    return copied
-
-
-def _up(n: int, to: int = PAIR) -> int:
-    return -(-n // to) * to
-
-
-def _f8(tensor: Tensor) -> F8:
-    return tensor.detach().cpu().numpy().astype(np.float64)
-
-
-def _map(linear: nn.Linear) -> tuple[F8, F8]:
-    return _f8(linear.weight), _f8(linear.bias)
-
-
-def _rows(weight_EI: F8, bias_E: F8) -> F8:
-    """Bias, then the weights of each input."""
-    rows_IE = np.zeros((1 + weight_EI.shape[1], _up(len(bias_E))))
-    rows_IE[0, : len(bias_E)] = bias_E
-    rows_IE[1:, : len(bias_E)] = weight_EI.T
-    return rows_IE
-
-
-def _panels(packed: bool, *maps: tuple[F8, F8]) -> Iterator[F4]:
-    """The same for one panel of outputs after the other; maps of the same inputs, side by side.
-
-    Packed weights are multiples of a scale for each output, which lies between.
-    """
-    scale_E = np.zeros(0)
-    if packed:
-        split = [(*to_bytes(torch.from_numpy(weight_EI)), bias_E) for weight_EI, bias_E in maps]
-        scale_E = np.concatenate([_rows(of[:, None].numpy(), bias_E)[1] for _, of, bias_E in split])
-        maps = tuple((whole_EI.numpy(), bias_E) for whole_EI, _, bias_E in split)
-    rows_IE = np.concatenate([_rows(*one) for one in maps], axis=1).astype(np.float32)
-    for panel in range(0, rows_IE.shape[1], PANEL):
-        rows_IP = np.ascontiguousarray(rows_IE[:, panel : panel + PANEL])
-        yield rows_IP[0]
-        if packed:
-            yield scale_E[panel : panel + PANEL].astype(np.float32)
-            yield rows_IP[1:].astype(np.int8).view(np.float32).ravel()
-        else:
-            yield rows_IP[1:].ravel()
-
-
-def _norm(norm: nn.LayerNorm) -> F4:
-    scale_D, shift_D = norm.weight.detach().cpu().numpy(), norm.bias.detach().cpu().numpy()
-    padding = (0, _up(len(scale_D)) - len(scale_D))
-    return np.concatenate([np.pad(scale_D, padding), np.pad(shift_D, padding)])
-
-
-def _read_in(parts: Any) -> tuple[F8, F8]:
-    """What is made of the features: the token to be, and below it what a linear decoder says."""
-    weight_EI, bias_E = _map(parts.spikes_in.linear)
-    if parts.linear is None:
-        return weight_EI, bias_E
-    weights = (weight_EI, _f8(parts.linear.weight_UF))
-    return np.concatenate(weights), np.concatenate([bias_E, _f8(parts.linear.bias_U)])
-
-
-def _shared(model: Any) -> tuple[F8, F8]:
-    """What all sessions make of that."""
-    weight_EI, bias_E = _map(model.spikes_shared)
-    return weight_EI, bias_E if model.linear_in is None else bias_E + _map(model.linear_in)[1]
-
-
-def _of_said(model: Any) -> tuple[F8, F8]:
-    """And of what a linear decoder says, if there is one; its bias is in the map before."""
-    nothing_D = np.zeros(model.config.dim)
-    return _f8(model.linear_in.weight) if model.linear_in else nothing_D[:, None][:, :0], nothing_D
-
-
-def _head(parts: Any, name: str, said: int) -> F8:
-    """A row for each number read out: of token and a constant, of what is said and a constant."""
-    weight_OD, bias_O = _map(parts.behaviour_out[name].linear)
-    of_said_OU = np.zeros((len(bias_O), said + 1))
-    if parts.linear is not None:
-        weight_OU, more_O = _map(parts.linear.out[name])
-        of_said_OU[:, parts.linear.where[name]], of_said_OU[:, -1] = weight_OU, more_O
-    return np.concatenate([np.column_stack([weight_OD, bias_O]), of_said_OU], axis=1)
-
-
-def _of_root_sums(
-    read_in: Any, weight_EI: F8, bias_E: F8, missing_N: NDArray[np.bool_] | None
-) -> tuple[F8, F8]:
-    """A map of standardised features as one of root sums; what is constant goes into the bias."""
-    mean_KN, sd_KN, stand_in_KN = map(_f8, (read_in.mean_KN, read_in.sd_KN, read_in.missing_KN))
-    missing_KN = np.broadcast_to(False if missing_N is None else missing_N, mean_KN.shape)
-    constant_KN = np.where(missing_KN, stand_in_KN, -mean_KN / sd_KN)
-    scale_KN = np.where(missing_KN, 0, 1 / sd_KN)
-    return weight_EI * scale_KN.ravel(), bias_E + weight_EI @ constant_KN.ravel()
-
-
-def _instead(parts: Any, missing_N: NDArray[np.bool_] | None) -> F8:
-    """What each unit's stand-in adds to the read-in over its silence; zero for missing ones."""
-    read_in = parts.spikes_in
-    mean_KN, sd_KN, stand_in_KN = map(_f8, (read_in.mean_KN, read_in.sd_KN, read_in.missing_KN))
-    weight_EKN = _read_in(parts)[0].reshape(-1, *mean_KN.shape)
-    instead_NE = np.einsum("ekn,kn->ne", weight_EKN, stand_in_KN + mean_KN / sd_KN)
-    if missing_N is not None:
-        instead_NE[missing_N] = 0.0
-    return instead_NE
-
-
-def _blocks(model: Any, packed: bool) -> Iterator[F4]:
-    """Weights that all sessions share, in the order they are read."""
-    yield from _panels(packed, _shared(model))
-    yield from _panels(False, _of_said(model))
-    for layer in model.layers:
-        yield _norm(layer.norm1)
-        weight_EI, bias_E = _map(layer.attention.qkv)
-        yield from _panels(packed, *zip(np.split(weight_EI, 3), np.split(bias_E, 3), strict=True))
-        yield from _panels(packed, _map(layer.attention.out))
-        yield _norm(layer.norm2)
-        yield from _panels(packed, _map(layer.widen))
-        yield from _panels(packed, _map(layer.narrow))
-    if model.memory is not None:
-        yield _norm(model.memory.norm)
-        yield from _panels(packed, _map(model.memory.gate), _map(model.memory.value))
-        yield from _panels(packed, _map(model.memory.out))
-    yield _norm(model.norm)
-
-
-def _dark(model: Any, session: str) -> F8:
-    """Token of a bin that shows nothing, in a session that is decoded."""
-    session_D = _f8(model.session_XD)[model.session_ids.index(session)]
-    return _f8(model.hidden_D) + session_D + _f8(model.scheme_XD)[SCHEMES.index("decoding")]
-
-
-def _padded(vector_D: F8) -> F4:
-    return _aligned(np.pad(vector_D, (0, _up(len(vector_D)) - len(vector_D))))
-
-
-def _past_shapes(config: ModelConfig, units: int) -> dict[str, tuple[int, ...]]:
-    """What a stream's past is: arrays that a step finds and leaves changed."""
-    rows, width = config.context + CHUNK, config.dim // config.heads
-    return {  # a whole chunk sees so many rows, and the sink
-        "keys_LHX": (config.layers, config.heads, _up(rows, LANES) * (1 + width)),
-        "values_LHX": (config.layers, config.heads, _up(width, LANES) * (1 + rows)),
-        "memory_D": (_up(config.dim),),
-        "dark_1": (2,),  # words of one integer
-        "counts_CN": (max(config.history), units),
-        "sums_KN": (len(config.history), units),
-    }
-
-
-def past_words(config: ModelConfig, units: int) -> int:
-    """Words of 4 bytes that the past of a stream takes."""
-    return sum(_up(math.prod(shape), LINE) for shape in _past_shapes(config, units).values())
-
-
-def _past_in(room: F4, config: ModelConfig, units: int) -> dict[str, NDArray]:
-    """The arrays, each on a cache line, one after the other."""
-    arrays: dict[str, NDArray] = {}
-    at = 0
-    for name, shape in _past_shapes(config, units).items():
-        size = math.prod(shape)
-        arrays[name] = room[at : at + size].reshape(shape)
-        at += _up(size, LINE)
-    arrays["dark_1"] = arrays["dark_1"].view(np.int64)
-    return arrays
 
 
 class _Trunk:
@@ -232,10 +54,10 @@ class _Trunk:
 
     def __init__(self, model: Any, said: int) -> None:
         c, T = model.config, CHUNK
-        D, rows, width = _up(c.dim), c.context + CHUNK, c.dim // c.heads
+        D, rows, width = round_up(c.dim), c.context + CHUNK, c.dim // c.heads
         packed = is_rounded(model)
-        blocks = list(_blocks(model, packed))
-        self.weights = _zeros(sum(block.size for block in blocks))
+        blocks = list(trunk_blocks(model, packed))
+        self.weights = zeros(sum(block.size for block in blocks))
         np.concatenate(blocks, out=self.weights, casting="same_kind")
         self.config = c, packed, said
         self.streams_P = np.zeros(T, STREAM)  # each has a bin at least
@@ -254,12 +76,12 @@ class _Trunk:
             c.widen * c.dim,
             np.float32(model.memory.longest if model.memory is not None else 0),
             np.zeros(T, bool),  # observed_T
-            _zeros(T, 2, width // 2),  # turn_T2F
-            _zeros(4, T, _up(c.dim + said) + PANEL),  # work_4TD
-            _zeros(T, said + 1),  # said_TU
-            _zeros(T, 3 * D),  # qkv_T3D
-            _zeros(T, _up(c.widen * c.dim)),  # wide_TG
-            _zeros(1, _up(rows, LANES)),  # scores_1R
+            zeros(T, 2, width // 2),  # turn_T2F
+            zeros(4, T, round_up(c.dim + said) + PANEL),  # work_4TD
+            zeros(T, said + 1),  # said_TU
+            zeros(T, 3 * D),  # qkv_T3D
+            zeros(T, round_up(c.widen * c.dim)),  # wide_TG
+            zeros(1, round_up(rows, LANES)),  # scores_1R
         )
 
     def same_as(self, other: _Trunk) -> bool:
@@ -310,23 +132,25 @@ class FusedStep:
         said = 0 if parts.linear is None else len(parts.linear.bias_U)
         self._trunk = _Trunk(model, said)
         self._live = LiveTokens(model, session, live or {})
-        dark_D = _dark(model, session)
-        read_in = _of_root_sums(parts.spikes_in, *_read_in(parts), missing_N)
-        heads_OI = np.concatenate([_head(parts, name, said) for name in wanted]).astype(np.float32)
+        dark_D = dark_of(model, session)
+        read_in = of_root_sums(parts.spikes_in, *read_in_of(parts), missing_N)
+        heads_OI = np.concatenate([head_of(parts, name, said) for name in wanted]).astype(
+            np.float32
+        )
         inputs = len(c.history) * parts.units + 4
         rows, width = c.context + T, c.dim // c.heads  # what a whole chunk sees, and the sink
-        R, V = _up(rows, LANES), _up(width, LANES)
+        R, V = round_up(rows, LANES), round_up(width, LANES)
         self._arrays: dict[str, NDArray] = {
             "counts_TN": np.zeros((T, parts.units), np.float32),
             "shown_T": np.zeros(T, np.int64),
-            "live_TD": _zeros(T, _up(c.dim)),
+            "live_TD": zeros(T, round_up(c.dim)),
             "found_I": np.zeros(inputs, np.int64),
-            "root_I": _zeros(inputs),
-            "read_in": _aligned(_rows(*read_in)),
-            "spikes_D": _padded(_f8(model.modality_MD)[0] + dark_D),
-            "dark_D": _padded(dark_D),
+            "root_I": zeros(inputs),
+            "read_in": aligned(rows_of(*read_in)),
+            "spikes_D": padded(f8(model.modality_MD)[0] + dark_D),
+            "dark_D": padded(dark_D),
             "heads_OI": heads_OI,
-            "token_TD": _zeros(T, c.dim),
+            "token_TD": zeros(T, c.dim),
             "raw_TO": np.zeros((T, len(heads_OI)), np.float32),
         }
         self._stream_1 = np.zeros(1, STREAM)
@@ -338,17 +162,17 @@ class FusedStep:
         self._counts_TN, self._shown_T = self._arrays["counts_TN"], self._arrays["shown_T"]
         self._raw_TO, self._bin, self._bins = self._arrays["raw_TO"], 0, 0
         self._config = c
-        self.lie_in(_zeros(past_words(c, parts.units)))
+        self.lie_in(zeros(past_words(c, parts.units)))
         self._set_sinks(model, rows, R, V, width)
         self.nbytes = sum(
             self._arrays[name].nbytes for name in ("read_in", "keys_LHX", "values_LHX")
         )
         self.nbytes += self._trunk.weights.nbytes
-        weight_DD, bias_D = _map(model.next)
-        weight_ND, bias_N = _map(parts.spikes_out.linear)
+        weight_DD, bias_D = map_of(model.next)
+        weight_ND, bias_N = map_of(parts.spikes_out.linear)
         # Weights of a silent unit are not read: to take it for missing is to change the bias.
         self._bias_E = self._arrays["read_in"][0, : c.dim + said]
-        self._instead_NE = _instead(parts, missing_N)
+        self._instead_NE = instead_of(parts, missing_N)
         self._believed_E = self._bias_E.astype(np.float64)
         self._next_DN = np.ascontiguousarray((weight_ND @ weight_DD).T, np.float32)
         self._next_N = (weight_ND @ bias_D + bias_N).astype(np.float32)
@@ -358,7 +182,7 @@ class FusedStep:
 
     def _set_sinks(self, model: Any, rows: int, R: int, V: int, width: int) -> None:
         """What keys and values of nobody but the sink are."""
-        sinks = np.array([_f8(layer.attention.sink_value_HF) for layer in model.layers])
+        sinks = np.array([f8(layer.attention.sink_value_HF) for layer in model.layers])
         self._sink_LHX = np.zeros_like(self._arrays["values_LHX"])
         for f in range(width):
             self._sink_LHX[:, :, place(f, rows - 1, V, rows)] = sinks[:, :, f]
@@ -380,7 +204,7 @@ class FusedStep:
         room : ndarray of float32
             At least :func:`past_words` of them.
         """
-        past = _past_in(room, self._config, self._counts_TN.shape[1])
+        past = past_in(room, self._config, self._counts_TN.shape[1])
         self._point_to(past)
         self._arrays |= past
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rt_neds.bundle import BundleSession, BundleSpec
 from rt_neds.frames import BinnedFrame
 from rt_neds.stream.board import shared
-from rt_neds.stream.fused import past_words
+from rt_neds.stream.fused_arrays import past_words
 
 _HEAD = np.dtype(
     [

@@ -3,41 +3,23 @@
 import contextlib
 import os
 import signal
-import time
 
 import numpy as np
 import pytest
 
 from rt_neds.children import free_port, serving, start_replay, wait_for_schema
-from rt_neds.frames import DecodedFrame, Flag
+from rt_neds.frames import Flag
 from rt_neds.session import load_session
 from rt_neds.spikeglx_recording import SynthesisedRecording
 from rt_neds.stream.detector import save_detector
-from rt_neds.stream.publisher import DecodedListener
 from rt_neds.supervise import CAN_FORK
+from tests.hearing import Ear
 from tests.test_spikeglx_emulator import detector_for
 
 pytestmark = [
     pytest.mark.timeout(400),
     pytest.mark.skipif(not CAN_FORK, reason="supervision forks, which is safe on Linux alone"),
 ]
-
-
-class Ear:
-    """Frames and the last status of a ``serve``."""
-
-    def __init__(self, publish):
-        self.listener, self.frames, self.status = DecodedListener(publish, "imec0"), [], None
-
-    def hear(self, enough, seconds=90):
-        deadline = time.monotonic() + seconds
-        while not enough():
-            assert time.monotonic() < deadline, f"not in time; status {self.status}"
-            message = self.listener.read(50)
-            if isinstance(message, DecodedFrame):
-                self.frames.append(message)
-            elif message is not None and message.kind == "status":
-                self.status = message.fields
 
 
 @contextlib.contextmanager

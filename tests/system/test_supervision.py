@@ -19,15 +19,15 @@ from rt_neds.bundle import build_model, load_spec
 from rt_neds.children import ChildError, free_port, serving, wait_for_schema
 from rt_neds.config import parse_config
 from rt_neds.errors import ConfigError
-from rt_neds.frames import DecodedFrame, Flag
+from rt_neds.frames import Flag
 from rt_neds.replay import batches
 from rt_neds.serve import load
 from rt_neds.serve_config import ServeConfig
 from rt_neds.session import load_session
-from rt_neds.stream.publisher import DecodedListener
 from rt_neds.stream.sender import Sender
 from rt_neds.stream.silent import LONGEST_S
 from rt_neds.supervise import CAN_FORK, GIVE_UP
+from tests.hearing import Ear
 from tests.test_kept import save_untrained
 from tests.test_loop import ListSink, ListSource
 
@@ -64,7 +64,7 @@ class Acquisition(threading.Thread):
         self.sender.close()
 
 
-class Rig:
+class Rig(Ear):
     """An acquisition, a listener, and what it has heard."""
 
     def __init__(self, tiny, announcements=1):
@@ -72,10 +72,9 @@ class Rig:
         spikes, self.decoded = free_port(), f"tcp://127.0.0.1:{free_port()}"
         session, endpoint = load_session(self.path), f"tcp://127.0.0.1:{spikes}"
         self.acquisition = Acquisition(session, endpoint, announcements)
-        self.listener = DecodedListener(self.decoded, "imec0")
+        super().__init__(self.decoded)
         self.options = ("--probe", "imec0", "--bundle", str(self.run / "bundle"), "--publish",
                         self.decoded, "--source", f"rtneds://127.0.0.1:{spikes}")  # fmt: skip
-        self.frames, self.heard_at, self.status = [], [], None
 
     def __enter__(self):
         self.acquisition.start()
@@ -85,17 +84,6 @@ class Rig:
         self.acquisition.done.set()
         self.acquisition.join(10)
         self.listener.close()
-
-    def hear(self, enough, seconds=60):
-        deadline = time.monotonic() + seconds
-        while not enough():
-            assert time.monotonic() < deadline, f"not in time; status {self.status}"
-            message = self.listener.read(50)
-            if isinstance(message, DecodedFrame):
-                self.frames.append(message)
-                self.heard_at.append(time.monotonic_ns())
-            elif message is not None and message.kind == "status":
-                self.status = message.fields
 
     def hear_frames(self, count):
         wanted = len(self.frames) + count
