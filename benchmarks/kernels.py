@@ -38,7 +38,7 @@ from turns import Contestant, pace, take_turns
 from rt_neds.model.config import ModelConfig
 from rt_neds.model.neds import NEDS
 from rt_neds.model.readout import Behaviour
-from rt_neds.model.rounding import round_trunk
+from rt_neds.model.rounding import round_weights
 from rt_neds.stream.binner import CHUNK
 from rt_neds.stream.fused import FusedStep
 from rt_neds.stream.graph import GraphStep
@@ -138,7 +138,7 @@ def make_model(config: ModelConfig, units: int) -> tuple[NEDS, NDArray[np.float3
     rng = np.random.default_rng(0)
     per_bin_N = rng.lognormal(np.log(0.3), 1.0, units)  # half of the units below 15 spikes/s
     counts_TN = rng.poisson(per_bin_N, (4 * WINDOW, units)).astype(np.float32)
-    return round_trunk(NEDS(config, BEHAVIOURS, {"a": units}).eval()), counts_TN
+    return round_weights(NEDS(config, BEHAVIOURS, {"a": units}).eval()), counts_TN
 
 
 def bench_decoding(size: str, rounds: int, bins: int) -> list[dict[str, object]]:

@@ -45,7 +45,7 @@ from rt_neds.bundle import BundleSession, save_bundle
 from rt_neds.config import load_config
 from rt_neds.errors import ConfigError
 from rt_neds.model.neds import AHEAD, NEDS, SCHEMES
-from rt_neds.model.rounding import round_trunk
+from rt_neds.model.rounding import round_weights
 from rt_neds.result import make_folder
 from rt_neds.session import load_session
 
@@ -241,7 +241,7 @@ def finish(
 ) -> dict[str, Any]:
     """Make the best weights a bundle: what was not shown to be learned left to regression."""
     model.load_state_dict(best.weights)
-    round_trunk(model)  # as the bundle will have it: that is what is judged and calibrated
+    round_weights(model)  # as the bundle will have it: that is what is judged and calibrated
     now = validate_all(model, subjects, config, processes)
     left = left_to_regression(now, alone, subjects, processes)
     leave_to_regression(model, subjects, left)

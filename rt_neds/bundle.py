@@ -22,12 +22,12 @@ from rt_neds.errors import BundleError
 from rt_neds.model.config import ModelConfig
 from rt_neds.model.neds import NEDS
 from rt_neds.model.readout import Behaviour, Scale
-from rt_neds.model.rounding import from_bytes, to_bytes, trunk_weights
+from rt_neds.model.rounding import by_scale, from_bytes, rounded_weights, to_bytes
 
-FORMAT = 5
+FORMAT = 6
 JSON_NAME, WEIGHTS_NAME = "bundle.json", "model.safetensors"
 SCALE = ".scale"
-"""After the name of a matrix of the trunk: the scale of each of its outputs."""
+"""After the name of a matrix whose weights are multiples of scales: the scale of each row."""
 
 
 class BundleSession(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,8 +105,9 @@ def save_bundle(
 ) -> BundleSpec:
     """Write a bundle; a half-written one never has a readable ``bundle.json``.
 
-    The trunk's matrices are rounded to a byte for each weight, for whoever reads it alike
-    (:mod:`rt_neds.model.rounding`).
+    The matrices of the trunk, and of the read-ins of spikes, are rounded to a byte for each weight,
+    for whoever reads it alike (:mod:`rt_neds.model.rounding`); a read-in lies with a row for each
+    input.
 
     Parameters
     ----------
@@ -138,8 +139,8 @@ def save_bundle(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / JSON_NAME).unlink(missing_ok=True)
     weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    for name, _ in trunk_weights(model):
-        weights[name], weights[name + SCALE] = to_bytes(weights[name])
+    for name, _ in rounded_weights(model):
+        weights[name], weights[name + SCALE] = to_bytes(by_scale(name, weights[name]))
     save_file(weights, folder / WEIGHTS_NAME)
     spec = BundleSpec(
         format=FORMAT,
@@ -202,9 +203,11 @@ def build_model(folder: str | Path, spec: BundleSpec) -> NEDS:
         weights = load_file(Path(folder) / WEIGHTS_NAME)
     except (SafetensorError, OSError) as error:
         raise BundleError(f"{folder}: weights cannot be read ({error}); copy it again") from None
-    trunk = [name for name, _ in trunk_weights(model)]
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    expected |= {name + SCALE: expected[name][:1] for name in trunk}
+    rounded = [name for name, _ in rounded_weights(model)]
+    for name, weight in rounded_weights(model):
+        expected[name] = tuple(by_scale(name, weight).shape)
+        expected[name + SCALE] = expected[name][:1]
     for name in sorted(expected.keys() | weights.keys()):
         came = tuple(weights[name].shape) if name in weights else "nothing"
         wants = expected.get(name, "nothing")
@@ -213,8 +216,8 @@ def build_model(folder: str | Path, spec: BundleSpec) -> NEDS:
                 f"{folder}: {name} is {came} in the weights and {wants} by the JSON; "
                 "the two files are not of one bundle: copy it again"
             )
-    for name in trunk:
-        weights[name] = from_bytes(weights[name], weights.pop(name + SCALE))
+    for name in rounded:
+        weights[name] = by_scale(name, from_bytes(weights[name], weights.pop(name + SCALE)))
     model.load_state_dict(weights)
     return model.eval()
 

@@ -21,9 +21,9 @@ from rt_neds.model.rounding import (
     LEAST,
     from_bytes,
     is_rounded,
-    round_trunk,
+    round_weights,
+    rounded_weights,
     to_bytes,
-    trunk_weights,
 )
 
 
@@ -115,7 +115,7 @@ def test_weights_of_the_trunk_are_rounded_for_everyone(bundle):
     assert not is_rounded(model)
     save_bundle(bundle, model, bin_ms=20.0, sessions=spec.sessions, training={})
     again = build_model(bundle, load_spec(bundle)).state_dict()
-    for name, weight in round_trunk(model).state_dict().items():
+    for name, weight in round_weights(model).state_dict().items():
         torch.testing.assert_close(again[name], weight, rtol=0, atol=0)
 
 
@@ -123,22 +123,24 @@ def test_every_matrix_that_each_bin_reads_whole_is_rounded():
     behaviours = (Behaviour(name="speed", kind="continuous"),)
     size = {"dim": 8, "layers": 1, "heads": 2, "context": 4}
     model = NEDS(ModelConfig(**size, memory=20, linear=True), behaviours, {"a": 3})
-    names = {name for name, _ in trunk_weights(model)}
+    names = {name for name, _ in rounded_weights(model)}
     assert {name.partition(".")[0] for name in names} == {
-        "layers", "spikes_shared", "memory"
+        "layers", "spikes_shared", "memory", "sessions"
     }  # fmt: skip
+    assert "sessions.0.spikes_in.linear.weight" in names
     for name, module in model.named_modules():
         few = ("sessions.", "next", "linear_in")  # of a session, or as few as behaviours
         if isinstance(module, torch.nn.Linear) and not name.startswith(few):
             assert f"{name}.weight" in names
     assert not is_rounded(model)
     before = copy.deepcopy(model.state_dict())
-    assert is_rounded(round_trunk(model))
+    assert is_rounded(round_weights(model))
     for name, tensor in model.state_dict().items():
         if name not in names:
             assert torch.equal(tensor, before[name]), name
             continue
-        steps = before[name].abs().amax(dim=1, keepdim=True) / 127
+        of_input = name.startswith("sessions.")  # a unit's weights share a scale, not an output's
+        steps = before[name].abs().amax(dim=0 if of_input else 1, keepdim=True) / 127
         assert ((tensor - before[name]).abs() <= 0.501 * steps).all(), name
 
 
@@ -171,6 +173,18 @@ def test_weights_that_are_no_numbers_are_not_written(bundle, tmp_path, bad):
     with pytest.raises(BundleError, match=r"layers.0.widen.weight has weights that are no numbers"):
         save_bundle(tmp_path / "b", model, bin_ms=20.0, sessions=spec.sessions, training={})
     assert not (tmp_path / "b").exists()
+
+
+def test_a_read_in_lies_in_bytes_with_a_row_for_each_input(bundle):
+    name = "sessions.0.spikes_in.linear.weight"
+    weights, model = load_file(bundle / "model.safetensors"), build_model(bundle, load_spec(bundle))
+    weight_DI = model.get_parameter(name)
+    assert weights[name].dtype == torch.int8
+    assert weights[name].shape == weight_DI.T.shape
+    scaled_ID = weights[name].float() * weights[name + ".scale"][:, None]
+    assert torch.equal(scaled_ID.T, weight_DI)
+    few = {n for n, w in weights.items() if w.dtype == torch.int8}
+    assert few == {n for n, _ in rounded_weights(model)}
 
 
 def test_a_scale_that_is_missing_is_named(bundle):

@@ -11,7 +11,7 @@ from rt_neds.bench_input import SIZES as SERVED
 from rt_neds.model.config import ModelConfig
 from rt_neds.model.neds import NEDS, SCHEMES, SPIKES
 from rt_neds.model.readout import Behaviour
-from rt_neds.model.rounding import round_trunk, trunk_weights
+from rt_neds.model.rounding import round_weights, rounded_weights
 from rt_neds.stream.binner import CHUNK
 from rt_neds.stream.fused import FusedStep
 from rt_neds.stream.fused_kernel import fused_step
@@ -100,7 +100,7 @@ def streamed(step: FusedStep, counts_TN, observed_T):
 @pytest.mark.parametrize("rounded", [False, True])
 def test_equals_forward(size, wanted, some_missing, rounded):
     model = random_model(size, seed=len(wanted))
-    model = round_trunk(model) if rounded else model
+    model = round_weights(model) if rounded else model
     counts_TN, observed_T, missing_N = random_stream(model, 120)
     missing_N = missing_N if some_missing else None
     step = FusedStep(model, "a", wanted, missing_N)
@@ -134,7 +134,7 @@ def test_equals_step_by_step(first_bin, shown):
 @pytest.mark.parametrize("rounded", [False, True])
 def test_bins_together_give_the_same_bits_as_one_by_one(size, wanted, shown, rounded):
     model = random_model(size)
-    model = round_trunk(model) if rounded else model
+    model = round_weights(model) if rounded else model
     counts_TN, observed_T, missing_N = random_stream(model, 150, shown=shown)
     step = FusedStep(model, "a", wanted, missing_N)
     for first_bin in (0, 987_654_321):
@@ -152,12 +152,33 @@ def test_bins_together_give_the_same_bits_as_one_by_one(size, wanted, shown, rou
 def test_rounded_weights_are_read_in_one_byte():
     model = random_model((64, 2, 3, 10, (1, 3), 2, 5, 9, True))
     whole = FusedStep(model, "a", NAMES).nbytes
-    weights, outputs = np.sum([(w.numel(), len(w)) for _, w in trunk_weights(model)], axis=0)
-    saved = whole - FusedStep(round_trunk(model), "a", NAMES).nbytes
-    assert saved == 3 * weights - 4 * outputs  # each has a scale
-    with torch.no_grad():  # one weight that does not fit, and all are kept whole
-        model.layers[1].narrow.weight[3, 5] = 1 + 2**-12
+    rounded = list(rounded_weights(model, "a"))
+    weights = sum(w.numel() for _, w in rounded)
+    outputs = sum(len(w) for name, w in rounded if not name.startswith("sessions."))
+    saved = whole - FusedStep(round_weights(model), "a", NAMES).nbytes
+    assert saved == 3 * weights - 4 * outputs  # each of the trunk's has a scale
+
+
+@pytest.mark.parametrize("name", ["layers.1.narrow", "sessions.1.spikes_in.linear"])
+def test_one_weight_that_does_not_fit_and_all_are_kept_whole(name):
+    model = random_model((64, 2, 3, 10, (1, 3), 2, 5, 9, True))
+    whole = FusedStep(model, "a", NAMES).nbytes
+    weight = round_weights(model).get_submodule(name).weight
+    assert FusedStep(model, "a", NAMES).nbytes < whole
+    with torch.no_grad():
+        weight[3, 5] = 1 + 2**-12
     assert FusedStep(model, "a", NAMES).nbytes == whole
+    counts_TN, observed_T, _ = random_stream(model, 30)
+    got_TO = streamed(FusedStep(model, "a", NAMES), counts_TN, observed_T)
+    np.testing.assert_allclose(got_TO, offline(model, counts_TN, observed_T, NAMES), atol=ATOL)
+
+
+def test_how_another_sessions_weights_lie_changes_nothing():
+    model = round_weights(random_model())
+    nbytes = FusedStep(model, "a", NAMES).nbytes
+    with torch.no_grad():
+        model.parts("other").spikes_in.linear.weight[3, 5] = 1 + 2**-12
+    assert FusedStep(model, "a", NAMES).nbytes == nbytes
 
 
 def test_forgets_when_told():
@@ -207,7 +228,7 @@ def test_does_not_drift():
 def test_a_million_bins_of_a_served_size_stay_equal_to_forward(size):
     bins = 1_000_000
     torch.manual_seed(0)
-    model = round_trunk(NEDS(ModelConfig(**SERVED[size]), BEHAVIOURS, {"a": 400}).eval())
+    model = round_weights(NEDS(ModelConfig(**SERVED[size]), BEHAVIOURS, {"a": 400}).eval())
     rng = np.random.default_rng(0)
     tail, block = model.config.receptive_field + 50, 10_000
     step, worst = FusedStep(model, "a", NAMES), 0.0
@@ -273,7 +294,7 @@ def test_allocates_nothing_inside_the_kernel():
 @pytest.mark.parametrize("rounded", [False, True])
 def test_streams_together_give_the_same_bits_as_alone(size, rounded):
     model = random_model(size)
-    model = round_trunk(model) if rounded else model
+    model = round_weights(model) if rounded else model
     asked = {"a": NAMES, "other": ["licks", "choice"]}  # of 12 units, say, and of 4
     streams, alone = {}, {}
     for n, (session, wanted) in enumerate([*asked.items(), ("a", ["speed"])]):
@@ -315,7 +336,7 @@ def test_only_the_same_trunk_is_shared():
     step = FusedStep(model, "a", NAMES)
     assert FusedStep(model, "other", ["licks"]).share(step)
     assert not FusedStep(other, "a", NAMES).share(step)
-    assert not FusedStep(round_trunk(random_model()), "a", NAMES).share(step)
+    assert not FusedStep(round_weights(random_model()), "a", NAMES).share(step)
 
 
 def test_is_compiled_once_whatever_it_is_given():
@@ -332,7 +353,7 @@ def test_is_compiled_once_whatever_it_is_given():
     ]:
         step.reset(np.int64(0))
         np.testing.assert_array_equal(step.step(counts, yes), expected_O)
-    other = round_trunk(random_model(SIZES[3]))
+    other = round_weights(random_model(SIZES[3]))
     FusedStep(other, "a", ["choice"]).step(np.zeros(3, np.float32), True)
     assert len(fused_step.signatures) == 1
 

@@ -3,8 +3,8 @@
 Equal to ``NEDS.step`` for one stream that shows spikes and asks for behaviours. Both read every
 weight once per bin; what this saves is everything around that:
 
-* Weights lie in one array in the order they are read, those of the trunk in a byte each where they
-  fit, as a bundle's do; weights of units that were silent are not read at all.
+* Weights lie in one array in the order they are read, those of the trunk and of a session's read-in
+  in a byte each where they fit, as a bundle's do; weights of units that were silent are not read.
 * Standardisation, and what stands in for missing units, are folded into the read-in at load.
 
 When the loop is behind the clock, a few bins go through one call, and so do those of several probes
@@ -29,19 +29,16 @@ from rt_neds.model.rounding import is_rounded
 from rt_neds.stream.binner import CHUNK
 from rt_neds.stream.fused_arrays import (
     F4,
-    aligned,
     dark_of,
     f8,
     head_of,
     instead_of,
     map_of,
-    of_root_sums,
     padded,
     past_in,
     past_words,
-    read_in_of,
+    read_in_arrays,
     round_up,
-    rows_of,
     trunk_blocks,
     zeros,
 )
@@ -52,10 +49,9 @@ from rt_neds.stream.live_tokens import LiveTokens
 class _Trunk:
     """Weights that all sessions of a network share, and where the work on them is done."""
 
-    def __init__(self, model: Any, said: int) -> None:
+    def __init__(self, model: Any, said: int, packed: bool) -> None:
         c, T = model.config, CHUNK
         D, rows, width = round_up(c.dim), c.context + CHUNK, c.dim // c.heads
-        packed = is_rounded(model)
         blocks = list(trunk_blocks(model, packed))
         self.weights = zeros(sum(block.size for block in blocks))
         np.concatenate(blocks, out=self.weights, casting="same_kind")
@@ -77,7 +73,7 @@ class _Trunk:
             np.float32(model.memory.longest if model.memory is not None else 0),
             np.zeros(T, bool),  # observed_T
             zeros(T, 2, width // 2),  # turn_T2F
-            zeros(4, T, round_up(c.dim + said) + PANEL),  # work_4TD
+            zeros(4, T, D + round_up(said, LANES) + PANEL),  # work_4TD
             zeros(T, said + 1),  # said_TU
             zeros(T, 3 * D),  # qkv_T3D
             zeros(T, round_up(c.widen * c.dim)),  # wide_TG
@@ -130,14 +126,14 @@ class FusedStep:
         c, T = model.config, CHUNK
         parts: Any = model.sessions[model.session_ids.index(session)]
         said = 0 if parts.linear is None else len(parts.linear.bias_U)
-        self._trunk = _Trunk(model, said)
+        packed = is_rounded(model, session)
+        self._trunk = _Trunk(model, said, packed)
         self._live = LiveTokens(model, session, live or {})
         dark_D = dark_of(model, session)
-        read_in = of_root_sums(parts.spikes_in, *read_in_of(parts), missing_N)
         heads_OI = np.concatenate([head_of(parts, name, said) for name in wanted]).astype(
             np.float32
         )
-        inputs = len(c.history) * parts.units + 4
+        inputs = len(c.history) * parts.units + 3
         rows, width = c.context + T, c.dim // c.heads  # what a whole chunk sees, and the sink
         R, V = round_up(rows, LANES), round_up(width, LANES)
         self._arrays: dict[str, NDArray] = {
@@ -146,7 +142,7 @@ class FusedStep:
             "live_TD": zeros(T, round_up(c.dim)),
             "found_I": np.zeros(inputs, np.int64),
             "root_I": zeros(inputs),
-            "read_in": aligned(rows_of(*read_in)),
+            **read_in_arrays(parts, missing_N, packed),
             "spikes_D": padded(f8(model.modality_MD)[0] + dark_D),
             "dark_D": padded(dark_D),
             "heads_OI": heads_OI,
@@ -171,7 +167,7 @@ class FusedStep:
         weight_DD, bias_D = map_of(model.next)
         weight_ND, bias_N = map_of(parts.spikes_out.linear)
         # Weights of a silent unit are not read: to take it for missing is to change the bias.
-        self._bias_E = self._arrays["read_in"][0, : c.dim + said]
+        self._bias_E = self._arrays["bias_E"]
         self._instead_NE = instead_of(parts, missing_N)
         self._believed_E = self._bias_E.astype(np.float64)
         self._next_DN = np.ascontiguousarray((weight_ND @ weight_DD).T, np.float32)

@@ -138,15 +138,44 @@ def head_of(parts: Any, name: str, said: int) -> F8:
     return np.concatenate([np.column_stack([weight_OD, bias_O]), of_said_OU], axis=1)
 
 
-def of_root_sums(
-    read_in: Any, weight_EI: F8, bias_E: F8, missing_N: NDArray[np.bool_] | None
-) -> tuple[F8, F8]:
-    """A map of standardised features as one of root sums; what is constant goes into the bias."""
+def read_in_arrays(
+    parts: Any, missing_N: NDArray[np.bool_] | None, packed: bool
+) -> dict[str, NDArray]:
+    """A session's read-in, of root sums: rows of weights, their factors, and a bias.
+
+    Standardisation is in the factors, and what is constant in the bias; so is, if weights are in
+    bytes, the scale of each row.
+    """
+    read_in = parts.spikes_in
     mean_KN, sd_KN, stand_in_KN = map(f8, (read_in.mean_KN, read_in.sd_KN, read_in.missing_KN))
     missing_KN = np.broadcast_to(False if missing_N is None else missing_N, mean_KN.shape)
     constant_KN = np.where(missing_KN, stand_in_KN, -mean_KN / sd_KN)
-    scale_KN = np.where(missing_KN, 0, 1 / sd_KN)
-    return weight_EI * scale_KN.ravel(), bias_E + weight_EI @ constant_KN.ravel()
+    weight_EI, bias_E = read_in_of(parts)
+    dim, (E, inputs) = len(read_in.linear.bias), weight_EI.shape
+    D, U = round_up(dim), round_up(E - dim, LANES)
+    factor_I, rows_IW = np.where(missing_KN, 0, 1 / sd_KN).ravel(), np.zeros((inputs, D + U))
+    rows_IW[:, :dim], rows_IW[:, D : D + E - dim] = weight_EI[:dim].T, weight_EI[dim:].T
+    rows_IX: NDArray = rows_IW.astype(np.float32)
+    if packed:
+        whole_ID, scale_I = map(Tensor.numpy, to_bytes(torch.from_numpy(rows_IW[:, :D])))
+        factor_I, rows_IW = factor_I * scale_I, rows_IW / scale_I[:, None]
+        of_said_IU = rows_IW[:, D:].astype(np.float32)
+        rows_IX = np.concatenate([whole_ID.view(np.float32), of_said_IU], axis=1)
+    bias = spread(bias_E + weight_EI @ constant_KN.ravel(), dim)
+    return {
+        "factor_I": np.pad(factor_I, (0, 3)).astype(np.float32),
+        "bias_E": aligned(bias),
+        "read_in": aligned(rows_IX),
+    }
+
+
+def spread(numbers_E: F8, dim: int) -> F8:
+    """What a read-in makes, as it lies in the step: the token to be, and after it what is said."""
+    D, U = round_up(dim), round_up(numbers_E.shape[-1] - dim, LANES)
+    spread_E = np.zeros((*numbers_E.shape[:-1], D + U))
+    spread_E[..., :dim] = numbers_E[..., :dim]
+    spread_E[..., D : D + numbers_E.shape[-1] - dim] = numbers_E[..., dim:]
+    return spread_E
 
 
 def instead_of(parts: Any, missing_N: NDArray[np.bool_] | None) -> F8:
@@ -157,7 +186,7 @@ def instead_of(parts: Any, missing_N: NDArray[np.bool_] | None) -> F8:
     instead_NE = np.einsum("ekn,kn->ne", weight_EKN, stand_in_KN + mean_KN / sd_KN)
     if missing_N is not None:
         instead_NE[missing_N] = 0.0
-    return instead_NE
+    return spread(instead_NE, len(read_in.linear.bias))
 
 
 def trunk_blocks(model: Any, packed: bool) -> Iterator[F4]:

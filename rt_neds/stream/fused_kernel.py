@@ -50,7 +50,8 @@ STREAM = np.dtype(
         for name in (
             *("bins", "bin", "units", "inputs", "outputs"),
             *("counts_TN", "shown_T", "live_TD", "counts_CN", "sums_KN", "found_I", "root_I"),
-            *("read_in", "spikes_D", "dark_D", "heads_OI", "keys_LHX", "values_LHX"),
+            *("factor_I", "bias_E", "read_in", "spikes_D", "dark_D", "heads_OI"),
+            *("keys_LHX", "values_LHX"),
             *("memory_D", "dark_1", "token_TD", "raw_TO"),
         )
     ]
@@ -86,6 +87,7 @@ def _pointer_to(kind: Any) -> Any:
 
 
 _to_floats, _to_integers = _pointer_to(types.float32), _pointer_to(types.int64)
+_to_bytes = _pointer_to(types.int8)
 
 
 @_plain
@@ -97,6 +99,11 @@ def _floats(address, rows, columns):  # type: ignore[no-untyped-def]
 @_plain
 def _integers(address, size):  # type: ignore[no-untyped-def]
     return numba.carray(_to_integers(address), (size,))
+
+
+@_plain
+def _bytes(address, rows, columns):  # type: ignore[no-untyped-def]
+    return numba.carray(_to_bytes(address), (rows, columns))
 
 
 # -- linear maps ---------------------------------------------------------------------------------
@@ -399,23 +406,44 @@ def _sum_counts(counts_N, observed, bin_, history_K, counts_CN, sums_KN):  # typ
 
 
 @_plain
-def _read_in(weights, sums_KN, found_I, root_I, token_E, dim):  # type: ignore[no-untyped-def]
-    """Linear map of root sums, reading only the weights of sums that are not 0; the first ``dim``
-    of its outputs squashed, the rest what a linear decoder says.
+def _add_rows(rows_IX, at, columns, found_I, root_I, found, token_E, to):  # type: ignore[no-untyped-def]
+    """Add some columns of the rows found, so many times each."""
+    into_X = token_E[to : to + columns]
+    for i in range(0, found, 4):  # four at once, or half the time goes into fetching the token
+        r0, r1, r2, r3 = root_I[i], root_I[i + 1], root_I[i + 2], root_I[i + 3]
+        w0_X, w1_X = rows_IX[found_I[i], at:], rows_IX[found_I[i + 1], at:]
+        w2_X, w3_X = rows_IX[found_I[i + 2], at:], rows_IX[found_I[i + 3], at:]
+        for x in range(columns):
+            into_X[x] += (r0 * np.float32(w0_X[x]) + r1 * np.float32(w1_X[x])) + (
+                r2 * np.float32(w2_X[x]) + r3 * np.float32(w3_X[x])
+            )
+
+
+@_plain
+def _read_in(stream, packed, D, dim, said, sums_KN, token_E):  # type: ignore[no-untyped-def]
+    """Linear map of root sums, reading only the weights of sums that are not 0: to the token to be,
+    squashed, and behind it to what a linear decoder says.
+
+    An input has a row of weights: those of the token, in a byte each or in four, then the others.
     """
-    sums_I, E, found = sums_KN.reshape(sums_KN.size), token_E.size, 0
+    inputs, U = stream.inputs, token_E.size - D
+    sums_I, words = sums_KN.reshape(sums_KN.size), (D >> 2 * packed) + U
+    found_I, root_I = _integers(stream.found_I, inputs), _floats(stream.root_I, 1, inputs)[0]
+    factor_I = _floats(stream.factor_I, 1, inputs)[0]
+    found = 0
     for i in range(sums_I.size):
-        found_I[found], root_I[found] = 1 + i, np.sqrt(sums_I[i])
+        found_I[found], root_I[found] = i, np.sqrt(sums_I[i]) * factor_I[i]
         found += sums_I[i] != 0
     for i in range(found, found + 3):
         found_I[i], root_I[i] = 0, 0
-    token_E[:] = weights[:E]
-    for i in range(0, found, 4):  # four at once, or half the time goes into fetching the token
-        r0, r1, r2, r3 = root_I[i], root_I[i + 1], root_I[i + 2], root_I[i + 3]
-        w0_E, w1_E = weights[found_I[i] * E :], weights[found_I[i + 1] * E :]
-        w2_E, w3_E = weights[found_I[i + 2] * E :], weights[found_I[i + 3] * E :]
-        for e in range(E):
-            token_E[e] += (r0 * w0_E[e] + r1 * w1_E[e]) + (r2 * w2_E[e] + r3 * w3_E[e])
+    token_E[:] = _floats(stream.bias_E, 1, token_E.size)[0]
+    floats_IX = _floats(stream.read_in, inputs, words)
+    if packed:
+        bytes_IX = _bytes(stream.read_in, inputs, 4 * words)
+        _add_rows(bytes_IX, 0, D, found_I, root_I, found, token_E, 0)
+    else:
+        _add_rows(floats_IX, 0, D, found_I, root_I, found, token_E, 0)
+    _add_rows(floats_IX, words - U, said, found_I, root_I, found, token_E, D)
     for d in range(dim):
         token_E[d] /= np.float32(1) + abs(token_E[d])
 
@@ -513,16 +541,15 @@ def _read_out(stream, first, normed_TD, said_TU, dim):  # type: ignore[no-untype
 
 @_plain
 def _enter(  # type: ignore[no-untyped-def]
-    stream, first, E, dim, history_K, frequency_F, observed_T, turn_T2F, normed_TD, said_TU
-):
+    stream, first, packed, D, E, dim, history_K, frequency_F, observed_T, turn_T2F, normed_TD,
+    said_TU,
+):  # fmt: skip
     """What a stream's bins read in, on so many rows from ``first`` on; returns the row after."""
-    inputs, said = stream.inputs, said_TU.shape[1] - 1  # the last is whether anything is said
+    said = said_TU.shape[1] - 1  # the last is whether anything is said
     counts_TN = _floats(stream.counts_TN, stream.bins, stream.units)
     counts_CN = _floats(stream.counts_CN, history_K.max(), stream.units)
     sums_KN = _floats(stream.sums_KN, history_K.size, stream.units)
-    found_I, shown_T = _integers(stream.found_I, inputs), _integers(stream.shown_T, stream.bins)
-    root_I = _floats(stream.root_I, 1, inputs)[0]
-    weights = _floats(stream.read_in, 1, E * (inputs - 3))[0]
+    shown_T = _integers(stream.shown_T, stream.bins)
     for t in range(stream.bins):
         row, bin_ = first + t, stream.bin + t
         observed_T[row], spikes = shown_T[t] != 0, shown_T[t] & SPIKES != 0
@@ -532,8 +559,8 @@ def _enter(  # type: ignore[no-untyped-def]
         _sum_counts(counts_TN[t], spikes, bin_, history_K, counts_CN, sums_KN)
         normed_TD[row, :E], said_TU[row] = 0, 0
         if spikes:
-            _read_in(weights, sums_KN, found_I, root_I, normed_TD[row, :E], dim)
-            said_TU[row, :said], said_TU[row, said] = normed_TD[row, dim : dim + said], 1
+            _read_in(stream, packed, D, dim, said, sums_KN, normed_TD[row, :E])
+            said_TU[row, :said], said_TU[row, said] = normed_TD[row, D : D + said], 1
     return first + stream.bins
 
 
@@ -566,15 +593,16 @@ def fused_step(  # type: ignore[no-untyped-def]
     R, V = scores_1R.shape[1], (width + LANES - 1) // LANES * LANES
     rows, one = context + len(qkv_T3D), np.float32(1)  # of the ring, and the sink
     said = said_TU.shape[1] - 1
-    E = (dim + said + PAIR - 1) // PAIR * PAIR
+    E = D + (said + LANES - 1) // LANES * LANES
     x_TD, normed_TD, more_TD, mixed_TD = work_4TD[0], work_4TD[1], work_4TD[2], work_4TD[3]
     T = first = 0
     for stream in streams_P:
         T = _enter(
-            stream, T, E, dim, history_K, frequency_F, observed_T, turn_T2F, normed_TD, said_TU
-        )
+            stream, T, packed, D, E, dim, history_K, frequency_F, observed_T, turn_T2F, normed_TD,
+            said_TU,
+        )  # fmt: skip
     at = _linear(weights, 0, packed, D, dim, T, normed_TD, 0, 0, x_TD, 0, 0)
-    at = _linear(weights, at, 0, D, said, T, normed_TD, 0, dim, more_TD, 0, 0)
+    at = _linear(weights, at, 0, D, said, T, normed_TD, 0, D, more_TD, 0, 0)
     for stream in streams_P:
         first = _begin(stream, first, x_TD, D)
     keys_X, values_X = R * (1 + width), V * (1 + rows)
