@@ -197,6 +197,11 @@ class Binner:
             counted_to = open_to
         self.counters["spikes_far"] += beyond
 
+    @property
+    def left(self) -> int:
+        """Samples that are to come until the oldest open bin closes."""
+        return (self._next_bin + 1) * self.width + self.lateness - self._end
+
     def _count(
         self, records_S2: NDArray[np.int64], first_bin: int, end_bin: int
     ) -> tuple[int, int]:

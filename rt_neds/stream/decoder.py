@@ -26,6 +26,8 @@ from rt_neds.stream.kept import Past
 from rt_neds.stream.values import Values, values_of
 
 SHARING = (FusedStep, GraphStep)
+FETCHED_PER_S = 5e9
+"""Bytes that come out of memory in a second, or more: when there is to be time for it."""
 """Steps of which several streams can go through one trunk together."""
 
 
@@ -206,6 +208,16 @@ class Decoder:
         if isinstance(self._step, FusedStep):
             self._step.lie_in(past.room)
             self.past = past
+
+    @property
+    def fetch_s(self) -> float:
+        """Seconds before a bin closes at which to :meth:`fetch`; 0 for not at all."""
+        return self._step.nbytes / FETCHED_PER_S if isinstance(self._step, FusedStep) else 0.0
+
+    def fetch(self, *, trunk: bool = True) -> None:
+        """Have what the next step reads lie near; see :meth:`FusedStep.fetch`."""
+        if isinstance(self._step, FusedStep):
+            self._step.fetch(trunk=trunk)
 
     def decode(self, frame: BinnedFrame) -> NDArray[np.float32]:
         """Decode a bin; bins must come in order, and a first of a run begins anew."""

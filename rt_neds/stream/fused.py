@@ -42,8 +42,11 @@ from rt_neds.stream.fused_arrays import (
     trunk_blocks,
     zeros,
 )
-from rt_neds.stream.fused_kernel import LANES, LIVE, PANEL, STREAM, fused_step, place
+from rt_neds.stream.fused_kernel import LANES, LIVE, PANEL, STREAM, fetch, fused_step, place
 from rt_neds.stream.live_tokens import LiveTokens
+
+READ = ("read_in", "keys_LHX", "values_LHX")
+"""What a step reads of a stream's own arrays, whole or nearly so."""
 
 
 class _Trunk:
@@ -160,10 +163,7 @@ class FusedStep:
         self._config = c
         self.lie_in(zeros(past_words(c, parts.units)))
         self._set_sinks(model, rows, R, V, width)
-        self.nbytes = sum(
-            self._arrays[name].nbytes for name in ("read_in", "keys_LHX", "values_LHX")
-        )
-        self.nbytes += self._trunk.weights.nbytes
+        self.nbytes = self._trunk.weights.nbytes + sum(self._arrays[name].nbytes for name in READ)
         weight_DD, bias_D = map_of(model.next)
         weight_ND, bias_N = map_of(parts.spikes_out.linear)
         # Weights of a silent unit are not read: to take it for missing is to change the bias.
@@ -287,6 +287,17 @@ class FusedStep:
             trunk.fields_PX[p] = step._fields
         fused_step(trunk.streams_P[: len(steps)], *trunk.arguments)
         return [step._raw_TO[: step._bins] for step in steps]
+
+    def fetch(self, *, trunk: bool = True) -> None:
+        """Read what the next step will, so that it lies near the processor when a bin closes.
+
+        Changes nothing. After twenty milliseconds of other work it lies in memory, far off.
+        ``trunk``: with what the streams share, which one of them does for all.
+        """
+        if trunk:
+            fetch(self._trunk.weights.view(np.int32))
+        for name in READ:
+            fetch(self._arrays[name].reshape(-1).view(np.int32))
 
     def miss(self, silent_N: NDArray[np.bool_] | None) -> None:
         """From the next bin on take these units, too, for missing, until others are named.

@@ -582,6 +582,15 @@ def _begin(stream, first, x_TD, D):  # type: ignore[no-untyped-def]
     return first + stream.bins
 
 
+@numba.njit("int32(int32[::1])", cache=True, nogil=True)
+def fetch(words):  # type: ignore[no-untyped-def]
+    """Read one word of every cache line, so that all of them lie near the processor."""
+    total = np.int32(0)
+    for i in range(0, words.size, 16):
+        total += words[i]
+    return total  # of no use; but what nobody asks for is not read
+
+
 @numba.njit(error_model="numpy", cache=True, nogil=True)
 def fused_step(  # type: ignore[no-untyped-def]
     streams_P, weights, packed, layers, heads, frequency_F, query_scale, history_K, context,

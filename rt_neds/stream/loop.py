@@ -7,6 +7,7 @@ long as more is there to be read. All of them are published.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -95,7 +96,8 @@ class Loop:
         self._silent, self._live = silent, live
         self._heard: Announcement | None = None
         self._closed: list[tuple[BinnedFrame, int]] = []  # with their flags; not yet decoded
-        self._behind = self.due = False
+        self._behind = self.due = self.soon = False
+        self._lead = math.ceil(decoder.fetch_s * assumed.rate)
         self._published = 0
         self._started_ns = monotonic_ns()
         self._next_note_ns = 0
@@ -146,13 +148,16 @@ class Loop:
             return False
         if self.due:
             self._decode()
+        elif self.soon:
+            self._decoder.fetch()
         self.note_if_due()
         return True
 
     def gather(self, timeout_ms: int) -> bool:
         """Wait for one batch and bin it; False once the source changed.
 
-        ``due`` says afterwards whether it is time to decode what closed.
+        ``due`` says afterwards whether it is time to decode what closed, ``soon`` whether it is to
+        fetch what that will take, before a bin closes.
         """
         if not self._next_note_ns:  # the schema goes out before the first frame
             self.note_if_due()
@@ -163,8 +168,10 @@ class Loop:
             if announced is not None and announced != self._assumed:
                 self._decode()
                 return False
+        self.soon = False
         if batch is not None:
             self._take(batch)
+            self.soon = self._closes_soon(batch)
         self.due = self.pending and (batch is None or not self._behind)
         return True
 
@@ -182,6 +189,12 @@ class Loop:
             if self._live is not None:
                 binned.live_M = self._live.at(binned.epoch, binned.end, self._binner.width)
             self._closed.append((binned, self._validity.flags(binned)))
+
+    def _closes_soon(self, batch: SpikeBatch) -> bool:
+        """Whether this was the last batch of its length to leave time for fetching."""
+        if not self._lead or self._closed or self._behind or not self._validity.realtime:
+            return False
+        return self._lead <= self._binner.left < self._lead + batch.end - batch.first
 
     def _decode(self) -> None:
         if self._closed:
@@ -305,6 +318,8 @@ def run_together(
         for group in groups:
             for together in calls_of([loop for loop in group if loop.due]):
                 decode_loops(together)
+            for which, loop in enumerate(loop for loop in group if loop.soon):
+                loop._decoder.fetch(trunk=which == 0)
         for loop in loops:
             loop.note_if_due()
     for loop in loops:
