@@ -264,9 +264,9 @@ def show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    named = {"hot": "hot", "paced": "paced", "fetched": "paced, fetched before"}
     rows = result.get("stages_ms") or {
-        "step, hot": result["step_us"]["hot"],
-        "step, paced": result["step_us"]["paced"],
+        **{f"step, {named[key]}": marks for key, marks in result["step_us"].items()},
         "PyTorch eager, hot": result["eager_us"]["hot"],
         "PyTorch eager, paced": result["eager_us"]["paced"],
         "window run anew": result["window_us"],

@@ -10,7 +10,7 @@ import pytest
 from rt_neds import children
 from rt_neds.bench import late_line, show, term_lines, terms
 from rt_neds.bench_input import random_bundle
-from rt_neds.bench_step import bench_step, paced, percentiles
+from rt_neds.bench_step import Fetched, bench_step, paced, percentiles
 from rt_neds.bundle import load_spec
 from rt_neds.children import free_port
 from rt_neds.frames import DecodedFrame
@@ -114,7 +114,14 @@ def test_paced_steps_take_turns_and_are_all_timed():
         def steps(self, counts_TN, observed_T):
             calls.append((self.name, int(counts_TN[0][0]), observed_T))
 
+        def fetch(self):
+            calls.append((self.name, "fetched"))
+
     counts_TN = np.arange(3, dtype=np.float32)[:, None]
+    paced({"a": Fetched(Noted("a")), "b": Noted("b")}, counts_TN, 2, 0.0)
+    one = [("a", "fetched"), ("a", 0, (True,)), ("b", 0, (True,))]
+    assert calls == [*one, ("a", "fetched"), ("a", 1, (True,)), ("b", 1, (True,))]
+    calls.clear()
     took = paced({"a": Noted("a"), "b": Noted("b")}, counts_TN, 4, 0.001)
     assert {name: len(us) for name, us in took.items()} == {"a": 4, "b": 4}
     assert calls[:4] == [("a", 0, (True,)), ("b", 0, (True,)), ("a", 1, (True,)), ("b", 1, (True,))]
@@ -131,6 +138,7 @@ def test_a_random_bundle_is_a_bundle_and_its_step_is_measured(tmp_path):
     assert result["max_abs_error"] < 1e-4
     assert result["window_over_step"] > 1
     assert set(result) >= {"step_us", "eager_us", "window_us", "eager_over_step"}
+    assert set(result["step_us"]) == {"hot", "paced", "fetched"}
 
 
 def test_a_free_port_is_one_that_nobody_holds_nor_the_next(monkeypatch):
