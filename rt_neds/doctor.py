@@ -24,6 +24,8 @@ TICK_S = 0.001
 BIN_WIDTHS_MS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 LATE_US = 1_000.0
 """A timer that is later than this once in a hundred times makes bins late that need not be."""
+WAKING_US = 20
+"""Longer than this a core need not take to wake."""
 STEADY_CLOCKS = ("tsc", "arch_sys_counter", "kvm-clock", "hyperv_clocksource_tsc_page")
 NOT_TOLD = "not told by this system"
 
@@ -98,6 +100,21 @@ def governor(sys: Path = Path("/sys")) -> Finding:
     good = names == ["performance"]
     do = "" if good else "sudo cpupower frequency-set -g performance"
     return Finding(what="CPU governor", found=", ".join(names), good=good, do=do)
+
+
+def idle_states(sys: Path = Path("/sys")) -> Finding:
+    """How deep cores sleep until the next message: waking takes time, and caches may be empty."""
+    deepest, name = -1, ""
+    for file in sorted(sys.glob("devices/system/cpu/cpu[0-9]*/cpuidle/state[0-9]*/latency")):
+        latency, disabled = _read(file) or "", _read(file.parent / "disable")
+        if latency.isdigit() and disabled != "1" and int(latency) > deepest:
+            deepest, name = int(latency), _read(file.parent / "name") or file.parent.name
+    if deepest < 0:
+        return Finding(what="idle states", found=NOT_TOLD)
+    good = deepest <= WAKING_US
+    do = f"sudo cpupower idle-set -D {WAKING_US + 1}, while experiments run: it costs power"
+    found = f"{name} is the deepest, {deepest} us to wake from"
+    return Finding(what="idle states", found=found, good=good, do="" if good else do)
 
 
 def realtime() -> Iterator[Finding]:
@@ -247,6 +264,7 @@ def examine(
         graphics(),
         clock_source(),
         governor(),
+        idle_states(),
         *realtime(),
     ]
     say(f"measuring for {seconds * (2 if bundle else 1):g} s")

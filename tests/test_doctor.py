@@ -37,6 +37,29 @@ def test_every_core_must_be_at_its_full_speed(tmp_path):
     assert finding.found == "performance, powersave"
 
 
+def test_no_core_may_sleep_so_deep_that_waking_takes_long(tmp_path):
+    assert doctor.idle_states(tmp_path).found == doctor.NOT_TOLD
+    states = {"cpu0": [("POLL", 0, 0), ("C1", 2, 0), ("C6", 133, 1)], "cpu1": [("C1E", 20, 0)]}
+
+    def write_states():
+        for core, of in states.items():
+            for n, (name, latency, disabled) in enumerate(of):
+                state = f"devices/system/cpu/{core}/cpuidle/state{n}"
+                for file, value in (("name", name), ("latency", latency), ("disable", disabled)):
+                    write(tmp_path, f"{state}/{file}", str(value))
+
+    write_states()
+    finding = doctor.idle_states(tmp_path)
+    assert finding.good
+    assert finding.found == "C1E is the deepest, 20 us to wake from"
+    states["cpu0"][2] = ("C6", 133, 0)
+    write_states()
+    finding = doctor.idle_states(tmp_path)
+    assert not finding.good
+    assert "C6" in finding.found
+    assert "idle-set -D 21" in finding.do
+
+
 @pytest.mark.parametrize(("load", "good"), [(0.5, True), (3.5, False), (None, True)])
 def test_a_loaded_machine_is_said_to_be(tmp_path, load, good):
     about = {"cpu": "x", "cores": 4, "load": None if load is None else [load, 0, 0]}
