@@ -11,8 +11,8 @@ import pytest
 from offline.config import BehaviourConfig, DataConfig
 from offline.windows import bin_session
 from rt_neds.cli import main
-from rt_neds.errors import ConfigError
-from rt_neds.replay_live import named, tracks_of
+from rt_neds.errors import ConfigError, SessionError
+from rt_neds.replay_live import Track, named, tracks_of
 from rt_neds.session import load_session
 from rt_neds.stream.live import LiveBehaviours
 from tests.making import write_session
@@ -86,6 +86,39 @@ def test_states_over_time_on_edges_of_bins_and_beside_them(tmp_path, monkeypatch
     assert len(np.unique(expected[np.isfinite(expected)])) == 2
     shown = shown_live(session, config, monkeypatch, 30)
     np.testing.assert_array_equal(shown, expected[: len(shown)])
+
+
+def track_of(samples, values, domain):
+    series = SimpleNamespace(
+        samples_L=np.array(samples), values_L=np.array(values), domain_K2=np.array(domain)
+    )
+    session = SimpleNamespace(path="s.h5", rate=30_000.0, series=lambda source: series)
+    return Track(session, "speed", "wheel.wheel_speed", 3)
+
+
+def sent(batches):
+    return [(b.seq, b.first, float(b.values[0])) for b in batches]
+
+
+def test_what_was_recorded_is_sent_when_it_is_due_and_once():
+    at = [90, 100, 200, 300, 400, 500, 510, 600]
+    values = [9.0, 1.0, np.nan, 3.0, 4.0, 5.0, 9.0, 6.0]
+    track = track_of(at, values, [[100, 500], [550, 600]])  # edges belong to it
+    assert sent(track.due(0, 99)) == []
+    assert sent(track.due(0, 400)) == [(0, 100, 1.0), (1, 300, 3.0), (2, 400, 4.0)]
+    assert sent(track.due(0, 400)) == []
+    assert sent(track.due(450, 700)) == [(3, 500, 5.0), (4, 600, 6.0)]
+    track = track_of(at, values, [[100, 500], [550, 600]])
+    (batch, *_) = track.due(300, 400)  # whoever begins there is not told of what was before
+    assert (batch.seq, batch.first, batch.epoch, batch.name) == (0, 300, 3, "speed")
+    assert batch.rate == 30_000.0 / 100
+    assert sent(track.due(0, 500)) == [(2, 500, 5.0)]
+
+
+@pytest.mark.parametrize(("at", "values"), [([10], [1.0]), ([10, 10, 10], [1.0, 2.0, 3.0])])
+def test_what_is_no_series_cannot_be_sent(at, values):
+    with pytest.raises(SessionError, match="has fewer than two values to send"):
+        track_of(at, values, [[0, 100]])
 
 
 def test_what_live_takes():
