@@ -12,7 +12,7 @@ from offline.config import BehaviourConfig, DataConfig
 from offline.windows import bin_session
 from rt_neds.cli import main
 from rt_neds.errors import ConfigError, SessionError
-from rt_neds.replay_live import Track, named, tracks_of
+from rt_neds.replay_live import States, Track, named, tracks_of
 from rt_neds.session import load_session
 from rt_neds.stream.live import LiveBehaviours
 from tests.making import write_session
@@ -119,6 +119,35 @@ def test_what_was_recorded_is_sent_when_it_is_due_and_once():
 def test_what_is_no_series_cannot_be_sent(at, values):
     with pytest.raises(SessionError, match="has fewer than two values to send"):
         track_of(at, values, [[0, 100]])
+
+
+def test_a_trials_value_is_sent_from_when_it_is_known_to_the_end_of_the_trial():
+    columns = {
+        "trials.choice": np.array([1.0, 0.0, 1.0, 0.0, 5.0, 1.0]),
+        "trials.feedback_time": np.array([0.2, np.nan, 0.9, 0.5, 0.6, -0.1]),
+        "trials.end": np.array([0.4, 0.45, 0.8, 0.7, 0.75, 0.1]),
+    }
+    session = SimpleNamespace(
+        numbers=columns.__getitem__,
+        samples=lambda seconds: np.round(np.nan_to_num(seconds) * 1000).astype(np.int64),
+    )
+    config = {"source": "trials.choice", "classes": {"left": 1, "right": 0}}
+    config["known_from"] = "feedback_time"
+    expected = [  # of the second trial nobody is told, the fifth is of no class
+        (0, "left"), (100, None), (200, "left"), (400, None),
+        (500, "right"), (700, None), (900, "left"), (900, None),
+    ]  # fmt: skip
+
+    def events(*spans):
+        states = States(session, "choice", config, 7)
+        return [(e.sample, e.value) for span in spans for e in states.due(*span)]
+
+    assert events((0, 1000)) == expected
+    assert events((0, 200), (0, 201), (0, 900), (0, 901)) == expected  # each once, before its edge
+    assert events((0, 200)) == expected[:2]
+    assert events((400, 1000)) == expected[3:]  # whoever begins there is not told of before
+    (event, *_) = States(session, "choice", config, 7).due(0, 10)
+    assert (event.epoch, event.kind) == (7, "choice")
 
 
 def test_what_live_takes():
