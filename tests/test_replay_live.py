@@ -150,6 +150,45 @@ def test_a_trials_value_is_sent_from_when_it_is_known_to_the_end_of_the_trial():
     assert (event.epoch, event.kind) == (7, "choice")
 
 
+def test_states_over_time_are_sent_as_they_change_to_the_end_of_what_was_recorded():
+    series = SimpleNamespace(
+        samples_L=np.array([0, 10, 20, 30, 50, 60]),
+        values_L=np.array([1.0, 0.0, 0.0, 1.0, 1.0, 7.0]),
+        domain_K2=np.array([[0, 30], [45, 60]]),
+    )
+    config = {"source": "task.state", "classes": {"left": 1, "right": 0}}
+    states = States(SimpleNamespace(series=lambda source: series), "state", config, 7)
+    assert [(e.sample, e.value) for e in states.due(0, 100)] == [
+        (0, "left"), (9, "right"), (29, "left"), (30, None), (49, "left"), (59, None), (60, None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("of", "live", "words"),
+    [
+        ({"transform": "speed", "kind": "continuous"}, {"x": None}, "is made of position.x and no"),
+        ({"transform": "none", "kind": "continuous"}, {"y": None}, "NAME=SERIES.*bundle has x"),
+    ],
+)
+def test_what_is_no_series_of_the_session_must_be_named(monkeypatch, of, live, words):
+    training = {"config": {"behaviour": {"x": {"source": "position.x", **of}}}}
+    monkeypatch.setattr("rt_neds.bundle.load_spec", lambda _: SimpleNamespace(training=training))
+    with pytest.raises(ConfigError, match=words):
+        tracks_of(None, live, "B", 1)
+
+
+def test_a_named_series_is_sent_as_it_is_whatever_the_bundle_makes_of_it(monkeypatch):
+    of = {"source": "task.state", "kind": "categorical", "transform": "none", "classes": {}}
+    training = {"config": {"behaviour": {"state": of}}}
+    monkeypatch.setattr("rt_neds.bundle.load_spec", lambda _: SimpleNamespace(training=training))
+    series = SimpleNamespace(
+        samples_L=np.array([0, 10]), values_L=np.zeros(2), domain_K2=np.array([[0, 30]])
+    )
+    session = SimpleNamespace(rate=1e3, series=lambda source: series)
+    (track,) = tracks_of(session, {"state": "wheel.speed"}, "B", 1)
+    assert isinstance(track, Track)
+
+
 def test_what_live_takes():
     assert named(["a=b.c", "d"]) == {"a": "b.c", "d": None}
     for wrong in ("=b", "a=", ""):
