@@ -15,6 +15,8 @@ import torch.nn.functional as nnf
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from rt_neds.model import passes
+
 ROTARY_BASE = 10_000.0
 NEVER = -(1 << 60)
 """Bin number of a ring row that holds nothing."""
@@ -93,7 +95,7 @@ class Attention(nn.Module):
     def attend(
         self, q_BHTMF: Tensor, k_BHSMF: Tensor, v_BHSMF: Tensor, allowed_BTMP: Tensor
     ) -> Tensor:
-        """Attend from every query token to the allowed keys and the sink; returns (B, T, M, D).
+        """Mix, for every query token, what the allowed keys and the sink say; (B, T, M, D).
 
         ``allowed_BTMP`` has a column for each key token, bin by bin, without the sink; its third
         axis may be 1 where all tokens of a bin see the same.
@@ -107,7 +109,7 @@ class Attention(nn.Module):
         out_BHQF = nnf.scaled_dot_product_attention(
             q_BHTMF.reshape(B, H, T * M, F), k, v, attn_mask=allowed_BQP[:, None]
         )
-        return self.out(out_BHQF.view(B, H, T, M, F).permute(0, 2, 3, 1, 4).flatten(3))
+        return out_BHQF.view(B, H, T, M, F).permute(0, 2, 3, 1, 4).flatten(3)
 
     def sequence(
         self,
@@ -118,7 +120,7 @@ class Attention(nn.Module):
         context: int,
         causal: bool,
     ) -> Tensor:
-        """Attend within a whole sequence.
+        """Mix within a whole sequence; ``out`` is still to be applied.
 
         Parameters
         ----------
@@ -137,6 +139,12 @@ class Attention(nn.Module):
         -------
         tensor, shape (B, T, asking tokens, D)
         """
+        if x_BTMD.shape[2] == 1 and passes.pay(self, x_BTMD):
+            x_BTD, seen_BT, reach = x_BTMD[:, :, 0], seen_BTM[:, :, 0], context if causal else 0
+            out_BTD = passes.attended(
+                x_BTD, self.qkv, self.sink_value_HF, table_2TF, seen_BT, reach
+            )
+            return out_BTD[:, :, None]
         keys = seen_BTM.any(dim=1).any(dim=0).nonzero()[:, 0].tolist()
         q, k, v = self.project(x_BTMD, table_2TF, asking, keys)
         seen = seen_BTM[:, :, keys]

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from rt_neds.model import passes
 from rt_neds.model.attention import Attention, Ring, rotary_table, visible
 from rt_neds.model.config import ModelConfig
 from rt_neds.model.dropout import Dropout
@@ -68,6 +69,16 @@ class Layer(nn.Module):
     def add(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.dropout(attended)
         return x + self.dropout(self.narrow(nnf.gelu(self.widen(self.norm2(x)))))
+
+    def feed(self, x: Tensor, mixed: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """All that follows what attention mixed; and its norm, for what follows the layer."""
+        if passes.pay(self, x):
+            p = self.dropout.p
+            x, normed = passes.added_and_normed(x, mixed, self.attention.out, p, self.norm2)
+            wide = passes.widened(normed, self.widen)
+            return passes.added_and_normed(x, wide, self.narrow, p, norm)
+        x = self.add(x, self.attention.out(mixed))
+        return x, norm(x)
 
 
 class SessionParts(nn.Module):
@@ -162,6 +173,10 @@ class NEDS(nn.Module):
         """The layers, first to last."""
         return cast(list[Layer], list(self.layers))
 
+    def norms(self) -> list[nn.LayerNorm]:
+        """That before each layer, and that before what is read out."""
+        return [*(layer.norm1 for layer in self.stack()), self.norm]
+
     # -- the whole sequence ----------------------------------------------------------------------
 
     def forward(
@@ -216,25 +231,28 @@ class NEDS(nn.Module):
         askers = {name: self._asker(name) for name in wanted}
         readers = sorted(set(askers.values()))
         table_2TF = self._rotary(x_BTMD.shape[1]).to(x_BTMD.device)
-        everyone = list(range(x_BTMD.shape[2]))
+        everyone, norms = list(range(x_BTMD.shape[2])), self.norms()
+        normed_BTMD = norms[0](x_BTMD)
         for n, layer in enumerate(self.stack()):
             asking = everyone if n + 1 < self.config.layers else readers
-            attended = layer.attention.sequence(
-                layer.norm1(x_BTMD),
+            mixed = layer.attention.sequence(
+                normed_BTMD,
                 table_2TF,
                 seen_BTM,
                 asking,
                 self.config.context,
                 causal,
             )
-            x_BTMD = layer.add(x_BTMD[:, :, asking], attended)
+            if asking != everyone:
+                x_BTMD = x_BTMD[:, :, asking]
+            x_BTMD, normed_BTMD = layer.feed(x_BTMD, mixed, norms[n + 1])
         if self.memory is not None:
             seen_BTM = seen_BTM[:, :, readers]
             near_BTM = in_sight(seen_BTM, self.config.context)
             memory_BTMD = self.memory.sequence(x_BTMD, seen_BTM, near_BTM)
-            x_BTMD = x_BTMD + self.token_dropout(self.memory.out(memory_BTMD))
+            normed_BTMD = self.norm(x_BTMD + self.token_dropout(self.memory.out(memory_BTMD)))
         tokens = {name: readers.index(token) for name, token in askers.items()}
-        return self._read_out(session, x_BTMD, said_BTU, observed_BTM, tokens)
+        return self._read_out(session, normed_BTMD, said_BTU, observed_BTM, tokens)
 
     def _asker(self, name: str) -> int:
         """Which token of a bin an output is read from."""
@@ -282,8 +300,10 @@ class NEDS(nn.Module):
                 continue
             token = self._token(m, session, z_BTF, said_BTU, values_BTM)
             token = token + self.modality_MD[m]
-            tokens.append(torch.where(shown_BT1, token, hidden_D))
-            sum_BTD = sum_BTD + torch.where(shown_BT1, token, 0.0)
+            if apart:
+                tokens.append(torch.where(shown_BT1, token, hidden_D))
+            else:
+                sum_BTD = sum_BTD + torch.where(shown_BT1, token, 0.0)
         x_BTMD = torch.stack(tokens if apart else [sum_BTD], dim=2)
         seen_BTM = torch.ones_like(observed_BTM) if apart else observed_BTM.any(2, keepdim=True)
         return self._in_context(x_BTMD, session, scheme_B), seen_BTM
@@ -322,15 +342,15 @@ class NEDS(nn.Module):
     def _read_out(
         self,
         session: str,
-        x_BTMD: Tensor,
+        normed_BTMD: Tensor,
         said_BTU: Tensor | None,
         observed_BTM: Tensor,
         token_of: Mapping[str, int],
     ) -> dict[str, Tensor]:
         """Each wanted output, from the token that asks for it."""
-        parts, x_BTMD, outputs = self.parts(session), self.norm(x_BTMD), {}
+        parts, outputs = self.parts(session), {}
         for name, token in token_of.items():
-            x_BTD = x_BTMD[:, :, token]
+            x_BTD = normed_BTMD[:, :, token]
             if name == NEXT:
                 outputs[name] = parts.spikes_out(self.next(x_BTD))
             elif name == AHEAD:
@@ -420,15 +440,22 @@ class NEDS(nn.Module):
         band_TR = visible(bins_T, ring.bin_R, self.config.context, causal=True)
         allowed_BTMP = (band_TR[None, :, :, None] & ring.seen_BRM[:, None]).flatten(2)[:, :, None]
         table_2TF = rotary_table(bins, self.config.dim // self.config.heads).to(x_BTMD.device)
-        for layer, keys, values in zip(self.stack(), ring.keys, ring.values, strict=True):
-            q, k, v = layer.attention.project(layer.norm1(x_BTMD), table_2TF, [0], [0])
+        norms = self.norms()
+        normed_BTMD = norms[0](x_BTMD)
+        for layer, norm, keys, values in zip(
+            self.stack(), norms[1:], ring.keys, ring.values, strict=True
+        ):
+            q, k, v = layer.attention.project(normed_BTMD, table_2TF, [0], [0])
             keys[:, :, rows_T] = k
             values[:, :, rows_T] = v
-            x_BTMD = layer.add(x_BTMD, layer.attention.attend(q, keys, values, allowed_BTMP))
+            mixed = layer.attention.attend(q, keys, values, allowed_BTMP)
+            x_BTMD, normed_BTMD = layer.feed(x_BTMD, mixed, norm)
         if self.memory is not None:
             near_BTM = allowed_BTMP.any(dim=3)
             memory_BTMD = self.memory.sequence(x_BTMD, seen_BTM, near_BTM, state.memory_BMD)
             state.memory_BMD = memory_BTMD[:, -1]
-            x_BTMD = x_BTMD + self.memory.out(memory_BTMD)
+            normed_BTMD = self.norm(x_BTMD + self.memory.out(memory_BTMD))
         state.next_bin += T
-        return self._read_out(session, x_BTMD, said_BTU, observed_BTM, dict.fromkeys(wanted, 0))
+        return self._read_out(
+            session, normed_BTMD, said_BTU, observed_BTM, dict.fromkeys(wanted, 0)
+        )

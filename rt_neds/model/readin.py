@@ -28,6 +28,8 @@ def boxcar_sums(counts_BTN: Tensor, history: Sequence[int]) -> Tensor:
     -------
     tensor, shape (B, T, K, N)
     """
+    if max(history) == 1:
+        return counts_BTN[:, :, None].expand(-1, -1, len(history), -1)
     # Sums of integers below 2**24 are exact in float32, so a long cumulative sum loses nothing.
     total = nnf.pad(counts_BTN.cumsum(dim=1), (0, 0, max(history), 0))
     T = counts_BTN.shape[1]
@@ -57,8 +59,8 @@ class SpikeReadIn(nn.Module):
 
     def standardise(self, counts_BTN: Tensor, missing_BTN: Tensor | None = None) -> Tensor:
         """Counts to features of shape (B, T, K * N); ``missing_BTN`` broadcasts over bins."""
-        z_BTKN = (boxcar_sums(counts_BTN, self.history).sqrt() - self.mean_KN) / self.sd_KN
-        if missing_BTN is not None:
+        z_BTKN = boxcar_sums(counts_BTN, self.history).sqrt().sub_(self.mean_KN).div_(self.sd_KN)
+        if missing_BTN is not None and missing_BTN.any():
             z_BTKN = torch.where(missing_BTN[:, :, None], self.missing_KN, z_BTKN)
         return z_BTKN.flatten(2)
 
