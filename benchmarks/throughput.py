@@ -27,6 +27,7 @@ from offline.average import RunningAverage
 from offline.batches import draw_step, prepare
 from offline.beginning import build
 from offline.config import TrainConfig
+from offline.memory import keep_freed
 from offline.optimiser import make_optimiser
 from offline.processes import Processes
 from offline.train import train_step
@@ -152,6 +153,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed()  # as training does; here the original gains by it, too
     results: dict = {"machine": machine(), "cases": {}}
     with tempfile.TemporaryDirectory() as folder:
         session = Path(folder) / "s.h5"

@@ -36,6 +36,7 @@ from offline.config import TrainConfig
 from offline.expectation import expectation_of
 from offline.finetune import begin_at_bundle, keep_scales, refuse_other_units
 from offline.losses import loss_of, spikes_loss
+from offline.memory import keep_freed
 from offline.optimiser import make_optimiser, set_rates
 from offline.processes import Processes, join, leave
 from offline.progress import progress
@@ -102,6 +103,7 @@ def train(
     processes = join(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    keep_freed()
     subjects = open_sessions(session_paths, config, out, processes)
     torch.manual_seed(settings.seed)
     model, known = build(config, subjects), dict[str, list[str]]()

@@ -315,11 +315,14 @@ def _transpose(x_TF, T, F, out_FT):  # type: ignore[no-untyped-def]
 
 
 @_summing
-def _softmax(rows, columns, s_QP, t, first, T, context, seen_P, sunk_Q):  # type: ignore[no-untyped-def]
+def _softmax(  # type: ignore[no-untyped-def]
+    rows, columns, s_QP, t, first, T, context, seen_P, sunk_Q, scale_Q,
+):  # fmt: skip
     """Scores, in bits, of the queries from t on to shares of the keys from ``first`` on.
 
     Nothing at all for a key that may not be seen, and for one whose share is too small to be a
-    normal number, with which some processors take a hundred times as long.
+    normal number, with which some processors take a hundred times as long. All queries go through
+    each loop before the next, or each would wait for the end of its own.
     """
     for n in range(rows):
         low, high = 0, T - first
@@ -327,38 +330,44 @@ def _softmax(rows, columns, s_QP, t, first, T, context, seen_P, sunk_Q):  # type
             low, high = t + n - context + 1 - first, t + n + 1 - first
         # Of floats that are not negative (the sink has 0) the largest has the largest bits, and a
         # largest integer is sought many lanes at a time.
-        top, total = np.int32(0), np.float32(0)
+        top = np.int32(0)
         for p in range(columns):
             x = s_QP[n, p] if seen_P[p] and low <= p and p < high else np.float32(-np.inf)
             s_QP[n, p] = x
             top = max(top, np.float32(x).view(np.int32))
-        most = np.int32(top).view(np.float32)
+        sunk_Q[n] = np.int32(top).view(np.float32)
+    for n in range(rows):
+        most, total = sunk_Q[n], np.float32(0)
         for p in range(columns):
             below = s_QP[n, p] - most
             x = _exp2(below) if below > np.float32(-100) else np.float32(0)
             s_QP[n, p] = x
             total += x
         sunk = _exp2(-most)
-        share = np.float32(1) / (total + sunk)
+        scale_Q[n] = np.float32(1) / (total + sunk)
+        sunk_Q[n] = sunk * scale_Q[n]
+    for n in range(rows):
         for p in range(columns):
-            s_QP[n, p] *= share
-        sunk_Q[n] = sunk * share
+            s_QP[n, p] *= scale_Q[n]
 
 
 @_summing
-def _softmax_back(rows, columns, share_QP, g_QP, scale, g_out_QF, sink_F, sunk_Q, g_sink_F):  # type: ignore[no-untyped-def]
+def _softmax_back(  # type: ignore[no-untyped-def]
+    rows, columns, share_QP, g_QP, scale, g_out_QF, sink_F, sunk_Q, g_sink_F, along_Q,
+):  # fmt: skip
     """Gradients of shares to those of scores, in place; and that of the sink."""
-    F = sink_F.size
     for n in range(rows):
         along, sunk = np.float32(0), sunk_Q[n]
-        for f in range(F):
+        for f in range(sink_F.size):
             along += g_out_QF[n, f] * sink_F[f]
             g_sink_F[f] += sunk * g_out_QF[n, f]
         along *= sunk
         for p in range(columns):
             along += share_QP[n, p] * g_QP[n, p]
+        along_Q[n] = along
+    for n in range(rows):
         for p in range(columns):
-            g_QP[n, p] = scale * share_QP[n, p] * (g_QP[n, p] - along)
+            g_QP[n, p] = scale * share_QP[n, p] * (g_QP[n, p] - along_Q[n])
 
 
 @_plain
@@ -380,7 +389,7 @@ def _heads(work_X, n, H, P, F):  # type: ignore[no-untyped-def]
 def work_space(T, H, F):  # type: ignore[no-untyped-def]
     """For attention in one window."""
     P, F = up(T, PAIR), up(F, PAIR)
-    return np.empty(7 * H * P * F + P * F + QUERIES * P, np.float32)
+    return np.empty(7 * H * P * F + P * F + QUERIES * (P + 1), np.float32)
 
 
 @_plain
@@ -399,7 +408,7 @@ def attend(  # type: ignore[no-untyped-def]
         _heads(work_X, 3, H, P, Fp),
     )  # fmt: skip
     k_at = 4 * size
-    k_FP = work_X[k_at : k_at + Fp * P].reshape(Fp, P)
+    k_FP, scale_Q = work_X[k_at : k_at + Fp * P].reshape(Fp, P), work_X[k_at + Fp * P :]
     scale = np.float32(math.log2(math.e) / math.sqrt(F))
     for b in range(B):
         _turn(qkv_BT3HF[b], bias_3HF, turn_2TF, scale, q_HTF, k_HTF, v_HTF)
@@ -414,7 +423,7 @@ def attend(  # type: ignore[no-untyped-def]
                 )  # fmt: skip
                 _softmax(
                     rows, columns, share_X[at : at + QUERIES * columns].reshape(QUERIES, columns),
-                    t, first, T, context, seen_BP[b, first:], sunk_BHT[b, h, t:],
+                    t, first, T, context, seen_BP[b, first:], sunk_BHT[b, h, t:], scale_Q,
                 )  # fmt: skip
                 _mix(
                     rows, Fp, share_X, at + low - first, columns, 1,
@@ -444,6 +453,7 @@ def attend_back(  # type: ignore[no-untyped-def]
     v_at = 7 * size
     s_at = v_at + Fp * P
     v_FP, s_X = work_X[v_at:s_at].reshape(Fp, P), work_X[s_at:]
+    along_Q = work_X[s_at + QUERIES * P :]
     scale = np.float32(1 / math.sqrt(F))
     v_FP[:] = np.float32(0)  # a share of 0 times what was left beyond T might not be 0
     for b in range(B):
@@ -466,7 +476,7 @@ def attend_back(  # type: ignore[no-untyped-def]
                 _softmax_back(
                     rows, columns, share_X[at : at + QUERIES * columns].reshape(QUERIES, columns),
                     s_X[: QUERIES * columns].reshape(QUERIES, columns), scale, g_HTF[h, t:],
-                    sink_HF[h], sunk_BHT[b, h, t:], g_sink_HF[h],
+                    sink_HF[h], sunk_BHT[b, h, t:], g_sink_HF[h], along_Q,
                 )  # fmt: skip
                 _mix(
                     rows, Fp, work_X, s_at + low - first, columns, 1,
