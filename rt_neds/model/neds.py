@@ -75,7 +75,7 @@ class Layer(nn.Module):
         if passes.pay(self, x):
             p = self.dropout.p
             x, normed = passes.added_and_normed(x, mixed, self.attention.out, p, self.norm2)
-            wide = passes.widened(normed, self.widen)
+            wide = nnf.gelu(self.widen(normed))
             return passes.added_and_normed(x, wide, self.narrow, p, norm)
         x = self.add(x, self.attention.out(mixed))
         return x, norm(x)

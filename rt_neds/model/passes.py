@@ -76,11 +76,6 @@ def added_and_normed(
     return _Add.apply(x, more, linear.bias, norm.weight, norm.bias, norm.eps, p)
 
 
-def widened(x: Tensor, linear: nn.Linear) -> Tensor:
-    """``gelu(linear(x))``."""
-    return _Widen.apply(x, linear.weight, linear.bias)
-
-
 @cache
 def _kernel() -> Any:
     from rt_neds.model import passes_kernel
@@ -159,24 +154,3 @@ class _Add(torch.autograd.Function):
             _rows(g_x), _rows(g_more), g_3D.numpy(),
         )  # fmt: skip
         return g_x, g_more, *g_3D, None, None
-
-
-class _Widen(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, weight, bias = inputs
-        x_RD = x.flatten(0, -2)
-        slope = x_RD @ weight.T
-        out = torch.empty_like(slope)
-        _kernel().gelu(slope.numpy(), _array(bias), out.numpy())
-        ctx.save_for_backward(x_RD, weight, slope)
-        return out.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Any) -> Gradients:
-        x_RD, weight, slope = ctx.saved_tensors
-        g, g_bias = torch.empty_like(slope), torch.zeros(len(weight))
-        _kernel().gelu_back(_rows(gradients[0]), slope.numpy(), g.numpy(), g_bias.numpy())
-        g_x = (g @ weight).view(*gradients[0].shape[:-1], -1)
-        return g_x, g.T @ x_RD, g_bias

@@ -10,8 +10,8 @@ All of it must stay in one file: numba's cache does not notice that a function c
 * A number is dropped by a hash of a seed, its row and its place in it.
 
 Shape suffixes: B windows, T bins, D model width, H heads, F width of a head, P keys, Q queries that
-attend together, R rows (bins of all windows), G width of the feed-forward layer, X numbers of any
-array, flat. Work space has P and F padded to whole pairs of vectors.
+attend together, R rows (bins of all windows), X numbers of any array, flat. Work space has P and F
+padded to whole pairs of vectors.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _draw(key, d):  # type: ignore[no-untyped-def]
     return np.uint32(x ^ (x >> np.uint32(16)))
 
 
-# -- between the products ------------------------------------------------------------------------
+# -- sum and norm --------------------------------------------------------------------------------
 
 
 @_summing
@@ -183,14 +183,9 @@ def add_back(g_sum_RD, g_normed_RD, sum_RD, sd_2R, scale_D, seed, zeroed, g_x_RD
             g_bias_D[d] += more
 
 
+# -- attention -----------------------------------------------------------------------------------
+
 _EXP2 = tuple(np.float32(math.log(2) ** k / math.factorial(k)) for k in range(7))
-_TAIL = tuple(
-    np.float32(0.5 * c) for c in (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
-)
-"""Upper tail of the normal distribution over its bell (Abramowitz and Stegun, 7.1.26): to 1e-7."""
-_NEAR = np.float32(0.3275911 / math.sqrt(2))
-_SQUARE = np.float32(-0.5 * math.log2(math.e))
-_PEAK = np.float32(1 / math.sqrt(2 * math.pi))
 
 
 @_plain
@@ -203,37 +198,6 @@ def _exp2(x):  # type: ignore[no-untyped-def]
     p = ((c[6] * f + c[5]) * f + c[4]) * f + c[3]
     p = ((p * f + c[2]) * f + c[1]) * f + c[0]
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-
-
-@_plain
-def gelu(x_RG, bias_G, out_RG):  # type: ignore[no-untyped-def]
-    """gelu(x + bias), and in place of ``x`` the slope there."""
-    c = _TAIL
-    for r in range(len(x_RG)):
-        x_G, out_G = x_RG[r], out_RG[r]
-        for g in range(x_G.size):
-            x = x_G[g] + bias_G[g]
-            size = abs(x)
-            near = np.float32(1) / (np.float32(1) + _NEAR * size)
-            bell = _exp2(_SQUARE * x * x)
-            tail = (((c[4] * near + c[3]) * near + c[2]) * near + c[1]) * near + c[0]
-            tail = tail * near * bell
-            out_G[g] = (x if x > 0 else np.float32(0)) - size * tail
-            x_G[g] = (np.float32(1) - tail if x > 0 else tail) + x * (_PEAK * bell)
-
-
-@_plain
-def gelu_back(g_out_RG, slope_RG, g_x_RG, g_bias_G):  # type: ignore[no-untyped-def]
-    """Gradients of ``x`` and bias."""
-    for r in range(len(slope_RG)):
-        g_out_G, slope_G, g_x_G = g_out_RG[r], slope_RG[r], g_x_RG[r]
-        for n in range(g_x_G.size):
-            g = g_out_G[n] * slope_G[n]
-            g_x_G[n] = g
-            g_bias_G[n] += g
-
-
-# -- attention -----------------------------------------------------------------------------------
 
 
 @_plain
