@@ -14,6 +14,7 @@ from offline.batches import draw_step, prepare
 from offline.beginning import _statistics_sample, build
 from offline.checkpoint import Best, load_checkpoint, open_log, save_checkpoint
 from offline.losses import smeared
+from offline.memory import keep_freed
 from offline.optimiser import learning_rate, make_optimiser
 from offline.predict import scales
 from offline.processes import Processes
@@ -388,3 +389,14 @@ def test_an_artefact_is_no_part_of_the_range(tmp_path):
     binned.values_TM[train, 1] = 0.0
     binned.values_TM[4000, 1] = 1.0
     assert (scale().low, scale().high) == (0.0, 1.0)
+
+
+def test_a_library_that_cannot_be_told_to_keep_memory_is_left_alone(monkeypatch):
+    keep_freed()
+    for refusal in (OSError(), TypeError(), AttributeError()):
+
+        def refuse(name, refusal=refusal):
+            raise refusal
+
+        monkeypatch.setattr("ctypes.CDLL", refuse)
+        keep_freed()
