@@ -41,12 +41,12 @@ def with_gradients(outputs, inputs, seed: int = 0):
     return [*outputs, *torch.autograd.grad(outputs, inputs, weights, allow_unused=True)]
 
 
-def assert_close(ours, theirs):
+def assert_close(ours, theirs, within: float = 2e-5):
     for one, other in zip(ours, theirs, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
             size = float(other.detach().abs().max())
-            torch.testing.assert_close(one, other, rtol=0, atol=2e-5 * max(size, 1e-3))
+            torch.testing.assert_close(one, other, rtol=0, atol=within * max(size, 1e-3))
 
 
 def slow_attention(attention: Attention, x_BTD, table_2TF, seen_BT, context: int):
@@ -150,7 +150,7 @@ def test_a_network_in_training(options, in_pytorch):
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         return [*outputs.values(), *(g.clone() for g in gradients)]
 
-    assert_close(run(), in_pytorch(run))
+    assert_close(run(), in_pytorch(run), within=1e-4)
 
 
 def test_training_sees_no_future():

@@ -31,7 +31,7 @@ PAIR = 2 * LANES
 ROWS = 8 if LANES == 16 else 4
 """A tile is so many rows of two vectors: its sums stay in registers, of which there are 32 or 16,
 and are as many as must be under way for none to wait for itself."""
-QUERIES = 16
+QUERIES = 32
 """Bins that attend together."""
 
 _plain = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
