@@ -293,6 +293,41 @@ def test_what_waits_for_a_slow_disk_is_bounded_and_kept_in_order(monkeypatch):
     assert writer.written == packed
 
 
+def test_whatever_ends_it_what_came_is_written_and_the_sockets_are_closed(monkeypatch, tmp_path):
+    closed, original = [], record.CaptureWriter.append
+
+    class Failing:
+        def __init__(self, addresses):
+            self.reads = 0
+
+        def read(self, timeout_ms):
+            self.reads += 1
+            if self.reads > 1:
+                raise MemoryError("no more")
+            return [(0, n, [b"spikes/imec0", bytes([n])]) for n in range(50)]
+
+        def close(self):
+            closed.append(True)
+
+    def slow(self, packed):
+        time.sleep(0.005)
+        original(self, packed)
+
+    monkeypatch.setattr("rt_neds.stream.raw.RawListener", Failing)
+    monkeypatch.setattr(record.CaptureWriter, "append", slow)
+    with pytest.raises(MemoryError):
+        record.record(
+            "imec0", tmp_path / "c", max_file=10**6, max_total=10**7, min_free=0,
+            stop=lambda: False, say=lambda line: None,
+        )  # fmt: skip
+    capture = Capture(tmp_path / "c")
+    assert [message.frames[1][0] for message in capture] == list(range(50))
+    assert capture.ended is not None
+    assert capture.ended["why"] == "failed"
+    assert capture.ended["messages"] == 50
+    assert closed == [True]
+
+
 def test_a_failure_of_the_disk_reaches_whoever_hands_over(monkeypatch):
     monkeypatch.setattr(record, "WAITING_BYTES", 10)
     writer = SlowWriter()
