@@ -112,7 +112,7 @@ def idle_states(sys: Path = Path("/sys")) -> Finding:
     if deepest < 0:
         return Finding(what="idle states", found=NOT_TOLD)
     good = deepest <= WAKING_US
-    do = f"sudo cpupower idle-set -D {WAKING_US + 1}, while experiments run: it costs power"
+    do = f"sudo cpupower idle-set -D {WAKING_US + 1} before an experiment: it costs power"
     found = f"{name} is the deepest, {deepest} us to wake from"
     return Finding(what="idle states", found=found, good=good, do="" if good else do)
 
