@@ -140,11 +140,11 @@ class Attention(nn.Module):
         tensor, shape (B, T, asking tokens, D)
         """
         if x_BTMD.shape[2] == 1 and passes.pay(self, x_BTMD):
-            x_BTD, seen_BT, reach = x_BTMD[:, :, 0], seen_BTM[:, :, 0], context if causal else 0
+            x_BTD, seen_BT, reach = x_BTMD.squeeze(2), seen_BTM[:, :, 0], context if causal else 0
             out_BTD = passes.attended(
                 x_BTD, self.qkv, self.sink_value_HF, table_2TF, seen_BT, reach
             )
-            return out_BTD[:, :, None]
+            return out_BTD.unsqueeze(2)
         keys = seen_BTM.any(dim=1).any(dim=0).nonzero()[:, 0].tolist()
         q, k, v = self.project(x_BTMD, table_2TF, asking, keys)
         seen = seen_BTM[:, :, keys]

@@ -75,7 +75,7 @@ class Layer(nn.Module):
         if passes.pay(self, x):
             p = self.dropout.p
             x, normed = passes.added_and_normed(x, mixed, self.attention.out, p, self.norm2)
-            wide = nnf.gelu(self.widen(normed))
+            wide = passes.gelu(normed, self.widen)
             return passes.added_and_normed(x, wide, self.narrow, p, norm)
         x = self.add(x, self.attention.out(mixed))
         return x, norm(x)
@@ -291,27 +291,28 @@ class NEDS(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Tokens of each bin, and which of them serve as keys."""
         apart = self.config.tokens == "modality"
-        shown_M = observed_BTM.any(dim=1).any(dim=0).tolist()
-        tokens, sum_BTD = [], self.hidden_D.expand(*observed_BTM.shape[:2], -1)
-        for m in range(len(self.modalities)):
-            hidden_D, shown_BT1 = self.hidden_D + self.modality_MD[m], observed_BTM[:, :, m, None]
-            if not shown_M[m]:
-                tokens.append(hidden_D.expand_as(sum_BTD))
-                continue
-            token = self._token(m, session, z_BTF, said_BTU, values_BTM)
-            token = token + self.modality_MD[m]
-            if apart:
-                tokens.append(torch.where(shown_BT1, token, hidden_D))
-            else:
-                sum_BTD = sum_BTD + torch.where(shown_BT1, token, 0.0)
-        x_BTMD = torch.stack(tokens if apart else [sum_BTD], dim=2)
-        seen_BTM = torch.ones_like(observed_BTM) if apart else observed_BTM.any(2, keepdim=True)
-        return self._in_context(x_BTMD, session, scheme_B), seen_BTM
-
-    def _in_context(self, x_BTMD: Tensor, session: str, scheme_B: Tensor) -> Tensor:
-        """Tokens, told which session and scheme they are of."""
+        any_M = observed_BTM.any(dim=1).any(dim=0).tolist()
+        all_M = observed_BTM.all(dim=1).all(dim=0).tolist()
         session_D = self.session_XD[self.session_ids.index(session)]
-        return self.token_dropout(x_BTMD + session_D + self.scheme_XD[scheme_B][:, None, None])
+        about_B1D = session_D + self.scheme_XD[scheme_B][:, None]
+        tokens, sum_BTD = [], self.hidden_D + about_B1D
+        for m in range(len(self.modalities)):
+            hidden_D = self.hidden_D + self.modality_MD[m] if apart else sum_BTD.new_zeros(())
+            token = hidden_D
+            if any_M[m]:
+                token = self._token(m, session, z_BTF, said_BTU, values_BTM) + self.modality_MD[m]
+                if not all_M[m]:
+                    token = torch.where(observed_BTM[:, :, m, None], token, hidden_D)
+            if apart:
+                tokens.append((token + about_B1D).expand(*observed_BTM.shape[:2], -1))
+            elif any_M[m]:
+                sum_BTD = sum_BTD + token
+        if apart:
+            x_BTMD, seen_BTM = torch.stack(tokens, dim=2), torch.ones_like(observed_BTM)
+        else:
+            x_BTMD = sum_BTD.expand(*observed_BTM.shape[:2], -1).unsqueeze(2)
+            seen_BTM = observed_BTM.any(2, keepdim=True)
+        return self.token_dropout(x_BTMD), seen_BTM
 
     def _token(
         self,
@@ -324,7 +325,12 @@ class NEDS(nn.Module):
         """What modality ``m`` of each bin reads in as, shape (B, T, D)."""
         name, parts = self.modalities[m], self.parts(session)
         if m == 0:
-            squashed = nnf.softsign(parts.spikes_in(z_BTF))
+            read_in = parts.spikes_in.linear
+            squashed = (
+                passes.softsign(z_BTF, read_in)
+                if passes.pay(self, z_BTF)
+                else nnf.softsign(parts.spikes_in(z_BTF))
+            )
             if self.linear_in is None:
                 return self.spikes_shared(squashed)
             if self.training:

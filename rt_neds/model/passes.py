@@ -76,6 +76,16 @@ def added_and_normed(
     return _Add.apply(x, more, linear.bias, norm.weight, norm.bias, norm.eps, p)
 
 
+def gelu(x: Tensor, linear: nn.Linear) -> Tensor:
+    """``gelu(linear(x))``."""
+    return _Curve.apply(nnf.linear(x, linear.weight), linear.bias, "gelu")
+
+
+def softsign(x: Tensor, linear: nn.Linear) -> Tensor:
+    """``softsign(linear(x))``."""
+    return _Curve.apply(nnf.linear(x, linear.weight), linear.bias, "softsign")
+
+
 @cache
 def _kernel() -> Any:
     from rt_neds.model import passes_kernel
@@ -154,3 +164,23 @@ class _Add(torch.autograd.Function):
             _rows(g_x), _rows(g_more), g_3D.numpy(),
         )  # fmt: skip
         return g_x, g_more, *g_3D, None, None
+
+
+class _Curve(torch.autograd.Function):
+    """Writes over its input, of which nobody else knows: what is needed of it is the slope."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, bias, name = inputs
+        out = torch.empty(x.shape)
+        getattr(_kernel(), name)(_rows(x), _array(bias), _rows(out))
+        ctx.save_for_backward(x)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> Gradients:
+        (slope,) = ctx.saved_tensors
+        g_x, g_bias = torch.empty(slope.shape), torch.zeros(slope.shape[-1])
+        _kernel().curve_back(_rows(gradients[0]), _rows(slope), _rows(g_x), g_bias.numpy())
+        return g_x, g_bias, None

@@ -39,6 +39,18 @@ _summing = numba.njit(
     cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"}
 )
 
+@intrinsic
+def _wide(typingctx):  # type: ignore[no-untyped-def]
+    """Lets the compiler use the widest vectors there are in the function that calls this."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        # llvmlite has no name for it, and its own ``add`` refuses what it has no name for.
+        set.add(builder.function.attributes, f'"prefer-vector-width"="{32 * LANES}"')
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
 # -- products ------------------------------------------------------------------------------------
 
 
@@ -135,6 +147,7 @@ def _draw(key, d):  # type: ignore[no-untyped-def]
 @_summing
 def add(x_RD, more_RD, bias_D, scale_D, shift_D, epsilon, seed, zeroed, sum_RD, normed_RD, sd_2R):  # type: ignore[no-untyped-def]
     """``x + dropout(more + bias)``, and the norm of that."""
+    _wide()
     (R, D), least = x_RD.shape, np.uint32(zeroed)
     grow = np.float32(4294967296.0 / (4294967296.0 - zeroed))
     for r in range(R):
@@ -158,6 +171,7 @@ def add(x_RD, more_RD, bias_D, scale_D, shift_D, epsilon, seed, zeroed, sum_RD, 
 @_summing
 def add_back(g_sum_RD, g_normed_RD, sum_RD, sd_2R, scale_D, seed, zeroed, g_x_RD, g_more_RD, g_3D):  # type: ignore[no-untyped-def]
     """Gradients of both summands, and in ``g_3D`` of bias, scale and shift."""
+    _wide()
     (R, D), least = sum_RD.shape, np.uint32(zeroed)
     grow = np.float32(4294967296.0 / (4294967296.0 - zeroed))
     g_bias_D, g_scale_D, g_shift_D = g_3D[0], g_3D[1], g_3D[2]
@@ -183,8 +197,6 @@ def add_back(g_sum_RD, g_normed_RD, sum_RD, sd_2R, scale_D, seed, zeroed, g_x_RD
             g_bias_D[d] += more
 
 
-# -- attention -----------------------------------------------------------------------------------
-
 _EXP2 = tuple(np.float32(math.log(2) ** k / math.factorial(k)) for k in range(7))
 
 
@@ -199,6 +211,76 @@ def _exp2(x):  # type: ignore[no-untyped-def]
     p = ((p * f + c[2]) * f + c[1]) * f + c[0]
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
+
+# -- curves --------------------------------------------------------------------------------------
+
+
+def _of_the_tail(degree: int = 8, top: float = 6.0) -> list[tuple[np.float32, ...]]:
+    """Polynomials on [0, top]: log2 of the normal distribution's upper tail, which is nearly a
+    parabola, and what the tail times it makes the slope of gelu on the other side."""
+    x = (np.polynomial.chebyshev.chebpts1(200) + 1) * top / 2
+    tail = np.array([0.5 * math.erfc(float(a) / math.sqrt(2)) for a in x])
+    density = np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    wanted = (np.log2(tail), (x + 1) * tail + 1e-3), (1 - x * density / tail, tail + 1e-4)
+    fits = [np.polynomial.Chebyshev.fit(x, y, degree, [0, top], w=w) for y, w in wanted]
+    kind = np.polynomial.Polynomial
+    return [tuple(np.float32(c) for c in fit.convert(kind=kind).coef) for fit in fits]
+
+
+_TAIL, _SLOPE = _of_the_tail()
+
+
+@_plain
+def _polynomial(c, x):  # type: ignore[no-untyped-def]
+    p = (((c[8] * x + c[7]) * x + c[6]) * x + c[5]) * x + c[4]
+    return (((p * x + c[3]) * x + c[2]) * x + c[1]) * x + c[0]
+
+
+@_plain
+def gelu(x_RD, bias_D, out_RD):  # type: ignore[no-untyped-def]
+    """Gelu of ``x + bias``, to 5e-7; ``x`` becomes its slope there."""
+    _wide()
+    (R, D), zero, one = x_RD.shape, np.float32(0), np.float32(1)
+    for r in range(R):
+        x_D, out_D = x_RD[r], out_RD[r]
+        for d in range(D):
+            x = x_D[d] + bias_D[d]
+            size = abs(x)
+            a = size if size < np.float32(6) else np.float32(6)
+            tail = _exp2(_polynomial(_TAIL, a))
+            slope = tail * _polynomial(_SLOPE, a)
+            out_D[d] = (x if x > zero else zero) - size * tail
+            x_D[d] = one - slope if x > zero else slope
+
+
+@_plain
+def softsign(x_RD, bias_D, out_RD):  # type: ignore[no-untyped-def]
+    """Softsign of ``x + bias``; ``x`` becomes its slope there."""
+    _wide()
+    (R, D), one = x_RD.shape, np.float32(1)
+    for r in range(R):
+        x_D, out_D = x_RD[r], out_RD[r]
+        for d in range(D):
+            x = x_D[d] + bias_D[d]
+            share = one / (one + abs(x))
+            out_D[d] = x * share
+            x_D[d] = share * share
+
+
+@_plain
+def curve_back(g_RD, slope_RD, g_x_RD, g_bias_D):  # type: ignore[no-untyped-def]
+    """Gradient of what a curve was of, and in ``g_bias_D`` of the bias."""
+    _wide()
+    R, D = slope_RD.shape
+    for r in range(R):
+        g_D, slope_D, g_x_D = g_RD[r], slope_RD[r], g_x_RD[r]
+        for d in range(D):
+            g = g_D[d] * slope_D[d]
+            g_x_D[d] = g
+            g_bias_D[d] += g
+
+
+# -- attention -----------------------------------------------------------------------------------
 
 @_plain
 def up(n, to):  # type: ignore[no-untyped-def]
@@ -228,6 +310,7 @@ def shares_of_head(T, context):  # type: ignore[no-untyped-def]
 @_plain
 def _turn(x_T3HF, bias_3HF, turn_2TF, scale, q_HTF, k_HTF, v_HTF):  # type: ignore[no-untyped-def]
     """Queries, scaled, and keys, turned by the angle of their bin; values."""
+    _wide()
     T, _, H, F = x_T3HF.shape
     half, cos_TF, sin_TF = F // 2, turn_2TF[0], turn_2TF[1]
     for t in range(T):
@@ -250,6 +333,7 @@ def _turn(x_T3HF, bias_3HF, turn_2TF, scale, q_HTF, k_HTF, v_HTF):  # type: igno
 
 @_plain
 def _turn_back(g_q_HTF, g_k_HTF, g_v_HTF, turn_2TF, g_T3HF, g_bias_3HF):  # type: ignore[no-untyped-def]
+    _wide()
     T, _, H, F = g_T3HF.shape
     half, cos_TF, sin_TF = F // 2, turn_2TF[0], turn_2TF[1]
     for t in range(T):
@@ -288,6 +372,7 @@ def _softmax(  # type: ignore[no-untyped-def]
     normal number, with which some processors take a hundred times as long. All queries go through
     each loop before the next, or each would wait for the end of its own.
     """
+    _wide()
     for n in range(rows):
         low, high = 0, T - first
         if context > 0:
@@ -320,6 +405,7 @@ def _softmax_back(  # type: ignore[no-untyped-def]
     rows, columns, share_QP, g_QP, scale, g_out_QF, sink_F, sunk_Q, g_sink_F, along_Q,
 ):  # fmt: skip
     """Gradients of shares to those of scores, in place; and that of the sink."""
+    _wide()
     for n in range(rows):
         along, sunk = np.float32(0), sunk_Q[n]
         for f in range(sink_F.size):
@@ -336,6 +422,7 @@ def _softmax_back(  # type: ignore[no-untyped-def]
 
 @_plain
 def _add_sink(o_HTF, sunk_HT, sink_HF, out_THF):  # type: ignore[no-untyped-def]
+    _wide()
     T, H, F = out_THF.shape
     for t in range(T):
         for h in range(H):
