@@ -354,9 +354,9 @@ class NEDS(nn.Module):
         token_of: Mapping[str, int],
     ) -> dict[str, Tensor]:
         """Each wanted output, from the token that asks for it."""
-        parts, outputs = self.parts(session), {}
+        parts, outputs, tokens = self.parts(session), {}, normed_BTMD.unbind(2)
         for name, token in token_of.items():
-            x_BTD = normed_BTMD[:, :, token]
+            x_BTD = tokens[token]
             if name == NEXT:
                 outputs[name] = parts.spikes_out(self.next(x_BTD))
             elif name == AHEAD:
