@@ -232,7 +232,7 @@ class NEDS(nn.Module):
         readers = sorted(set(askers.values()))
         table_2TF = self._rotary(x_BTMD.shape[1]).to(x_BTMD.device)
         everyone, norms = list(range(x_BTMD.shape[2])), self.norms()
-        normed_BTMD = norms[0](x_BTMD)
+        x_BTMD, normed_BTMD = self._first(x_BTMD, norms[0])
         for n, layer in enumerate(self.stack()):
             asking = everyone if n + 1 < self.config.layers else readers
             mixed = layer.attention.sequence(
@@ -312,7 +312,14 @@ class NEDS(nn.Module):
         else:
             x_BTMD = sum_BTD.expand(*observed_BTM.shape[:2], -1).unsqueeze(2)
             seen_BTM = observed_BTM.any(2, keepdim=True)
-        return self.token_dropout(x_BTMD), seen_BTM
+        return x_BTMD, seen_BTM
+
+    def _first(self, x_BTMD: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """What the first layer begins with: tokens, and their norm."""
+        if passes.pay(self, x_BTMD):
+            return passes.dropped_and_normed(x_BTMD, self.token_dropout.p, norm)
+        x_BTMD = self.token_dropout(x_BTMD)
+        return x_BTMD, norm(x_BTMD)
 
     def _token(
         self,

@@ -76,6 +76,12 @@ def added_and_normed(
     return _Add.apply(x, more, linear.bias, norm.weight, norm.bias, norm.eps, p)
 
 
+def dropped_and_normed(x: Tensor, p: float, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """``total = dropout(x)``, and ``norm(total)``."""
+    nothing, no_bias = torch.zeros(x.shape), torch.zeros(x.shape[-1])
+    return _Add.apply(nothing, x, no_bias, norm.weight, norm.bias, norm.eps, p)
+
+
 def gelu(x: Tensor, linear: nn.Linear) -> Tensor:
     """``gelu(linear(x))``."""
     return _Curve.apply(nnf.linear(x, linear.weight), linear.bias, "gelu")

@@ -355,11 +355,43 @@ def _turn_back(g_q_HTF, g_k_HTF, g_v_HTF, turn_2TF, g_T3HF, g_bias_3HF):  # type
             g_bias_X[n] += g_X[n]
 
 
+@intrinsic
+def _square(typingctx, a, a_at, a_row, c, c_at, c_row):  # type: ignore[no-untyped-def]
+    """Transpose as many rows of a vector as it has lanes; arrays are flat."""
+    signature = types.void(a, a_at, a_row, c, c_at, c_row)
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        vector, size = ir.VectorType(ir.FloatType(), LANES), args[1].type
+
+        def at(array: int, row: int) -> Any:
+            made = context.make_array(signature.args[array])(context, builder, args[array])
+            place = builder.add(args[array + 1], builder.mul(size(row), args[array + 2]))
+            return builder.bitcast(builder.gep(made.data, [place]), vector.as_pointer())
+
+        rows = [builder.load(at(0, row), align=4) for row in range(LANES)]
+        n = 1
+        while n < LANES:  # halves of what is 2 n wide change places across the diagonal
+            lanes = [(k & n != 0, k) for k in range(LANES)]
+            upper = [LANES + k - n if odd else k for odd, k in lanes]
+            lower = [LANES + k if odd else k + n for odd, k in lanes]
+            for r in (r for r in range(LANES) if not r & n):
+                pair = rows[r], rows[r + n]
+                for row, chosen in ((r, upper), (r + n, lower)):
+                    mask = ir.VectorType(ir.IntType(32), LANES)(chosen)
+                    rows[row] = builder.shuffle_vector(*pair, mask)
+            n *= 2
+        for row, x in enumerate(rows):
+            builder.store(x, at(3, row), align=4)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
 @_plain
-def _transpose(x_TF, T, F, out_FT):  # type: ignore[no-untyped-def]
-    for t in range(T):
-        for f in range(F):
-            out_FT[f, t] = x_TF[t, f]
+def _transpose(work_X, from_at, P, F, to_at):  # type: ignore[no-untyped-def]
+    for t in range(0, P, LANES):
+        for f in range(0, F, LANES):
+            _square(work_X, from_at + t * F + f, F, work_X, to_at + f * P + t, P)
 
 
 @_summing
@@ -459,12 +491,12 @@ def attend(  # type: ignore[no-untyped-def]
         _heads(work_X, 3, H, P, Fp),
     )  # fmt: skip
     k_at = 4 * size
-    k_FP, scale_Q = work_X[k_at : k_at + Fp * P].reshape(Fp, P), work_X[k_at + Fp * P :]
+    scale_Q = work_X[k_at + Fp * P :]
     scale = np.float32(math.log2(math.e) / math.sqrt(F))
     for b in range(B):
         _turn(qkv_BT3HF[b], bias_3HF, turn_2TF, scale, q_HTF, k_HTF, v_HTF)
         for h in range(H):
-            _transpose(k_HTF[h], T, F, k_FP)
+            _transpose(work_X, size + h * P * Fp, P, Fp, k_at)
             for t in range(0, T, QUERIES):
                 rows, of_t = min(QUERIES, T - t), (h * P + t) * Fp
                 low, high, first, columns = _in_reach(t, T, context)
@@ -503,10 +535,10 @@ def attend_back(  # type: ignore[no-untyped-def]
     )  # fmt: skip
     v_at = 7 * size
     s_at = v_at + Fp * P
-    v_FP, s_X = work_X[v_at:s_at].reshape(Fp, P), work_X[s_at:]
+    s_X = work_X[s_at:]
     along_Q = work_X[s_at + QUERIES * P :]
     scale = np.float32(1 / math.sqrt(F))
-    v_FP[:] = np.float32(0)  # a share of 0 times what was left beyond T might not be 0
+    v_HTF[:, T:] = np.float32(0)  # a share of 0 times what was left beyond T might not be 0
     for b in range(B):
         _turn(qkv_BT3HF[b], bias_3HF, turn_2TF, np.float32(1), q_HTF, k_HTF, v_HTF)
         for t in range(T):
@@ -516,7 +548,7 @@ def attend_back(  # type: ignore[no-untyped-def]
         g_k_HTF[:] = np.float32(0)
         g_v_HTF[:] = np.float32(0)
         for h in range(H):
-            _transpose(v_HTF[h], T, F, v_FP)
+            _transpose(work_X, 2 * size + h * P * Fp, P, Fp, v_at)
             for t in range(0, T, QUERIES):
                 rows, of_t, of_keys = min(QUERIES, T - t), (h * P + t) * Fp, h * P * Fp
                 low, high, first, columns = _in_reach(t, T, context)
