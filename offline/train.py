@@ -328,21 +328,26 @@ def batch_losses(model: NEDS, batch: Batch, config: TrainConfig) -> dict[str, Te
     a token that is neither shown nor asked for costs nothing.
     """
     groups: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for scheme in batch.scheme_B.unique():
+    schemes = batch.scheme_B.unique()
+
+    def of(x: Tensor, rows_S: Tensor) -> Tensor:
+        return x if len(schemes) == 1 else x[rows_S]  # a copy of everything takes its time
+
+    for scheme in schemes:
         rows = (batch.scheme_B == scheme).nonzero()[:, 0]
-        asked_BTM = batch.asked_BTM[rows]
+        asked_BTM = of(batch.asked_BTM, rows)
         asked_M = asked_BTM.any(dim=1).any(dim=0).tolist()
         wanted = [name for m, name in enumerate(model.modalities) if asked_M[m]]
-        if batch.ahead_BT[rows].any():
+        if of(batch.ahead_BT, rows).any():
             wanted.append(AHEAD)
         outputs = model(
             batch.session,
-            batch.counts_BTN[rows],
-            batch.inputs_BTM[rows],
-            batch.observed_BTM[rows],
-            batch.scheme_B[rows],
-            missing_BTN=batch.missing_BN[rows, None],
-            fits=batch.fits and (*batch.fits[:2], batch.fits[2][rows]),
+            of(batch.counts_BTN, rows),
+            of(batch.inputs_BTM, rows),
+            of(batch.observed_BTM, rows),
+            of(batch.scheme_B, rows),
+            missing_BTN=of(batch.missing_BN, rows)[:, None],
+            fits=batch.fits and (*batch.fits[:2], of(batch.fits[2], rows)),
             wanted=wanted,
         )
         for name, raw_BTC in outputs.items():
@@ -350,17 +355,17 @@ def batch_losses(model: NEDS, batch: Batch, config: TrainConfig) -> dict[str, Te
     losses = {}
     for name, parts in groups.items():
         rows = torch.cat([rows for rows, _ in parts])
-        raw_BTC = torch.cat([raw for _, raw in parts])
+        raw_BTC = parts[0][1] if len(parts) == 1 else torch.cat([raw for _, raw in parts])
         m = 0 if name == AHEAD else model.modalities.index(name)
-        asked_BT = batch.ahead_BT[rows] if name == AHEAD else batch.asked_BTM[rows, :, m]
+        asked_BT = of(batch.ahead_BT if name == AHEAD else batch.asked_BTM[:, :, m], rows)
         if m == 0:
-            counts_BTN = batch.counts_BTN[rows, -asked_BT.shape[1] :]
-            asked_BN = batch.asked_BN[rows]
+            counts_BTN = of(batch.counts_BTN[:, -asked_BT.shape[1] :], rows)
+            asked_BN = of(batch.asked_BN, rows)
             loss = spikes_loss(raw_BTC, counts_BTN, asked_BT, asked_BN, batch.rate_N)
             losses[name] = config.training.spikes_weight * loss
         else:
             kind = config.behaviour[name].kind
-            target_BT, scale = batch.targets_BTM[rows, :, m], batch.scales[m - 1]
+            target_BT, scale = of(batch.targets_BTM[:, :, m], rows), batch.scales[m - 1]
             loss = loss_of(kind, raw_BTC, target_BT, asked_BT, scale)
             losses[name] = config.behaviour[name].weight * loss
     return {name: batch.share[name] * loss for name, loss in losses.items() if name in batch.share}

@@ -222,8 +222,9 @@ class NEDS(nn.Module):
         causal = self.config.attention == "causal"
         assert causal or AHEAD not in wanted, "full attention has no earlier"
         past = counts_BTN.shape[1] - observed_BTM.shape[1]
-        shown_BT1 = nnf.pad(observed_BTM[:, :, :1], (0, 0, past, 0), value=True)
-        counts_BTN = torch.where(shown_BT1, counts_BTN, 0.0)
+        if not observed_BTM[:, :, 0].all():
+            shown_BT1 = nnf.pad(observed_BTM[:, :, :1], (0, 0, past, 0), value=True)
+            counts_BTN = torch.where(shown_BT1, counts_BTN, 0.0)
         z_BTF, said_BTU = self._features(session, counts_BTN, observed_BTM, missing_BTN, fits, past)
         x_BTMD, seen_BTM = self._tokens(
             session, z_BTF, said_BTU, values_BTM, observed_BTM, scheme_B
@@ -297,12 +298,12 @@ class NEDS(nn.Module):
         about_B1D = session_D + self.scheme_XD[scheme_B][:, None]
         tokens, sum_BTD = [], self.hidden_D + about_B1D
         for m in range(len(self.modalities)):
-            hidden_D = self.hidden_D + self.modality_MD[m] if apart else sum_BTD.new_zeros(())
-            token = hidden_D
+            token = hidden_D = self.hidden_D + self.modality_MD[m]
             if any_M[m]:
                 token = self._token(m, session, z_BTF, said_BTU, values_BTM) + self.modality_MD[m]
-                if not all_M[m]:
-                    token = torch.where(observed_BTM[:, :, m, None], token, hidden_D)
+            if any_M[m] and not all_M[m]:
+                dark = hidden_D if apart else 0.0
+                token = torch.where(observed_BTM[:, :, m, None], token, dark)
             if apart:
                 tokens.append((token + about_B1D).expand(*observed_BTM.shape[:2], -1))
             elif any_M[m]:
