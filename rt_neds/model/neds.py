@@ -333,20 +333,23 @@ class NEDS(nn.Module):
         """What modality ``m`` of each bin reads in as, shape (B, T, D)."""
         name, parts = self.modalities[m], self.parts(session)
         if m == 0:
-            read_in = parts.spikes_in.linear
-            squashed = (
-                passes.softsign(z_BTF, read_in)
-                if passes.pay(self, z_BTF)
-                else nnf.softsign(parts.spikes_in(z_BTF))
-            )
             if self.linear_in is None:
-                return self.spikes_shared(squashed)
-            if self.training:
-                squashed = squashed * (torch.rand(len(squashed), 1, 1) >= ALONE).to(squashed)
-            return self.spikes_shared(squashed) + self.linear_in(said_BTU)
+                return self.spikes_shared(self._squashed(parts, z_BTF))
+            token = self.linear_in(said_BTU)
+            if not self.training:
+                return self.spikes_shared(self._squashed(parts, z_BTF)) + token
+            heard = (torch.rand(len(token)) >= ALONE).nonzero()[:, 0].to(token.device)
+            squashed = self._squashed(parts, z_BTF[heard])
+            more = nnf.linear(squashed, self.spikes_shared.weight)
+            return (token + self.spikes_shared.bias).index_add(0, heard, more.to(token.dtype))
         if name in self.categorical_in:
             return self.categorical_in[name](values_BTM[:, :, m])
         return parts.behaviour_in[name](values_BTM[:, :, m])
+
+    def _squashed(self, parts: SessionParts, z_BTF: Tensor) -> Tensor:
+        if passes.pay(self, z_BTF):
+            return passes.softsign(z_BTF, parts.spikes_in.linear)
+        return nnf.softsign(parts.spikes_in(z_BTF))
 
     def _rotary(self, bins: int) -> Tensor:
         if self._table.shape[1] < bins:
