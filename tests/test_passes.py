@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as nnf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -45,7 +46,7 @@ def assert_close(ours, theirs, within: float = 2e-5):
     for one, other in zip(ours, theirs, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
-            size = float(other.detach().abs().max())
+            size = float(other.detach().abs().max()) if other.numel() else 1.0
             torch.testing.assert_close(one, other, rtol=0, atol=within * max(size, 1e-3))
 
 
@@ -135,6 +136,68 @@ def test_sum_and_norm_of_any_shape(rows, dim, inner):
     inputs = [x, more, *linear.parameters(), *norm.parameters()]
     ours = passes.added_and_normed(x, more, linear, 0.0, norm)
     assert_close(with_gradients(ours, inputs), with_gradients((total, norm(total)), inputs))
+
+
+@settings(deadline=None, max_examples=25)
+@given(rows=st.integers(1, 20), dim=st.integers(9, 70), wide=st.booleans())
+def test_tokens_and_their_norm(rows, dim, wide):
+    torch.manual_seed(0)
+    norm, one = nn.LayerNorm(dim), torch.randn(1 if wide else rows, dim, requires_grad=True)
+    nn.init.normal_(norm.weight)
+    inputs = [one, *norm.parameters()]
+    total = one.expand(rows, dim) + 0.0
+    theirs = with_gradients((total, norm(total)), inputs)
+    x = one.expand(rows, dim) if wide else one + 0.0
+    assert_close(with_gradients(passes.dropped_and_normed(x, 0.0, norm), inputs), theirs)
+
+
+@pytest.mark.parametrize("name", ["gelu", "softsign"])
+@settings(deadline=None, max_examples=25)
+@given(rows=st.integers(0, 20), dim=st.integers(1, 70), inner=st.integers(1, 50))
+def test_curves_of_any_shape(name, rows, dim, inner):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(inner, dim), torch.randn(2, rows, inner, requires_grad=True)
+    inputs = [x, *linear.parameters()]
+    theirs = getattr(nnf, name)(linear(x))
+    ours = getattr(passes, name)(x, linear)
+    assert_close(with_gradients(ours, inputs), with_gradients(theirs, inputs))
+
+
+@pytest.mark.parametrize("name", ["gelu", "softsign"])
+def test_curves_and_slopes_everywhere(name):
+    x = torch.cat([torch.linspace(-15, 15, 100_001), torch.tensor([-1e30, -40.0, 0.0, 40.0, 1e30])])
+    x = x[:, None].requires_grad_()
+    linear = nn.Linear(1, 1)
+    nn.init.ones_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    y = getattr(passes, name)(x, linear)
+    exact = x.detach().double().requires_grad_()
+    z = getattr(nnf, name)(exact)
+    (slope,), (steep,) = torch.autograd.grad(y.sum(), x), torch.autograd.grad(z.sum(), exact)
+    torch.testing.assert_close(y.double(), z, rtol=2e-7, atol=6e-7)
+    torch.testing.assert_close(slope.double(), steep, rtol=2e-7, atol=6e-7)
+
+
+@pytest.mark.parametrize("name", ["gelu", "softsign"])
+def test_what_is_no_number_stays_none(name):
+    x, linear = torch.zeros(2, 3), nn.Linear(3, 40)
+    x[1, 1] = torch.nan
+    y = getattr(passes, name)(x, linear)
+    assert torch.isfinite(y[0]).all()
+    assert torch.isnan(y[1]).all()
+
+
+def test_no_graph_goes_backwards_twice():
+    x, linear = torch.randn(3, 8), nn.Linear(8, 8)
+    attention, table = Attention(8, 1), rotary_table(range(3), 8)
+    seen_BT = torch.ones(1, 3, dtype=torch.bool)
+    for out in (
+        passes.gelu(x, linear),
+        passes.attended(x[None], attention.qkv, attention.sink_value_HF, table, seen_BT, 3),
+    ):
+        out.sum().backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="backwards once"):
+            out.sum().backward()
 
 
 @pytest.mark.parametrize("options", [{}, {"memory": 8}, {"attention": "full"}, {"context": 40}])

@@ -333,6 +333,7 @@ class NEDS(nn.Module):
         """What modality ``m`` of each bin reads in as, shape (B, T, D)."""
         name, parts = self.modalities[m], self.parts(session)
         if m == 0:
+            assert z_BTF is not None, "spikes are shown"
             if self.linear_in is None:
                 return self.spikes_shared(self._squashed(parts, z_BTF))
             token = self.linear_in(said_BTU)

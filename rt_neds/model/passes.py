@@ -6,6 +6,9 @@ operation reads and writes whole arrays that no cache holds; here each is read o
 once, forwards and backwards (``docs/decisions/0037``). What is compiled is
 :mod:`rt_neds.model.passes_kernel`, imported when first needed, for numba takes a second.
 
+Results are written over what nobody needs after them: what a linear map gave, and going backwards
+what was kept for that, so a graph goes backwards once. New memory would have to be read first.
+
 Shape suffixes: B windows, T bins, D model width, H heads, F width of a head, P keys, R rows (bins
 of all windows).
 """
@@ -77,7 +80,7 @@ def added_and_normed(
 
 
 def dropped_and_normed(x: Tensor, p: float, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """``total = dropout(x)``, and ``norm(total)``."""
+    """``total = dropout(x)``, which may take the place of ``x``, and ``norm(total)``."""
     nothing, no_bias = torch.zeros(x.shape), torch.zeros(x.shape[-1])
     return _Add.apply(nothing, x, no_bias, norm.weight, norm.bias, norm.eps, p)
 
@@ -108,6 +111,18 @@ def _rows(x: Tensor) -> NDArray[Any]:
     return _array(x).reshape(-1, x.shape[-1])
 
 
+def _over(x: Tensor) -> Tensor:
+    """A tensor in the same place, of which PyTorch does not know that it is."""
+    return torch.from_numpy(_array(x))
+
+
+def _once(ctx: Any) -> None:
+    """What was kept is about to be written over."""
+    if hasattr(ctx, "gone"):
+        raise RuntimeError("a pass of training goes backwards once: call the network again")
+    ctx.gone = True
+
+
 Gradients = tuple[Tensor | None, ...]
 
 
@@ -132,9 +147,10 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Gradients:
+        _once(ctx)
         qkv, bias, sink_HF, table_2TF, share, sunk = ctx.saved_tensors
         kernel, (B, T, _), (H, F) = _kernel(), qkv.shape, sink_HF.shape
-        g_qkv = torch.empty_like(qkv)
+        g_qkv = _over(qkv)
         g_bias, g_sink = torch.zeros(3, H, F), torch.zeros(H, F)
         kernel.attend_back(
             _array(gradients[0]).reshape(B, T, H, F), qkv.numpy().reshape(B, T, 3, H, F),
@@ -149,12 +165,12 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         x, more, bias, scale, shift, epsilon, p = inputs
-        total, normed = torch.empty(x.shape), torch.empty(x.shape)
+        total, normed = _over(more), torch.empty(x.shape)
         of_rows = torch.empty(2, x.numel() // x.shape[-1])
         ctx.chance = int(torch.randint(1 << 62, ())), round(p * (1 << 32))
         _kernel().add(
-            _rows(x), _rows(more), _array(bias), _array(scale), _array(shift),
-            np.float32(epsilon), *ctx.chance, _rows(total), _rows(normed), of_rows.numpy(),
+            _rows(x), _rows(total), _array(bias), _array(scale), _array(shift),
+            np.float32(epsilon), *ctx.chance, _rows(normed), of_rows.numpy(),
         )  # fmt: skip
         ctx.save_for_backward(total, of_rows, scale)
         return total, normed
@@ -173,20 +189,19 @@ class _Add(torch.autograd.Function):
 
 
 class _Curve(torch.autograd.Function):
-    """Writes over its input, of which nobody else knows: what is needed of it is the slope."""
-
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, bias, name = inputs
-        out = torch.empty(x.shape)
-        getattr(_kernel(), name)(_rows(x), _array(bias), _rows(out))
-        ctx.save_for_backward(x)
+        slope, out = _over(x), torch.empty(x.shape)
+        getattr(_kernel(), name)(_rows(slope), _array(bias), _rows(out))
+        ctx.save_for_backward(slope)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Gradients:
+        _once(ctx)
         (slope,) = ctx.saved_tensors
-        g_x, g_bias = torch.empty(slope.shape), torch.zeros(slope.shape[-1])
-        _kernel().curve_back(_rows(gradients[0]), _rows(slope), _rows(g_x), g_bias.numpy())
+        g_x, g_bias = _over(slope), torch.zeros(slope.shape[-1])
+        _kernel().curve_back(_rows(gradients[0]), _rows(g_x), g_bias.numpy())
         return g_x, g_bias, None

@@ -39,6 +39,7 @@ _summing = numba.njit(
     cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"}
 )
 
+
 @intrinsic
 def _wide(typingctx):  # type: ignore[no-untyped-def]
     """Lets the compiler use the widest vectors there are in the function that calls this."""
@@ -145,18 +146,18 @@ def _draw(key, d):  # type: ignore[no-untyped-def]
 
 
 @_summing
-def add(x_RD, more_RD, bias_D, scale_D, shift_D, epsilon, seed, zeroed, sum_RD, normed_RD, sd_2R):  # type: ignore[no-untyped-def]
-    """``x + dropout(more + bias)``, and the norm of that."""
+def add(x_RD, more_RD, bias_D, scale_D, shift_D, epsilon, seed, zeroed, normed_RD, sd_2R):  # type: ignore[no-untyped-def]
+    """``more`` becomes ``x + dropout(more + bias)``, ``normed`` the norm of that."""
     _wide()
     (R, D), least = x_RD.shape, np.uint32(zeroed)
     grow = np.float32(4294967296.0 / (4294967296.0 - zeroed))
     for r in range(R):
         key = _key(seed, r)
-        x_D, more_D, sum_D, normed_D = x_RD[r], more_RD[r], sum_RD[r], normed_RD[r]
+        x_D, sum_D, normed_D = x_RD[r], more_RD[r], normed_RD[r]
         total = squares = np.float32(0)
         for d in range(D):
             kept = _draw(key, d) >= least
-            y = x_D[d] + (grow * (more_D[d] + bias_D[d]) if kept else np.float32(0))
+            y = x_D[d] + (grow * (sum_D[d] + bias_D[d]) if kept else np.float32(0))
             sum_D[d] = y
             total += y
         mean = total / np.float32(D)
@@ -216,8 +217,11 @@ def _exp2(x):  # type: ignore[no-untyped-def]
 
 
 def _of_the_tail(degree: int = 8, top: float = 6.0) -> list[tuple[np.float32, ...]]:
-    """Polynomials on [0, top]: log2 of the normal distribution's upper tail, which is nearly a
-    parabola, and what the tail times it makes the slope of gelu on the other side."""
+    """Polynomials on [0, top]: log2 of the normal distribution's upper tail, and what times the
+    tail is the slope of gelu on the other side.
+
+    The logarithm is nearly a parabola, and an error in it hardly matters where the tail is thin.
+    """
     x = (np.polynomial.chebyshev.chebpts1(200) + 1) * top / 2
     tail = np.array([0.5 * math.erfc(float(a) / math.sqrt(2)) for a in x])
     density = np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
@@ -245,11 +249,10 @@ def gelu(x_RD, bias_D, out_RD):  # type: ignore[no-untyped-def]
         x_D, out_D = x_RD[r], out_RD[r]
         for d in range(D):
             x = x_D[d] + bias_D[d]
-            size = abs(x)
-            a = size if size < np.float32(6) else np.float32(6)
+            a = min(abs(x), np.float32(6))
             tail = _exp2(_polynomial(_TAIL, a))
             slope = tail * _polynomial(_SLOPE, a)
-            out_D[d] = (x if x > zero else zero) - size * tail
+            out_D[d] = (zero if x < zero else x) - a * tail  # a NaN stays one
             x_D[d] = one - slope if x > zero else slope
 
 
@@ -268,19 +271,20 @@ def softsign(x_RD, bias_D, out_RD):  # type: ignore[no-untyped-def]
 
 
 @_plain
-def curve_back(g_RD, slope_RD, g_x_RD, g_bias_D):  # type: ignore[no-untyped-def]
-    """Gradient of what a curve was of, and in ``g_bias_D`` of the bias."""
+def curve_back(g_RD, slope_RD, g_bias_D):  # type: ignore[no-untyped-def]
+    """``slope`` becomes the gradient of what the curve was of; in ``g_bias_D`` that of the bias."""
     _wide()
     R, D = slope_RD.shape
     for r in range(R):
-        g_D, slope_D, g_x_D = g_RD[r], slope_RD[r], g_x_RD[r]
+        g_D, slope_D = g_RD[r], slope_RD[r]
         for d in range(D):
             g = g_D[d] * slope_D[d]
-            g_x_D[d] = g
+            slope_D[d] = g
             g_bias_D[d] += g
 
 
 # -- attention -----------------------------------------------------------------------------------
+
 
 @_plain
 def up(n, to):  # type: ignore[no-untyped-def]

@@ -322,11 +322,10 @@ def _gelu(x_TG, bins, columns):  # type: ignore[no-untyped-def]
     for t in range(bins):
         for g in range(columns):
             x = x_TG[t, g]
-            size = abs(x)
-            a = size if size < np.float32(6) else np.float32(6)
+            a = abs(x) if abs(x) < np.float32(6) else np.float32(6)
             p = (((c[8] * a + c[7]) * a + c[6]) * a + c[5]) * a + c[4]
             p = (((p * a + c[3]) * a + c[2]) * a + c[1]) * a + c[0]
-            x_TG[t, g] = (x if x > 0 else np.float32(0)) - size * _exp2(p)
+            x_TG[t, g] = (np.float32(0) if x < 0 else x) - a * _exp2(p)  # a NaN stays one
 
 
 @_summing
