@@ -52,12 +52,14 @@ def test_equals_its_definition_in_one_piece_and_in_two(seed, bins, shown, cut):
     seen = torch.rand(2, bins, 2, generator=rng) < shown
     near = in_sight(seen, CONTEXT)
     with torch.no_grad():
-        whole = memory.sequence(x, seen, near)
+        whole = memory.sequence(memory.norm(x), seen, near)
         torch.testing.assert_close(whole, bin_by_bin(memory, x, seen), atol=1e-5, rtol=1e-5)
         cut = min(cut, bins - 1)
         if cut:
-            first = memory.sequence(x[:, :cut], seen[:, :cut], near[:, :cut])
-            rest = memory.sequence(x[:, cut:], seen[:, cut:], near[:, cut:], first[:, -1])
+            first = memory.sequence(memory.norm(x[:, :cut]), seen[:, :cut], near[:, :cut])
+            rest = memory.sequence(
+                memory.norm(x[:, cut:]), seen[:, cut:], near[:, cut:], first[:, -1]
+            )
             torch.testing.assert_close(torch.cat([first, rest], dim=1), whole)
 
 
@@ -78,6 +80,13 @@ def test_it_outlasts_the_context_and_ends_where_it_says():
         x, seen = torch.randn(1, 400, 1, DIM), torch.ones(1, 400, 1, dtype=torch.bool)
         other = x.clone()
         other[:, 0] = torch.randn(1, 1, DIM)
-        gap = (memory.sequence(x, seen, seen) - memory.sequence(other, seen, seen)).abs().amax(3)
+        gap = (
+            (
+                memory.sequence(memory.norm(x), seen, seen)
+                - memory.sequence(memory.norm(other), seen, seen)
+            )
+            .abs()
+            .amax(3)
+        )
     assert gap[0, 5 * CONTEXT] > 0.2 * gap[0, 0]
     assert gap[0, ROUNDING * span] < 2e-7 * gap[0, 0]

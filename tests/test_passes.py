@@ -18,6 +18,7 @@ from torch import nn
 from rt_neds.model import passes
 from rt_neds.model.attention import Attention, rotary_table
 from rt_neds.model.config import ModelConfig
+from rt_neds.model.memory import Memory, in_sight
 from rt_neds.model.neds import Layer
 from tests.test_model import random_inputs, random_model
 
@@ -149,6 +150,29 @@ def test_tokens_and_their_norm(rows, dim, wide):
     theirs = with_gradients((total, norm(total)), inputs)
     x = one.expand(rows, dim) if wide else one + 0.0
     assert_close(with_gradients(passes.dropped_and_normed(x, 0.0, norm), inputs), theirs)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40)),
+    shown=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_memory_of_any_shape(sizes, shown, seed):
+    torch.manual_seed(seed)
+    (B, T, D), memory = sizes, Memory(sizes[2], 20).train()
+    nn.init.normal_(memory.gate.bias, std=3.0)
+    x_BTMD, seen_BTM = torch.randn(B, T, 1, D, requires_grad=True), torch.rand(B, T, 1) < shown
+    inputs = [x_BTMD, *memory.gate.parameters(), *memory.value.parameters()]
+
+    def run():
+        held = memory.sequence(x_BTMD, seen_BTM, in_sight(seen_BTM, 3))
+        return with_gradients(held, inputs)
+
+    ours = run()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(passes, "pay", lambda module, x: False)
+        assert_close(ours, run())
 
 
 @pytest.mark.parametrize("name", ["gelu", "softsign"])

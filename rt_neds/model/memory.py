@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from rt_neds.model import passes
+
 ROUNDING = 16
 """So many times its longest span after a bin, a memory holds less than float32 rounding of it."""
 
@@ -46,7 +48,7 @@ class Memory(nn.Module):
 
     def sequence(
         self,
-        x_BTMD: Tensor,
+        normed_BTMD: Tensor,
         seen_BTM: Tensor,
         in_sight_BTM: Tensor,
         before_BMD: Tensor | None = None,
@@ -55,8 +57,8 @@ class Memory(nn.Module):
 
         Parameters
         ----------
-        x_BTMD : tensor
-            Tokens.
+        normed_BTMD : tensor
+            Tokens, after ``norm``.
         seen_BTM : tensor of bool
             Of which anything was observed.
         in_sight_BTM : tensor of bool
@@ -68,13 +70,19 @@ class Memory(nn.Module):
         -------
         tensor, shape (B, T, M, D)
         """
-        normed_BTMD = self.norm(x_BTMD)
+        M = normed_BTMD.shape[2]
+        if before_BMD is None and M == 1 and passes.pay(self, normed_BTMD):
+            x_BTD, seen_BT, near_BT = (x.squeeze(2) for x in (normed_BTMD, seen_BTM, in_sight_BTM))
+            held_BTD = passes.remembered(
+                x_BTD, self.gate, self.value, seen_BT, near_BT, self.longest
+            )
+            return held_BTD.unsqueeze(2)
         keep = self.longest * torch.sigmoid(self.gate(normed_BTMD))
         fresh = torch.where(seen_BTM[..., None], (1.0 - keep) * self.value(normed_BTMD), 0.0)
         keep = torch.where(seen_BTM[..., None], keep, in_sight_BTM[..., None].to(keep.dtype))
         # Bins are joined by twos, fours, eights: a few large operations instead of one per bin.
         apart = 1
-        while apart < x_BTMD.shape[1]:
+        while apart < normed_BTMD.shape[1]:
             earlier = (0, 0, 0, 0, apart, 0)
             fresh = fresh + keep * nnf.pad(fresh[:, :-apart], earlier)
             keep = keep * nnf.pad(keep[:, :-apart], earlier, value=1.0)

@@ -174,8 +174,9 @@ class NEDS(nn.Module):
         return cast(list[Layer], list(self.layers))
 
     def norms(self) -> list[nn.LayerNorm]:
-        """That before each layer, and that before what is read out."""
-        return [*(layer.norm1 for layer in self.stack()), self.norm]
+        """That before each layer, and that after the last: the memory's, or before the read-out."""
+        last = self.norm if self.memory is None else self.memory.norm
+        return [*(layer.norm1 for layer in self.stack()), last]
 
     # -- the whole sequence ----------------------------------------------------------------------
 
@@ -250,8 +251,8 @@ class NEDS(nn.Module):
         if self.memory is not None:
             seen_BTM = seen_BTM[:, :, readers]
             near_BTM = in_sight(seen_BTM, self.config.context)
-            memory_BTMD = self.memory.sequence(x_BTMD, seen_BTM, near_BTM)
-            normed_BTMD = self.norm(x_BTMD + self.token_dropout(self.memory.out(memory_BTMD)))
+            memory_BTMD = self.memory.sequence(normed_BTMD, seen_BTM, near_BTM)
+            normed_BTMD = self._last(x_BTMD, memory_BTMD, self.memory.out)
         tokens = {name: readers.index(token) for name, token in askers.items()}
         return self._read_out(session, normed_BTMD, said_BTU, observed_BTM, tokens)
 
@@ -321,6 +322,13 @@ class NEDS(nn.Module):
             return passes.dropped_and_normed(x_BTMD, self.token_dropout.p, norm)
         x_BTMD = self.token_dropout(x_BTMD)
         return x_BTMD, norm(x_BTMD)
+
+    def _last(self, x_BTMD: Tensor, memory_BTMD: Tensor, out: nn.Linear) -> Tensor:
+        """What is read out, normed."""
+        if passes.pay(self, x_BTMD):
+            p = self.token_dropout.p
+            return passes.added_and_normed(x_BTMD, memory_BTMD, out, p, self.norm)[1]
+        return self.norm(x_BTMD + self.token_dropout(out(memory_BTMD)))
 
     def _token(
         self,
@@ -470,7 +478,7 @@ class NEDS(nn.Module):
             x_BTMD, normed_BTMD = layer.feed(x_BTMD, mixed, norm)
         if self.memory is not None:
             near_BTM = allowed_BTMP.any(dim=3)
-            memory_BTMD = self.memory.sequence(x_BTMD, seen_BTM, near_BTM, state.memory_BMD)
+            memory_BTMD = self.memory.sequence(normed_BTMD, seen_BTM, near_BTM, state.memory_BMD)
             state.memory_BMD = memory_BTMD[:, -1]
             normed_BTMD = self.norm(x_BTMD + self.memory.out(memory_BTMD))
         state.next_bin += T

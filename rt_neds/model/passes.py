@@ -95,6 +95,30 @@ def softsign(x: Tensor, linear: nn.Linear) -> Tensor:
     return _Curve.apply(nnf.linear(x, linear.weight), linear.bias, "softsign")
 
 
+def remembered(
+    x_BTD: Tensor,
+    gate: nn.Linear,
+    value: nn.Linear,
+    seen_BT: Tensor,
+    near_BT: Tensor,
+    longest: float,
+) -> Tensor:
+    """The memory after each bin, shape (B, T, D): see :class:`rt_neds.model.memory.Memory`.
+
+    Parameters
+    ----------
+    x_BTD : tensor
+        Normed tokens.
+    gate, value : nn.Linear
+    seen_BT, near_BT : tensor of bool
+        Whether anything was observed in a bin, and in its context.
+    longest : float
+        Most of the memory that a bin keeps.
+    """
+    gates, values = nnf.linear(x_BTD, gate.weight), nnf.linear(x_BTD, value.weight)
+    return _Remember.apply(gates, gate.bias, values, value.bias, seen_BT, near_BT, longest)
+
+
 @cache
 def _kernel() -> Any:
     from rt_neds.model import passes_kernel
@@ -205,3 +229,29 @@ class _Curve(torch.autograd.Function):
         g_x, g_bias = _over(slope), torch.zeros(slope.shape[-1])
         _kernel().curve_back(_rows(gradients[0]), _rows(g_x), g_bias.numpy())
         return g_x, g_bias, None
+
+
+class _Remember(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        gates, gate_bias, values, value_bias, seen_BT, near_BT, longest = inputs
+        keep, value, held = _over(gates), _over(values), torch.empty(gates.shape)
+        ctx.longest = np.float32(longest)
+        _kernel().remember(
+            keep.numpy(), _array(gate_bias), value.numpy(), _array(value_bias),
+            _array(seen_BT), _array(near_BT), ctx.longest, held.numpy(),
+        )  # fmt: skip
+        ctx.save_for_backward(keep, value, seen_BT, near_BT, held)
+        return held
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> Gradients:
+        _once(ctx)
+        keep, value, seen_BT, near_BT, held = ctx.saved_tensors
+        g_gate, g_value, g_biases = _over(keep), _over(value), torch.zeros(2, keep.shape[-1])
+        _kernel().remember_back(
+            _array(gradients[0]), g_gate.numpy(), g_value.numpy(), _array(seen_BT),
+            _array(near_BT), ctx.longest, held.numpy(), g_biases.numpy(),
+        )  # fmt: skip
+        return g_gate, g_biases[0], g_value, g_biases[1], None, None, None

@@ -283,6 +283,61 @@ def curve_back(g_RD, slope_RD, g_bias_D):  # type: ignore[no-untyped-def]
             g_bias_D[d] += g
 
 
+# -- memory --------------------------------------------------------------------------------------
+
+
+@_plain
+def remember(gate_BTD, gate_bias_D, value_BTD, value_bias_D, seen_BT, near_BT, longest, held_BTD):  # type: ignore[no-untyped-def]
+    """The memory after each bin; ``gate`` becomes what is kept, and bias is added to ``value``."""
+    _wide()
+    (B, T, D), one = gate_BTD.shape, np.float32(1)
+    bits, nothing_D = np.float32(math.log2(math.e)), np.zeros(D, np.float32)
+    for b in range(B):
+        for t in range(T):
+            gate_D, value_D, held_D = gate_BTD[b, t], value_BTD[b, t], held_BTD[b, t]
+            before_D = held_BTD[b, t - 1] if t > 0 else nothing_D
+            if seen_BT[b, t]:
+                for d in range(D):
+                    x, value = gate_D[d] + gate_bias_D[d], value_D[d] + value_bias_D[d]
+                    small = _exp2(-bits * abs(x))
+                    keep = longest * (one if x > 0 else small) / (one + small)
+                    held_D[d] = keep * before_D[d] + (one - keep) * value
+                    gate_D[d], value_D[d] = keep, value
+            else:
+                keep = one if near_BT[b, t] else np.float32(0)
+                for d in range(D):
+                    held_D[d] = keep * before_D[d]
+
+
+@_plain
+def remember_back(g_held_BTD, keep_BTD, value_BTD, seen_BT, near_BT, longest, held_BTD, g_2D):  # type: ignore[no-untyped-def]
+    """``keep`` and ``value`` become the gradients of gate and value, ``g_2D`` those of biases."""
+    _wide()
+    (B, T, D), one = keep_BTD.shape, np.float32(1)
+    later_D, nothing_D, g_gate_bias_D, g_value_bias_D = (
+        np.empty(D, np.float32), np.zeros(D, np.float32), g_2D[0], g_2D[1],
+    )  # fmt: skip
+    for b in range(B):
+        later_D[:] = np.float32(0)
+        for t in range(T - 1, -1, -1):
+            keep_D, value_D, g_held_D = keep_BTD[b, t], value_BTD[b, t], g_held_BTD[b, t]
+            before_D = held_BTD[b, t - 1] if t > 0 else nothing_D
+            if seen_BT[b, t]:
+                for d in range(D):
+                    g, keep = g_held_D[d] + later_D[d], keep_D[d]
+                    g_gate = g * (before_D[d] - value_D[d]) * keep * (one - keep / longest)
+                    g_value = (one - keep) * g
+                    later_D[d] = keep * g
+                    keep_D[d], value_D[d] = g_gate, g_value
+                    g_gate_bias_D[d] += g_gate
+                    g_value_bias_D[d] += g_value
+            else:
+                keep = one if near_BT[b, t] else np.float32(0)
+                for d in range(D):
+                    later_D[d] = keep * (g_held_D[d] + later_D[d])
+                    keep_D[d] = value_D[d] = np.float32(0)
+
+
 # -- attention -----------------------------------------------------------------------------------
 
 
