@@ -14,7 +14,7 @@ from rt_neds.model.readout import Behaviour
 from rt_neds.model.rounding import round_weights, rounded_weights
 from rt_neds.stream.binner import CHUNK
 from rt_neds.stream.fused import FusedStep
-from rt_neds.stream.fused_kernel import fused_step
+from rt_neds.stream.fused_kernel import _gelu, fused_step
 
 BEHAVIOURS = (
     Behaviour(name="speed", kind="continuous"),
@@ -254,6 +254,13 @@ def test_extreme_activations_stay_exact():
     error = np.abs(got_TO - expected_TO).max()
     reference = np.abs(offline(model, counts_TN, observed_T, NAMES) - expected_TO).max()
     assert error < max(10 * reference, ATOL)
+
+
+def test_gelu_far_out_and_of_what_is_no_number():
+    x = np.array([[-1e30, -40, -1, 0, 2, 40, 1e30, np.nan]], np.float32)
+    exact = torch.nn.functional.gelu(torch.from_numpy(x)).numpy()
+    _gelu(x, 1, x.shape[1])
+    np.testing.assert_allclose(x, exact, rtol=1e-6, atol=1e-7)  # a NaN equals a NaN here
 
 
 def test_allocates_nothing():
