@@ -346,3 +346,27 @@ def test_published_values_by_hand_and_in_bulk():
     torch.testing.assert_close(
         to_values_TV(logits, BEHAVIOURS[1], Scale()), torch.tensor([[0.25, 0.75]])
     )
+
+
+@pytest.mark.parametrize("tokens", ["bin", "modality"])
+@pytest.mark.parametrize("shown", [0.0, 0.5, 1.0])
+def test_tokens_are_made_as_they_are_meant(tokens, shown):
+    model = random_model(tokens=tokens)
+    counts, values, observed, scheme = random_inputs("a", 12, batch=3, shown=shown)
+    z, said = model._features("a", counts, observed, None, None, 0)
+    x, seen = model._tokens("a", z, said, values, observed, scheme)
+    about = model.session_XD[model.session_ids.index("a")] + model.scheme_XD[scheme][:, None]
+    dark, each = model.hidden_D + model.modality_MD, []
+    for m in range(len(model.modalities)):
+        token = dark[m].expand(3, 12, -1)
+        if observed[:, :, m].any():
+            token = model._token(m, "a", z, said, values) + model.modality_MD[m]
+        each.append(torch.where(observed[:, :, m, None], token, dark[m]))
+    if tokens == "modality":
+        expected, expected_seen = torch.stack(each, dim=2), torch.ones_like(observed)
+    else:
+        shown_BTM1, all_BTMD = observed[..., None], torch.stack(each, dim=2)
+        expected = model.hidden_D + torch.where(shown_BTM1, all_BTMD, 0.0).sum(2)[:, :, None]
+        expected_seen = observed.any(2, keepdim=True)
+    torch.testing.assert_close(x, expected + about[:, :, None], atol=1e-5, rtol=1e-5)
+    assert torch.equal(seen, expected_seen)
