@@ -1,6 +1,7 @@
 """A run gives the same losses however its windows are parted: in turns, in processes, or not."""
 
 import json
+import math
 import multiprocessing
 import os
 import socket
@@ -131,6 +132,12 @@ def test_bf16_learns_nearly_the_same(alone, tmp_path):
     for a, b in zip(logged(run)[0], logged(tmp_path)[0], strict=True):
         assert a["total"] == pytest.approx(b["total"], rel=0.03)
         assert a["total"] != b["total"]
+
+
+def test_bf16_hears_regressions(alone, tmp_path):
+    sessions, _ = alone
+    train(config(precision="bf16", linear=True), sessions, tmp_path)
+    assert all(math.isfinite(line["total"]) for line in logged(tmp_path)[0])
 
 
 def test_what_cannot_be_shared_is_told(monkeypatch):

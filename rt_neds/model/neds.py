@@ -350,7 +350,8 @@ class NEDS(nn.Module):
             heard = (torch.rand(len(token)) >= ALONE).nonzero()[:, 0].to(token.device)
             squashed = self._squashed(parts, z_BTF[heard])
             more = nnf.linear(squashed, self.spikes_shared.weight)
-            return (token + self.spikes_shared.bias).index_add(0, heard, more.to(token.dtype))
+            token = token + self.spikes_shared.bias
+            return token.index_add(0, heard, more.to(token.dtype))
         if name in self.categorical_in:
             return self.categorical_in[name](values_BTM[:, :, m])
         return parts.behaviour_in[name](values_BTM[:, :, m])
