@@ -240,6 +240,16 @@ def test_a_network_in_training(options, in_pytorch):
     assert_close(run(), in_pytorch(run), within=1e-4)
 
 
+def test_nothing_wanted_is_nothing_given():
+    assert random_model().train()("a", *random_inputs("a", 5), wanted=()) == {}
+
+
+def test_what_differs_in_size_is_not_added():
+    linear, norm = nn.Linear(8, 8), nn.LayerNorm(8)
+    with pytest.raises(AssertionError):
+        passes.added_and_normed(torch.zeros(2, 8), torch.zeros(3, 8), linear, 0.0, norm)
+
+
 def test_training_sees_no_future():
     model = random_model(dropout=0.0).train()
     counts, values, observed, scheme = random_inputs("a", 30)

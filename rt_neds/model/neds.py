@@ -220,6 +220,8 @@ class NEDS(nn.Module):
         dict of str to tensor, shape (B, T, numbers of that output)
         """
         wanted = self.modalities if wanted is None else tuple(wanted)
+        if not wanted:
+            return {}
         causal = self.config.attention == "causal"
         assert causal or AHEAD not in wanted, "full attention has no earlier"
         past = counts_BTN.shape[1] - observed_BTM.shape[1]

@@ -189,6 +189,7 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         x, more, bias, scale, shift, epsilon, p = inputs
+        assert x.shape == more.shape, "what is compiled asks nothing about sizes"
         total, normed = _over(more), torch.empty(x.shape)
         of_rows = torch.empty(2, x.numel() // x.shape[-1])
         ctx.chance = int(torch.randint(1 << 62, ())), round(p * (1 << 32))
