@@ -75,7 +75,7 @@ def test_a_known_session_goes_on_as_it_was_though_its_range_has_grown(tmp_path, 
     first = json.loads(log[0])["val"]["tiny"]["speed"]
     kept = before.training["val"]["tiny"]["speed"]
     near = 0.1 if linear else 0.01  # regression is fitted anew
-    assert first == pytest.approx(kept, rel=1e-3, abs=near)
+    assert first == pytest.approx(kept, rel=5e-3, abs=near)
 
 
 def test_a_behaviour_may_be_left_out(pretrained, tmp_path):
