@@ -139,7 +139,7 @@ class Attention(nn.Module):
         -------
         tensor, shape (B, T, asking tokens, D)
         """
-        if x_BTMD.shape[2] == 1 and passes.pay(self, x_BTMD):
+        if x_BTMD.shape[2] == len(asking) == 1 and passes.pay(self, x_BTMD):
             x_BTD, seen_BT, reach = x_BTMD.squeeze(2), seen_BTM[:, :, 0], context if causal else 0
             out_BTD = passes.attended(
                 x_BTD, self.qkv, self.sink_value_HF, table_2TF, seen_BT, reach

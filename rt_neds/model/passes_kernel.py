@@ -198,6 +198,8 @@ def add_back(g_sum_RD, g_normed_RD, sum_RD, sd_2R, scale_D, seed, zeroed, g_x_RD
             g_bias_D[d] += more
 
 
+# -- curves --------------------------------------------------------------------------------------
+
 _EXP2 = tuple(np.float32(math.log(2) ** k / math.factorial(k)) for k in range(7))
 
 
@@ -211,9 +213,6 @@ def _exp2(x):  # type: ignore[no-untyped-def]
     p = ((c[6] * f + c[5]) * f + c[4]) * f + c[3]
     p = ((p * f + c[2]) * f + c[1]) * f + c[0]
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-
-
-# -- curves --------------------------------------------------------------------------------------
 
 
 def _of_the_tail(degree: int = 8, top: float = 6.0) -> list[tuple[np.float32, ...]]:
