@@ -1,12 +1,14 @@
 """Captures: whatever is cut or corrupted, what is read is a prefix of what was written."""
 
 import errno
+import os
 import shutil
 import struct
 import tempfile
 import zlib
 from pathlib import Path
 
+import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -358,6 +360,47 @@ def test_a_beginning_that_says_something_else_is_told(tmp_path, about, words):
     CaptureWriter(tmp_path, {"probe": "p", **about}, **limits).close({"why": "test"})
     with pytest.raises(CaptureError, match=words):
         Capture(tmp_path)
+
+
+@pytest.mark.parametrize(("stream", "kind"), [(Stream.SPIKES, b"file"), (Stream.NOTE, b"end")])
+def test_a_beginning_is_the_note_of_a_file(tmp_path, stream, kind):
+    about = {"v": 1, "capture": "c", "probe": "p", "started_ns": 1, "started_unix_ns": 1}
+    record = pack_record(1, stream, [kind, msgpack.packb(about)])
+    (tmp_path / "000000.capture").write_bytes(MAGIC + record)
+    with pytest.raises(CaptureError, match="no note of whose it is"):
+        Capture(tmp_path)
+
+
+def test_a_power_cut_takes_nothing_of_a_file_that_is_full_nor_of_an_end(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def watched(descriptor):
+        of = os.fstat(descriptor)
+        synced.append((of.st_ino, of.st_size))
+        fsync(descriptor)
+
+    monkeypatch.setattr(capture.os, "fsync", watched)
+    record = pack_record(1, Stream.SPIKES, [b"x" * 100])
+    write_capture(tmp_path, [(1, Stream.SPIKES, (b"x" * 100,))] * 7, max_file=3 * len(record))
+    files = [path.stat() for path in sorted(tmp_path.glob("*.capture"))]
+    assert len(files) == 3  # each is filled anew
+    assert {(of.st_ino, of.st_size) for of in files} < set(synced)
+    names = [place for place, (inode, _) in enumerate(synced) if inode == tmp_path.stat().st_ino]
+    assert len(names) == 3
+    whole = synced.index((files[0].st_ino, files[0].st_size))
+    assert whole < names[1], "the next file is begun when the last is on the disk"
+
+
+def test_a_file_that_is_there_is_not_written_over(tmp_path):
+    writer = CaptureWriter(tmp_path, {"probe": "p"}, max_file=1, max_total=9999, min_free=0)
+    record = pack_record(1, Stream.SPIKES, [b"x"])
+    writer.append(record)
+    (tmp_path / "000001.capture").write_bytes(b"somebody's")
+    with pytest.raises(DeviceError, match="exists"):
+        writer.append(record)
+    writer.close({"why": "failed"})
+    writer.close({"why": "failed"})  # once more does nothing
+    assert (tmp_path / "000001.capture").read_bytes() == b"somebody's"
 
 
 def test_a_file_that_cannot_be_read_ends_the_reading(tmp_path):

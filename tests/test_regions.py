@@ -87,7 +87,11 @@ def test_where_regions_are_written(tmp_path):
     with h5py.File(path, "a") as file:
         units = file["units"]
         units["area"] = np.array([b"root", b"LP", b"Void", b"NaN"])
-        units.move("region", "region_beryl")
+        units["region_beryl"] = np.array([b"A", b"B", b"C", b"D"])
+    assert regions_of(load_session(path)).tolist() == ["CA1", "VISp", "CA1", "VISp"]
+    with h5py.File(path, "a") as file:
+        del file["units/region_beryl"]
+        file["units"].move("region", "region_beryl")
     session = load_session(path)
     assert regions_of(session).tolist() == ["CA1", "VISp", "CA1", "VISp"]
     assert regions_of(session, "area").tolist() == ["", "LP", "", ""]
