@@ -271,9 +271,7 @@ def _unknown_time(path: Path) -> str | None:
 
 
 def _rate(data: Any) -> float:
-    rate = getattr(data.spikes, "sampling_rate", None) or getattr(
-        getattr(data, "session", None), "sampling_rate", None
-    )
+    rate = getattr(getattr(data, "session", None), "sampling_rate", None)
     return float(rate) if rate else DEFAULT_RATE
 
 

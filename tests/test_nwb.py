@@ -288,6 +288,22 @@ def test_what_is_left_out_is_told_in_words(tmp_path, capsys):
     assert "messages left out: 1 of the status or of other probes" in told
 
 
+def test_a_damaged_capture_is_exported_as_far_as_it_goes_and_that_is_told(tmp_path, capsys):
+    pytest.importorskip("pynwb", reason="pynwb is not installed (extra nwb)")
+    folder, out = tmp_path / "c", tmp_path / "x.nwb"
+    write_capture(folder, [spikes(1, 0, [(5, 0)], MS), spikes(1, 1, [(305, 0)], 11 * MS)])
+    file = folder / "000000.capture"
+    file.write_bytes(file.read_bytes()[:-20])  # in the note of its end
+    summary = export(folder, out, {})
+    assert summary["spikes"] == 2
+    where, _, why = summary["damage"].partition(": ")
+    assert why == "cut short"
+    good = int(where.removeprefix("000000.capture at byte "))
+    assert summary["unread_bytes"] == file.stat().st_size - good > 0
+    assert cli.main(["export", str(folder), "--out", str(tmp_path / "y.nwb")]) == 0
+    assert f"{summary['unread_bytes']} bytes were not read" in capsys.readouterr().err
+
+
 def test_without_announcement_units_are_called_by_their_numbers(tmp_path):
     write_capture(tmp_path / "c", [spikes(1, 0, [(1, 7), (2, 3), (3, 1 << 31)], MS)])
     names, _, place_S, dropped = Contents(Capture(tmp_path / "c")).spikes()

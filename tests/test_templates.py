@@ -14,6 +14,7 @@ from offline.prepare.recording import Raw, as_raw
 from offline.prepare.spikeinterface import from_analyzer, from_detector, load_analyzer
 from offline.prepare.spikes import detect_recording
 from rt_neds.errors import ConfigError
+from rt_neds.frames import SPIKE_DTYPE
 from rt_neds.session import load_session
 from rt_neds.stream.detector import Conditioner, Detector
 from tests.detecting import arrays_of, geometry, shape_of_spike, spec_of
@@ -182,6 +183,17 @@ def test_a_session_of_another_rate_is_in_its_own_samples(tmp_path):
     np.testing.assert_array_equal(
         session.records_S["sample"], spikes["sample"][spikes["sample"] < end]
     )
+
+
+def test_spikes_where_none_could_be_looked_for_are_left_out(tmp_path, monkeypatch):
+    found = np.array([(5, 0, 0), (10, 0, 0), (19, 0, 0), (20, 0, 0)], SPIKE_DTYPE)
+    name = "offline.prepare.spikeinterface.detect_recording"
+    monkeypatch.setattr(name, lambda *_: (found, 10, 20))
+    detector, raw = SimpleNamespace(units=["a"]), SimpleNamespace(rate=25_000.0)
+    from_detector(raw, detector, "s", lambda *_: None).save(tmp_path / "S.h5")
+    session = load_session(tmp_path / "S.h5")
+    assert session.records_S["sample"].tolist() == [10, 19]
+    assert session.domain_K2.tolist() == [[10, 20]]
 
 
 def test_units_of_a_sorting_keep_their_order_their_depths_and_their_samples(tmp_path):
