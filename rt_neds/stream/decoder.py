@@ -26,9 +26,9 @@ from rt_neds.stream.kept import Past
 from rt_neds.stream.values import Values, values_of
 
 SHARING = (FusedStep, GraphStep)
+"""Steps of which several streams can go through one trunk together."""
 FETCHED_PER_S = 5e9
 """Bytes that come out of memory in a second, or more: when there is to be time for it."""
-"""Steps of which several streams can go through one trunk together."""
 
 
 class Step(Protocol):
