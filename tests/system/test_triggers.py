@@ -112,7 +112,7 @@ def test_with_a_standby_every_event_is_decided_once_whatever_becomes_of_the_work
 
 
 @pytest.mark.slow  # whether a refusal falls into the few frames heard depends on the machine
-def test_a_replaced_worker_refuses_until_its_context_is_full_and_keeps_the_refractory_time(tiny):
+def test_a_replaced_worker_refuses_for_a_context_and_keeps_the_refractory_time(tiny):
     with TriggerRig(tiny) as rig, serving(*rig.options) as child:
         rig.schema = wait_for_schema(rig.listener, child).fields
         rig.hear_frames(60)
@@ -128,7 +128,8 @@ def test_a_replaced_worker_refuses_until_its_context_is_full_and_keeps_the_refra
     assert restarted
     since = [d for d in rig.triggers if d["bin"] in restarted]
     assert since
-    assert all({"restarted", "warming"} <= set(d["refused"]) for d in since)
+    # Warming, too, only if the other was killed in the middle of a step (decision 0035).
+    assert all("restarted" in d["refused"] for d in since)
     events = [(d["epoch"], d["bin"]) for d in rig.triggers]
     assert len(set(events)) == len(events)
     fired = [d["bin"] for d in rig.triggers if not d["refused"]]
