@@ -217,11 +217,16 @@ def test_units_of_a_sorting_keep_their_order_their_depths_and_their_samples(tmp_
     np.testing.assert_array_equal(session.records_S["unit"], labels == "a")
 
 
-def test_a_sorting_of_several_segments_is_refused(tmp_path):
+@pytest.mark.parametrize("spikes", [[[5, 900], [3]], [[5, 900], []]], ids=["both", "first alone"])
+def test_a_recording_of_several_segments_is_refused(tmp_path, spikes):
     recording = si.generate_recording(num_channels=4, durations=[0.5, 0.5])
-    sorting = si.generate_sorting(num_units=2, durations=[0.5, 0.5])
+    sorting = si.NumpySorting.from_samples_and_labels(
+        [np.array(samples) for samples in spikes],
+        [np.zeros(len(samples), int) for samples in spikes],
+        recording.sampling_frequency,
+    )
     si.create_sorting_analyzer(
         sorting, recording, format="binary_folder", folder=tmp_path / "a", sparse=False
     )
-    with pytest.raises(ConfigError, match="expected a SortingAnalyzer of one segment"):
+    with pytest.raises(ConfigError, match="2 segments; expected one"):
         load_analyzer(tmp_path / "a")

@@ -36,9 +36,16 @@ def load_analyzer(path: str | Path) -> Any:
         raise ConfigError(
             f"{path} cannot be read ({reason}); expected the folder of a SortingAnalyzer"
         ) from None
-    if not hasattr(analyzer, "sorting") or analyzer.get_num_segments() != 1:
+    if not hasattr(analyzer, "sorting"):
         raise ConfigError(
             f"{path} holds a {type(analyzer).__name__}; expected a SortingAnalyzer of one segment"
+        )
+    # The recording's, not the sorting's: a last segment without spikes is not among the latter.
+    segments = len(analyzer.rec_attributes["num_samples"])
+    if segments != 1:
+        raise ConfigError(
+            f"the recording of {path} has {segments} segments; expected one: make a SortingAnalyzer"
+            " of each, for nothing says how much time lies between them"
         )
     return analyzer
 
