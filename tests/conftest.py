@@ -15,6 +15,12 @@ DATA = Path(
 )
 
 
+@pytest.fixture(autouse=True)
+def chance() -> None:
+    """What a test draws does not depend on which were run before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Folder of the real recordings; the test is skipped, with the reason, where it is absent."""
