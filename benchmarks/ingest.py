@@ -24,11 +24,11 @@ def bench_counting(rounds: int) -> list[dict[str, object]]:
     samples_S = np.sort(rng.integers(0, bins * width, spikes))
     records_S2 = np.stack([samples_S, rng.integers(0, UNITS, spikes)], axis=1)
     row_of_unit_U = np.arange(UNITS, dtype=np.int32)
-    ring_RC, tally = np.zeros((bins, UNITS + 2), np.float32), np.zeros(2, np.int64)
+    ring_RC = np.zeros((bins, UNITS + 2), np.float32)
 
     def ours() -> NDArray[np.float32]:
         ring_RC[:] = 0
-        count_spikes(records_S2, row_of_unit_U, ring_RC, 0, bins, width, tally)
+        count_spikes(records_S2, row_of_unit_U, ring_RC, 0, bins, width)
         return ring_RC[:, :UNITS]
 
     def theirs() -> NDArray[np.int64]:

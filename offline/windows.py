@@ -89,15 +89,7 @@ class BinnedSession:
         if high > low:
             shifted_S2 = as_pairs(self.session.records_S[low:high]).copy()
             shifted_S2[:, 0] -= start  # the ring's rows are bin % rows: start at zero
-            count_spikes(
-                shifted_S2,
-                self._rows_U,
-                ring_TC,
-                0,
-                stop - first,
-                self.width,
-                np.zeros(2, np.int64),
-            )
+            count_spikes(shifted_S2, self._rows_U, ring_TC, 0, stop - first, self.width)
         return ring_TC[:, :-2]
 
     def _records(self, start: int, end: int) -> tuple[int, int]:

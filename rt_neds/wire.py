@@ -3,15 +3,20 @@
 Every message is ``[topic, map]`` or ``[topic, map, payload]``; maps are msgpack with string keys
 and int64 values unless said. Whatever breaks these rules raises :class:`WireError`, which the
 receiving end counts and skips. Nothing is allocated beyond the stated limits, whatever arrives.
+
+Maps whose keys are fixed are checked while they are parsed, by msgspec: a spike message comes once
+a millisecond, and what is looked at in Python costs several times more than that. Statuses and
+other notes, whose keys are not, are msgpack's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import msgpack
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -35,7 +40,69 @@ MAX_SAMPLE = 1 << 50  # a thousand years at 30 kHz; leaves room for arithmetic i
 DEFAULT_SPIKES = "tcp://127.0.0.1:5570"
 DEFAULT_DECODED = "tcp://127.0.0.1:5580"
 
-_SPIKE_KEYS = ("v", "epoch", "seq", "first", "end", "n", "sent_ns")
+Int64 = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class _Spikes(msgspec.Struct, gc=False):
+    v: Int64
+    epoch: Int64
+    seq: Int64
+    first: Int64
+    end: Int64
+    rate: float
+    n: Int64
+    sent_ns: Int64
+
+
+class _Source(msgspec.Struct, gc=False):
+    v: Int64
+    epoch: Int64
+    rate: float
+    session: str
+    units: list[str]
+
+
+class _Behaviour(msgspec.Struct, gc=False):
+    v: Int64
+    epoch: Int64
+    seq: Int64
+    first: Int64
+    rate: float
+    n: Int64
+    sent_ns: Int64
+
+
+class _Event(msgspec.Struct, gc=False):
+    v: Int64
+    epoch: Int64
+    sample: Int64
+    kind: str
+    value: Any = None
+
+
+class _Decoded(msgspec.Struct, gc=False):
+    v: Int64
+    probe: str
+    epoch: Int64
+    bin: Int64
+    end: Int64
+    values: list[float]
+    flags: Int64
+    spikes: Int64
+    late: Int64
+    unknown: Int64
+    lost: Int64
+    model: str
+    stamps: dict[str, Int64]
+
+
+_SPIKES = msgspec.msgpack.Decoder(_Spikes)
+_SOURCE = msgspec.msgpack.Decoder(_Source)
+_BEHAVIOUR = msgspec.msgpack.Decoder(_Behaviour)
+_EVENT = msgspec.msgpack.Decoder(_Event)
+_DECODED = msgspec.msgpack.Decoder(_Decoded)
+T = TypeVar("T")
 
 
 def topic(kind: str, name: str) -> bytes:
@@ -57,17 +124,11 @@ def pack_spikes(probe: str, batch: SpikeBatch) -> list[bytes]:
     list of bytes
         Topic, map, payload.
     """
-    header = {
-        "v": VERSION,
-        "epoch": batch.epoch,
-        "seq": batch.seq,
-        "first": batch.first,
-        "end": batch.end,
-        "rate": batch.rate,
-        "n": len(batch.records_S),
-        "sent_ns": batch.sent_ns,
-    }
-    return [topic("spikes", probe), msgpack.packb(header), batch.records_S.tobytes()]
+    header = _Spikes(
+        VERSION, batch.epoch, batch.seq, batch.first, batch.end, batch.rate, len(batch.records_S),
+        batch.sent_ns,
+    )  # fmt: skip
+    return [topic("spikes", probe), _encode(header), batch.records_S.tobytes()]
 
 
 def unpack_spikes(header: bytes, payload: Any, received_ns: int) -> SpikeBatch:
@@ -92,23 +153,21 @@ def unpack_spikes(header: bytes, payload: Any, received_ns: int) -> SpikeBatch:
         Not a map, a key missing or of another type, another version, ``n`` that disagrees with the
         payload, negative or absurd samples in the map, more of them than ``MAX_MESSAGE_S``.
     """
-    fields = unpack_map(header)
-    v, epoch, seq, first, end, n, sent_ns = _integers(fields, _SPIKE_KEYS)
-    rate = fields.get("rate")
-    if not isinstance(rate, (int, float)) or not MIN_RATE <= rate <= MAX_RATE:
+    said = _parse(_SPIKES, header)
+    first, end, n, rate = said.first, said.end, said.n, said.rate
+    _check_version(said.v)
+    if not MIN_RATE <= rate <= MAX_RATE:
         raise WireError(f"rate {rate!r}; samples per second were expected")
-    if v != VERSION:
-        raise WireError(f"protocol version {v}; {VERSION} was expected: update the older side")
     if not 0 <= first <= end < MAX_SAMPLE:
         raise WireError(f"samples [{first}, {end}); 0 <= first <= end was expected")
     if end - first > MAX_MESSAGE_S * rate:
         raise WireError(f"samples [{first}, {end}); at most {MAX_MESSAGE_S:g} s were expected")
-    if seq < 0 or not 0 <= n <= MAX_SPIKES:
-        raise WireError(f"seq {seq}, n {n}; 0 <= seq and 0 <= n <= {MAX_SPIKES} were expected")
+    if said.seq < 0 or not 0 <= n <= MAX_SPIKES:
+        raise WireError(f"seq {said.seq}, n {n}; 0 <= seq and 0 <= n <= {MAX_SPIKES} were expected")
     if memoryview(payload).nbytes != n * SPIKE_DTYPE.itemsize:
         raise WireError(f"{memoryview(payload).nbytes} bytes of payload for n = {n} spikes")
     records = np.frombuffer(payload, SPIKE_DTYPE)
-    return SpikeBatch(epoch, seq, first, end, float(rate), sent_ns, received_ns, records)
+    return SpikeBatch(said.epoch, said.seq, first, end, rate, said.sent_ns, received_ns, records)
 
 
 def leaps(batch: SpikeBatch, next_seq: int, end: int) -> bool:
@@ -137,8 +196,7 @@ def pack_source(
     probe: str, *, epoch: int, rate: float, session: str, units: Sequence[str]
 ) -> list[bytes]:
     """Announcement of who sends: the unit ids that the ``unit`` field of the records indexes."""
-    fields = {"v": VERSION, "epoch": epoch, "rate": rate, "session": session, "units": list(units)}
-    return [topic("source", probe), msgpack.packb(fields)]
+    return [topic("source", probe), _encode(_Source(VERSION, epoch, rate, session, list(units)))]
 
 
 def unpack_source(header: bytes) -> tuple[str, float, list[str]]:
@@ -149,17 +207,13 @@ def unpack_source(header: bytes) -> tuple[str, float, list[str]]:
     WireError
         If it is not one.
     """
-    fields = unpack_map(header, MAX_SOURCE_BYTES)
-    session, rate, units = fields.get("session"), fields.get("rate"), fields.get("units")
-    if fields.get("v") != VERSION:
-        raise WireError(f"protocol version {fields.get('v')}; {VERSION} was expected")
-    if not isinstance(session, str) or not isinstance(units, list):
-        raise WireError("a source announcement without session or units")
-    if not isinstance(rate, (int, float)) or not MIN_RATE <= rate <= MAX_RATE:
-        raise WireError(f"rate {rate!r}; samples per second were expected")
-    if not all(isinstance(unit, str) for unit in units) or len(set(units)) != len(units):
+    said = _parse(_SOURCE, header, MAX_SOURCE_BYTES)
+    _check_version(said.v)
+    if not MIN_RATE <= said.rate <= MAX_RATE:
+        raise WireError(f"rate {said.rate!r}; samples per second were expected")
+    if len(set(said.units)) != len(said.units):
         raise WireError("unit ids must be strings, each once")
-    return session, float(rate), units
+    return said.session, said.rate, said.units
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,16 +254,10 @@ class TaskEvent:
 
 def pack_behaviour(batch: BehaviourBatch) -> list[bytes]:
     """Frames of one message of a behaviour."""
-    header = {
-        "v": VERSION,
-        "epoch": batch.epoch,
-        "seq": batch.seq,
-        "first": batch.first,
-        "rate": batch.rate,
-        "n": len(batch.values),
-        "sent_ns": batch.sent_ns,
-    }
-    return [topic("behaviour", batch.name), msgpack.packb(header), batch.values.tobytes()]
+    header = _Behaviour(
+        VERSION, batch.epoch, batch.seq, batch.first, batch.rate, len(batch.values), batch.sent_ns
+    )
+    return [topic("behaviour", batch.name), _encode(header), batch.values.tobytes()]
 
 
 def unpack_behaviour(name: str, header: bytes, payload: Any) -> BehaviourBatch:
@@ -220,14 +268,10 @@ def unpack_behaviour(name: str, header: bytes, payload: Any) -> BehaviourBatch:
     WireError
         If it is not one, or is longer than ``MAX_MESSAGE_S``.
     """
-    fields = unpack_map(header)
-    v, epoch, seq, first, n, sent_ns = _integers(
-        fields, ("v", "epoch", "seq", "first", "n", "sent_ns")
-    )
-    rate = fields.get("rate")
-    if v != VERSION:
-        raise WireError(f"protocol version {v}; {VERSION} was expected: update the older side")
-    if not isinstance(rate, (int, float)) or not 0 < rate <= MAX_RATE:
+    said = _parse(_BEHAVIOUR, header)
+    seq, first, n, rate = said.seq, said.first, said.n, said.rate
+    _check_version(said.v)
+    if not 0 < rate <= MAX_RATE:
         raise WireError(f"rate {rate!r}; values per second were expected")
     if seq < 0 or not 0 <= first < MAX_SAMPLE or not 0 <= n <= MAX_VALUES:
         raise WireError(f"seq {seq}, first {first}, n {n}; 0 <= n <= {MAX_VALUES} was expected")
@@ -235,15 +279,14 @@ def unpack_behaviour(name: str, header: bytes, payload: Any) -> BehaviourBatch:
         raise WireError(f"{n} values at {rate:g} Hz; at most {MAX_MESSAGE_S:g} s were expected")
     if memoryview(payload).nbytes != 4 * n:
         raise WireError(f"{memoryview(payload).nbytes} bytes of payload for n = {n} values")
-    return BehaviourBatch(
-        name, epoch, seq, first, float(rate), np.frombuffer(payload, "<f4"), sent_ns
-    )
+    values = np.frombuffer(payload, "<f4")
+    return BehaviourBatch(name, said.epoch, seq, first, rate, values, said.sent_ns)
 
 
 def pack_event(probe: str, event: TaskEvent) -> list[bytes]:
     """Frames of one task event."""
-    fields = {"epoch": event.epoch, "sample": event.sample, "kind": event.kind}
-    return pack_map("events", probe, {**fields, "value": event.value})
+    said = _Event(VERSION, event.epoch, event.sample, event.kind, event.value)
+    return [topic("events", probe), _encode(said)]
 
 
 def unpack_event(header: bytes) -> TaskEvent:
@@ -254,33 +297,20 @@ def unpack_event(header: bytes) -> TaskEvent:
     WireError
         If it is not one.
     """
-    fields = unpack_map(header)
-    v, epoch, sample = _integers(fields, ("v", "epoch", "sample"))
-    if v != VERSION:
-        raise WireError(f"protocol version {v}; {VERSION} was expected: update the older side")
-    if not isinstance(fields.get("kind"), str) or not 0 <= sample < MAX_SAMPLE:
-        raise WireError(f"event {fields.get('kind')!r} at sample {sample}; a name was expected")
-    return TaskEvent(epoch, sample, fields["kind"], fields.get("value"))
+    said = _parse(_EVENT, header)
+    _check_version(said.v)
+    if not 0 <= said.sample < MAX_SAMPLE:
+        raise WireError(f"event {said.kind!r} at sample {said.sample}; a name was expected")
+    return TaskEvent(said.epoch, said.sample, said.kind, said.value)
 
 
 def pack_decoded(frame: DecodedFrame) -> list[bytes]:
     """Frames of one decoded bin."""
-    fields = {
-        "v": VERSION,
-        "probe": frame.probe,
-        "epoch": frame.epoch,
-        "bin": frame.bin,
-        "end": frame.end,
-        "values": frame.values_V.tolist(),
-        "flags": frame.flags,
-        "spikes": frame.spikes,
-        "late": frame.late,
-        "unknown": frame.unknown,
-        "lost": frame.lost,
-        "model": frame.model,
-        "stamps": frame.stamps,
-    }
-    return [topic("decoded", frame.probe), msgpack.packb(fields)]
+    said = _Decoded(
+        VERSION, frame.probe, frame.epoch, frame.bin, frame.end, frame.values_V.tolist(),
+        frame.flags, frame.spikes, frame.late, frame.unknown, frame.lost, frame.model, frame.stamps,
+    )  # fmt: skip
+    return [topic("decoded", frame.probe), _encode(said)]
 
 
 def unpack_decoded(header: bytes) -> DecodedFrame:
@@ -291,21 +321,17 @@ def unpack_decoded(header: bytes) -> DecodedFrame:
     WireError
         If it is not one.
     """
-    fields = unpack_map(header)
-    if fields.get("v") != VERSION:
-        raise WireError(f"protocol version {fields.get('v')}; {VERSION} was expected")
-    keys = ("epoch", "bin", "end", "flags", "spikes", "late", "unknown", "lost")
-    epoch, bin_, end, flags, spikes, late, unknown, lost = _integers(fields, keys)
+    said = _parse(_DECODED, header)
+    _check_version(said.v)
     try:
         with np.errstate(over="raise"):
-            values = np.asarray(fields["values"], dtype=np.float32)
-        stamps = {str(name): int(stamp) for name, stamp in fields["stamps"].items()}
-        probe, model = str(fields["probe"]), str(fields["model"])
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
-        raise WireError("a decoded frame without values, stamps, probe or model") from None
+            values = np.array(said.values, np.float32)
+    except ArithmeticError:
+        raise WireError("values beyond those of float32") from None
     return DecodedFrame(
-        probe, epoch, bin_, end, values, flags, spikes, late, unknown, lost, model, stamps
-    )
+        said.probe, said.epoch, said.bin, said.end, values, said.flags, said.spikes, said.late,
+        said.unknown, said.lost, said.model, said.stamps,
+    )  # fmt: skip
 
 
 def pack_map(kind: str, name: str, fields: dict[str, Any]) -> list[bytes]:
@@ -332,14 +358,19 @@ def unpack_map(header: bytes, limit: int = MAX_HEADER_BYTES) -> dict[str, Any]:
     return fields
 
 
-def _integers(fields: dict[str, Any], keys: Sequence[str]) -> list[int]:
-    values = []
-    for key in keys:
-        value = fields.get(key)
-        if type(value) is not int or not -(1 << 63) <= value < 1 << 63:
-            raise WireError(f"{key} is {value!r}; an int64 was expected")
-        values.append(value)
-    return values
+def _parse(decoder: msgspec.msgpack.Decoder[T], header: bytes, limit: int = MAX_HEADER_BYTES) -> T:
+    """A map of fixed keys; others in it are passed over."""
+    if len(header) > limit:
+        raise WireError(f"a header of {len(header)} bytes; at most {limit} were expected")
+    try:
+        return decoder.decode(header)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise WireError(f"a header that breaks the protocol: {error}") from None
+
+
+def _check_version(v: int) -> None:
+    if v != VERSION:
+        raise WireError(f"protocol version {v}; {VERSION} was expected: update the older side")
 
 
 def empty_records() -> NDArray[np.void]:

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rt_neds.frames import SPIKE_DTYPE, SpikeBatch
-from rt_neds.stream.binner import Binner, as_pairs, count_spikes
+from rt_neds.stream.binner import Binner, as_pairs, count_spikes, empty_row
 from tests.naive import bins_of
 
 UNITS, WIDTH, RATE = 5, 20, 1000.0
@@ -258,14 +258,18 @@ def test_kernel_equals_its_naive_twin(seed, n, first):
     records["unit"][: n // 9] += 1 << 16  # whoever sends may number units as it likes
     rows = np.array([3, -1, 0, 2, 1, 4, -1], np.int32)
     ring = np.zeros((60, UNITS + 2), np.float32)
-    tally = np.zeros(2, np.int64)
-    count_spikes(as_pairs(records), rows, ring, first, first + 60, WIDTH, tally)
+    tally = count_spikes(as_pairs(records), rows, ring, first, first + 60, WIDTH)
     counts, unknown, before, after = bins_of(records, rows, UNITS, WIDTH, first, first + 60)
     order = [(first + i) % 60 for i in range(60)]
     np.testing.assert_array_equal(ring[order, :UNITS], counts)
     np.testing.assert_array_equal(ring[order, UNITS], unknown)
     np.testing.assert_array_equal(ring[order, UNITS + 1], counts.sum(axis=1))
-    assert list(tally) == [before, after]
+    assert tally == (before, after)
+    taken = np.zeros(UNITS, np.float32)
+    for t, row in enumerate(order):
+        assert empty_row(ring, row, taken) == (unknown[t], counts[t].sum())
+        np.testing.assert_array_equal(taken, counts[t])
+    assert not ring.any()
 
 
 def through_a_socket(payload):
@@ -288,15 +292,7 @@ def test_one_signature_whatever_the_buffer(tmp_path):
     results = []
     for buffer in buffers:
         ring = np.zeros((60, UNITS + 2), np.float32)
-        count_spikes(
-            as_pairs(buffer),
-            np.arange(5, dtype=np.int32),
-            ring,
-            0,
-            60,
-            WIDTH,
-            np.zeros(2, np.int64),
-        )
+        count_spikes(as_pairs(buffer), np.arange(5, dtype=np.int32), ring, 0, 60, WIDTH)
         results.append(ring)
     for ring in results[1:]:
         np.testing.assert_array_equal(ring, results[0])

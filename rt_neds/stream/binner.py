@@ -37,21 +37,23 @@ _I8_READONLY = numba.types.Array(numba.int64, 2, "C", readonly=True)
 _MAP_READONLY = numba.types.Array(numba.int32, 1, "C", readonly=True)
 
 
+_TWO_COUNTS = numba.types.UniTuple(numba.int64, 2)
+
+
 @numba.njit(
-    numba.void(
+    _TWO_COUNTS(
         _I8_READONLY,  # records_S2
         _MAP_READONLY,  # row_of_unit_U
         numba.float32[:, ::1],  # ring_RC
         numba.int64,  # first_bin
         numba.int64,  # end_bin
         numba.int64,  # width
-        numba.int64[::1],  # tally
     ),
     cache=True,
     nogil=True,
     boundscheck=False,
 )
-def count_spikes(records_S2, row_of_unit_U, ring_RC, first_bin, end_bin, width, tally):  # type: ignore[no-untyped-def]
+def count_spikes(records_S2, row_of_unit_U, ring_RC, first_bin, end_bin, width):  # type: ignore[no-untyped-def]
     """Add the spikes of bins ``[first_bin, end_bin)`` to their rows of the ring.
 
     Parameters
@@ -66,22 +68,26 @@ def count_spikes(records_S2, row_of_unit_U, ring_RC, first_bin, end_bin, width, 
         ``end_bin - first_bin`` is at most the number of rows.
     width : int
         Samples per bin.
-    tally : int64 array, shape (2,)
-        Increased by the spikes before ``first_bin`` and at or after ``end_bin``.
+
+    Returns
+    -------
+    tuple of int
+        Spikes before ``first_bin``, and at or after ``end_bin``.
     """
     rows = ring_RC.shape[0]
     units = ring_RC.shape[1] - 2
     # Bounds of the bin last seen, which most spikes share, and how many of them it had since.
     row, low, high = 0, np.int64(0), np.int64(0)
     known = unknown = np.float32(0)
+    before = beyond = np.int64(0)
     start, stop = first_bin * width, end_bin * width
     for i in range(records_S2.shape[0]):
         sample = records_S2[i, 0]
         if sample < start:
-            tally[0] += 1
+            before += 1
             continue
         if sample >= stop:
-            tally[1] += 1
+            beyond += 1
             continue
         if sample < low or sample >= high:
             ring_RC[row, units] += unknown
@@ -98,12 +104,33 @@ def count_spikes(records_S2, row_of_unit_U, ring_RC, first_bin, end_bin, width, 
             unknown += np.float32(1)
     ring_RC[row, units] += unknown
     ring_RC[row, units + 1] += known
+    return before, beyond
+
+
+@numba.njit(
+    _TWO_COUNTS(numba.float32[:, ::1], numba.int64, numba.float32[::1]), cache=True, nogil=True
+)
+def empty_row(ring_RC, row, counts_N):  # type: ignore[no-untyped-def]
+    """Move the counts of a row of the ring to ``counts_N``, and leave zeros.
+
+    Returns
+    -------
+    tuple of int
+        Its unknown-unit spikes and its known ones.
+    """
+    units = counts_N.shape[0]
+    for n in range(units):
+        counts_N[n] = ring_RC[row, n]
+        ring_RC[row, n] = 0
+    unknown, known = np.int64(ring_RC[row, units]), np.int64(ring_RC[row, units + 1])
+    ring_RC[row, units] = ring_RC[row, units + 1] = 0
+    return unknown, known
 
 
 def as_pairs(records_S: NDArray[np.void]) -> NDArray[np.int64]:
     """See SPIKE_DTYPE records as the int64 pairs the kernel takes; copies only if unaligned."""
-    records_S = np.ascontiguousarray(records_S)
-    if not records_S.flags.aligned:
+    flags = records_S.flags
+    if not (flags.c_contiguous and flags.aligned):
         records_S = records_S.copy()
     return records_S.view(np.int64).reshape(-1, 2)
 
@@ -150,7 +177,6 @@ class Binner:
         rows = OPEN_BINS + -(-lateness // width)
         self._ring_RC = np.zeros((rows, units + 2), np.float32)
         self._counts_of_frame = np.zeros((1 + CHUNK, units), np.float32)
-        self._tally = np.zeros(2, np.int64)
         self._epoch: int | None = None
         self._next_bin = 0  # the oldest bin still open
         self._end = 0  # samples are complete, or known to be lost, up to here
@@ -186,7 +212,8 @@ class Binner:
         rows = len(self._ring_RC)
         counted_to = self._next_bin + rows
         before, beyond = self._count(records_S2, self._next_bin, counted_to)
-        self._note_early_or_late(before)
+        if before:
+            self._note_early_or_late(before)
         while True:
             yield from self._close_to(min(closing, counted_to) if beyond else closing, batch)
             # Bins that closed made room: what lay beyond the open ones is counted further on.
@@ -206,17 +233,8 @@ class Binner:
         self, records_S2: NDArray[np.int64], first_bin: int, end_bin: int
     ) -> tuple[int, int]:
         """Count spikes into some of the open bins; return how many lay before and beyond them."""
-        self._tally[:] = 0
-        count_spikes(
-            records_S2,
-            self._row_of_unit_U,
-            self._ring_RC,
-            first_bin,
-            end_bin,
-            self.width,
-            self._tally,
-        )
-        return int(self._tally[0]), int(self._tally[1])
+        ring_RC, width = self._ring_RC, self.width
+        return count_spikes(records_S2, self._row_of_unit_U, ring_RC, first_bin, end_bin, width)
 
     def _note_early_or_late(self, spikes: int) -> None:
         if self._first_of_run:  # nothing has closed yet: they lie in the bin we joined midway
@@ -259,12 +277,12 @@ class Binner:
     def _close(self, batch: SpikeBatch) -> BinnedFrame:
         bin_, width = self._next_bin, self.width
         start, end = bin_ * width, (bin_ + 1) * width
-        observed = not any(hole[0] < end and hole[1] > start for hole in self._holes)
+        observed = True
         if self._holes:
+            observed = not any(hole[0] < end and hole[1] > start for hole in self._holes)
             self._holes = [hole for hole in self._holes if hole[1] > end]
-        row_C = self._ring_RC[bin_ % len(self._ring_RC)]
         counts_N = self._counts_of_frame[self.counters["bins"] % len(self._counts_of_frame)]
-        counts_N[:] = row_C[:-2]
+        unknown, known = empty_row(self._ring_RC, bin_ % len(self._ring_RC), counts_N)
         assert self._epoch is not None
         frame = BinnedFrame(
             epoch=self._epoch,
@@ -272,8 +290,8 @@ class Binner:
             end=end,
             counts_N=counts_N,
             observed=observed,
-            spikes=int(row_C[-1]),
-            unknown=int(row_C[-2]),
+            spikes=known,
+            unknown=unknown,
             late=self._late,
             lost=self._lost,
             first_of_run=self._first_of_run or self._anew,
@@ -281,12 +299,12 @@ class Binner:
             received_ns=batch.received_ns,
             binned_ns=monotonic_ns(),
         )
-        row_C[:] = 0.0
         self._next_bin += 1
         self._late = self._lost = 0
         self._first_of_run = self._anew = False
-        self.counters["bins"] += 1
-        self.counters["bins_unobserved"] += not observed
-        self.counters["spikes"] += frame.spikes
-        self.counters["spikes_unknown"] += frame.unknown
+        counters = self.counters
+        counters["bins"] += 1
+        counters["bins_unobserved"] += not observed
+        counters["spikes"] += known
+        counters["spikes_unknown"] += unknown
         return frame

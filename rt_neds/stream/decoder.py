@@ -323,12 +323,14 @@ def decode_together(
     They have at most ``CHUNK`` bins, all together. Where a unit falls silent in between, one
     decodes after the other.
     """
+    if len(decoders) == 1:
+        return [decoders[0].decode_chunk(frames_of[0])]
     steady = all(
         frame.silent_N is decoder._silent_N
         for decoder, frames in zip(decoders, frames_of, strict=True)
         for frame in frames
     )
-    if len(decoders) == 1 or not steady:
+    if not steady:
         return [d.decode_chunk(frames) for d, frames in zip(decoders, frames_of, strict=True)]
     for decoder, frames in zip(decoders, frames_of, strict=True):
         decoder._next_before.clear()

@@ -51,9 +51,10 @@ def write_values(raw_TO, kind_B, outputs_B, value_BC, limits_B2, share_C, values
                 continue
             mean = variance = 0.0
             for c in range(size):
-                mean += share_C[c] / total * value_BC[b, c]
+                share_C[c] /= total
+                mean += share_C[c] * value_BC[b, c]
             for c in range(size):
-                variance += share_C[c] / total * (value_BC[b, c] - mean) ** 2
+                variance += share_C[c] * (value_BC[b, c] - mean) ** 2
             variance = max(variance - limits_B2[b, 0], limits_B2[b, 1])
             values_TV[t, to], values_TV[t, to + 1] = mean, math.sqrt(variance)
             to += 2
