@@ -284,7 +284,6 @@ def test_allocates_nothing():
 def test_allocates_nothing_inside_the_kernel():
     step = FusedStep(random_model(), "a", NAMES)
     counts_N = np.ones(12, np.float32)
-    arrays = 1 + sum(isinstance(argument, np.ndarray) for argument in step._trunk.arguments)
     _nrt_python.memsys_enable_stats()
     try:
         before = rtsys.get_allocation_stats()
@@ -293,8 +292,8 @@ def test_allocates_nothing_inside_the_kernel():
         after = rtsys.get_allocation_stats()
     finally:
         _nrt_python.memsys_disable_stats()
-    # The call itself wraps each array it is given in a small header, and frees it.
-    assert after.alloc - before.alloc == after.free - before.free == 100 * arrays
+    assert after.alloc == before.alloc
+    assert after.free == before.free
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -42,7 +42,16 @@ from rt_neds.stream.fused_arrays import (
     trunk_blocks,
     zeros,
 )
-from rt_neds.stream.fused_kernel import LANES, LIVE, PANEL, STREAM, fetch, fused_step, place
+from rt_neds.stream.fused_kernel import (
+    LANES,
+    LIVE,
+    PANEL,
+    STREAM,
+    TRUNK,
+    fetch,
+    fused_step,
+    place,
+)
 from rt_neds.stream.live_tokens import LiveTokens
 
 READ = ("read_in", "keys_LHX", "values_LHX")
@@ -60,28 +69,45 @@ class _Trunk:
         np.concatenate(blocks, out=self.weights, casting="same_kind")
         self.config = c, packed, said
         self.streams_P = np.zeros(T, STREAM)  # each has a bin at least
+        self.streams_at = self.streams_P.ctypes.data
         self.fields_PX = self.streams_P.view(np.int64).reshape(T, -1)
-        self.arguments = (
-            self.weights,
-            int(packed),
-            c.layers,
-            c.heads,
-            ROTARY_BASE ** -(np.arange(0, width, 2, dtype=np.float64) / width),
-            np.float32(math.log2(math.e) / math.sqrt(width)),  # softmax is of powers of two
-            np.array(c.history, np.int64),
-            c.context,
-            np.float32(model.norm.eps),
-            c.dim,
-            c.widen * c.dim,
-            np.float32(model.memory.longest if model.memory is not None else 0),
-            np.zeros(T, bool),  # observed_T
-            zeros(T, 2, width // 2),  # turn_T2F
-            zeros(4, T, D + round_up(said, LANES) + PANEL),  # work_4TD
-            zeros(T, said + 1),  # said_TU
-            zeros(T, 3 * D),  # qkv_T3D
-            zeros(T, round_up(c.widen * c.dim)),  # wide_TG
-            zeros(1, round_up(rows, LANES)),  # scores_1R
-        )
+        frequency_F = ROTARY_BASE ** -(np.arange(0, width, 2, dtype=np.float64) / width)
+        sizes = {
+            "packed": packed,
+            "layers": c.layers,
+            "heads": c.heads,
+            "context": c.context,
+            "dim": c.dim,
+            "widened": c.widen * c.dim,
+            "said": said,
+            "boxcars": len(c.history),
+            "words": self.weights.size,
+            "most": T,
+            "D": D,
+            "G": round_up(c.widen * c.dim),
+            "R": round_up(rows, LANES),
+            "X": D + round_up(said, LANES) + PANEL,
+            "query_scale": math.log2(math.e) / math.sqrt(width),  # softmax is of powers of two
+            "epsilon": model.norm.eps,
+            "longest": model.memory.longest if model.memory is not None else 0,
+        }
+        self._arrays = {
+            "weights": self.weights,
+            "history_K": np.array(c.history, np.int64),
+            "frequency_F": frequency_F,
+            "observed_T": np.zeros(T, np.int8),
+            "turn_T2F": zeros(T, 2, width // 2),
+            "work_4TX": zeros(4, T, sizes["X"]),
+            "said_TU": zeros(T, said + 1),
+            "qkv_T3D": zeros(T, 3 * D),
+            "wide_TG": zeros(T, sizes["G"]),
+            "scores_1R": zeros(1, sizes["R"]),
+        }
+        addresses = {name: array.ctypes.data for name, array in self._arrays.items()}
+        self._record_1 = np.zeros(1, TRUNK)
+        for name, value in (sizes | addresses).items():
+            self._record_1[name] = value
+        self.at = self._record_1.ctypes.data
 
     def same_as(self, other: _Trunk) -> bool:
         """Whether nothing would change if the other took its place."""
@@ -157,7 +183,7 @@ class FusedStep:
         for name, size in (("units", parts.units), ("inputs", inputs), ("outputs", len(heads_OI))):
             self._stream_1[name] = size
         # What a step touches, ready to hand: looking it up costs more than it does.
-        self._fields = self._stream_1.view(np.int64)
+        self._fields, self._at = self._stream_1.view(np.int64), self._stream_1.ctypes.data
         self._counts_TN, self._shown_T = self._arrays["counts_TN"], self._arrays["shown_T"]
         self._raw_TO, self._bin, self._bins = self._arrays["raw_TO"], 0, 0
         self._config = c
@@ -239,7 +265,7 @@ class FusedStep:
             call.
         """
         self._take(counts_TN, observed_T, live_TM)
-        fused_step(self._stream_1, *self._trunk.arguments)
+        fused_step(self._at, 1, self._trunk.at)
         return self._raw_TO[: self._bins]
 
     def _take(
@@ -285,7 +311,7 @@ class FusedStep:
         trunk = steps[0]._trunk
         for p, step in enumerate(steps):
             trunk.fields_PX[p] = step._fields
-        fused_step(trunk.streams_P[: len(steps)], *trunk.arguments)
+        fused_step(trunk.streams_at, len(steps), trunk.at)
         return [step._raw_TO[: step._bins] for step in steps]
 
     def fetch(self, *, trunk: bool = True) -> None:

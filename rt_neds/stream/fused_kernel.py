@@ -58,6 +58,20 @@ STREAM = np.dtype(
 )
 """One stream: how many bins it has now and the number of the first, its sizes, and the addresses of
 its arrays."""
+TRUNK = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            *("packed", "layers", "heads", "context", "dim", "widened", "said", "boxcars"),
+            *("words", "most", "D", "G", "R", "X"),
+            *("weights", "history_K", "frequency_F", "observed_T", "turn_T2F", "work_4TX"),
+            *("said_TU", "qkv_T3D", "wide_TG", "scores_1R"),
+        )
+    ]
+    + [(name, np.float64) for name in ("query_scale", "epsilon", "longest")]
+)
+"""What streams share: sizes (``words`` of weights, ``most`` bins of a call), and the addresses of
+weights and work space. In a record, for twenty arguments cost more than a small layer's weights."""
 SPIKES, LIVE = 1, 2
 """What a bin shows: bits of ``shown_T``."""
 NEAR, FAR = (2048, 32), (16384, 16)
@@ -87,7 +101,8 @@ def _pointer_to(kind: Any) -> Any:
 
 
 _to_floats, _to_integers = _pointer_to(types.float32), _pointer_to(types.int64)
-_to_bytes = _pointer_to(types.int8)
+_to_bytes, _to_doubles = _pointer_to(types.int8), _pointer_to(types.float64)
+_to_streams, _to_trunk = (_pointer_to(numba.from_dtype(kind)) for kind in (STREAM, TRUNK))
 
 
 @_plain
@@ -590,19 +605,24 @@ def fetch(words):  # type: ignore[no-untyped-def]
     return total  # of no use; but what nobody asks for is not read
 
 
-@numba.njit(error_model="numpy", cache=True, nogil=True)
-def fused_step(  # type: ignore[no-untyped-def]
-    streams_P, weights, packed, layers, heads, frequency_F, query_scale, history_K, context,
-    epsilon, dim, widened, longest, observed_T, turn_T2F, work_4TD, said_TU, qkv_T3D, wide_TG,
-    scores_1R,
-):  # fmt: skip
-    """The bins of all streams; :class:`FusedStep` owns a stream's arrays, its trunk all others."""
-    D, G, width = qkv_T3D.shape[1] // 3, wide_TG.shape[1], 2 * frequency_F.size
-    R, V = scores_1R.shape[1], (width + LANES - 1) // LANES * LANES
-    rows, one = context + len(qkv_T3D), np.float32(1)  # of the ring, and the sink
-    said = said_TU.shape[1] - 1
+@_plain
+def _step(streams_P, trunk):  # type: ignore[no-untyped-def]
+    packed, layers, heads, context = trunk.packed, trunk.layers, trunk.heads, trunk.context
+    dim, widened, said, most = trunk.dim, trunk.widened, trunk.said, trunk.most
+    D, G, R, width = trunk.D, trunk.G, trunk.R, dim // heads
+    epsilon, longest = np.float32(trunk.epsilon), np.float32(trunk.longest)
+    query_scale, one = np.float32(trunk.query_scale), np.float32(1)
+    V, rows = (width + LANES - 1) // LANES * LANES, context + most  # of the ring, and the sink
     E = D + (said + LANES - 1) // LANES * LANES
-    x_TD, normed_TD, more_TD, mixed_TD = work_4TD[0], work_4TD[1], work_4TD[2], work_4TD[3]
+    weights = _floats(trunk.weights, 1, trunk.words)[0]
+    history_K = _integers(trunk.history_K, trunk.boxcars)
+    frequency_F = numba.carray(_to_doubles(trunk.frequency_F), (width // 2,))
+    turn_T2F = numba.carray(_to_floats(trunk.turn_T2F), (most, 2, width // 2))
+    observed_T = _bytes(trunk.observed_T, 1, most)[0]
+    said_TU, qkv_T3D = _floats(trunk.said_TU, most, said + 1), _floats(trunk.qkv_T3D, most, 3 * D)
+    wide_TG, scores_1R = _floats(trunk.wide_TG, most, G), _floats(trunk.scores_1R, 1, R)
+    work_4TX = numba.carray(_to_floats(trunk.work_4TX), (4, most, trunk.X))
+    x_TD, normed_TD, more_TD, mixed_TD = work_4TX[0], work_4TX[1], work_4TX[2], work_4TX[3]
     T = first = 0
     for stream in streams_P:
         T = _enter(
@@ -652,3 +672,12 @@ def fused_step(  # type: ignore[no-untyped-def]
     for stream in streams_P:
         _read_out(stream, first, normed_TD, said_TU, dim)
         first += stream.bins
+
+
+@numba.njit(error_model="numpy", cache=True, nogil=True)
+def fused_step(streams, many, trunk):  # type: ignore[no-untyped-def]
+    """The bins of so many streams, whose records lie at an address, with the trunk at another.
+
+    :class:`FusedStep` owns a stream's arrays, its trunk all others.
+    """
+    _step(numba.carray(_to_streams(streams), (many,)), numba.carray(_to_trunk(trunk), (1,))[0])
