@@ -228,8 +228,6 @@ def overrides(method: str, protocol: Protocol) -> tuple[str, ...]:
     """What a method changes in the protocol's configuration."""
     if method == "neds_full":
         return ("model.attention=full", *protocol.full)
-    if method == "gru":  # its training is ended by the validation split
-        return ("data.refit=false",)
     return ("model.tokens=modality",) if method == "neds_modality" else ()
 
 

@@ -10,7 +10,7 @@ Shape suffixes: T bins, N units, F features, S bins asked, P places of a plane, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 from scipy.optimize import fmin_l_bfgs_b
 from sklearn.cluster import KMeans
 
-from offline.baselines.linear import BLOCK, Scaler, blocks, column, fitting_bins, history_widths
+from offline.baselines.linear import (
+    BLOCK,
+    Scaler,
+    blocks,
+    chosen_by_training,
+    column,
+    fitting_bins,
+    history_widths,
+)
 from offline.windows import BinnedSession
 
 ALPHAS = tuple(float(alpha) for alpha in np.logspace(2, -2.5, 10))
@@ -172,6 +180,17 @@ class Poisson:
     least: float
     most_N: NDArray
 
+    def with_units(self, which_N: NDArray[np.bool_], other: Poisson) -> Poisson:
+        """The other's weights for some of the units."""
+        weight_FN = np.where(which_N, other.weight_FN, self.weight_FN)
+        offset_N = np.where(which_N, other.offset_N, self.offset_N)
+        return replace(self, weight_FN=weight_FN, offset_N=offset_N)
+
+    def of_type(self, dtype: np.dtype) -> Poisson:
+        """With weights of less precision."""
+        weight_FN, offset_N = self.weight_FN.astype(dtype), self.offset_N.astype(dtype)
+        return replace(self, weight_FN=weight_FN, offset_N=offset_N)
+
     def __call__(self, z_TF: NDArray) -> NDArray[np.float64]:
         log_TN = (z_TF @ self.weight_FN + self.offset_N).astype(np.float64)
         return np.clip(np.exp(np.minimum(log_TN, 20.0)), self.least, self.most_N)
@@ -183,6 +202,8 @@ def fit_poisson(
     val_TF: NDArray,
     val_TN: NDArray,
     alphas: tuple[float, ...] = ALPHAS,
+    *,
+    refit: bool = False,
 ) -> Poisson:
     """Ridge Poisson regression of every unit at once; validation chooses each unit's penalty.
 
@@ -197,33 +218,61 @@ def fit_poisson(
         The same of validation.
     alphas : tuple of float
         Penalties, strongest first.
+    refit : bool
+        Whether training and validation together are fitted in the end, with those penalties.
 
     Returns
     -------
     Poisson
     """
-    T, N = count_TN.shape
-    least = 0.5 / T
-    mean_N = np.maximum(count_TN.mean(axis=0, dtype=np.float64), least)
-    most_N = np.maximum(count_TN.max(axis=0), least)
-    # In the axes of the features' covariance the curvature is nearly diagonal: few steps suffice.
-    power_F, axes_FF = np.linalg.eigh(z_TF.T @ z_TF / T)
-    turned_TF, power_F = z_TF @ axes_FF, np.maximum(power_F, 0.0)
-    weight_FN, offset_N = np.zeros((z_TF.shape[1], N)), np.log(mean_N)
-    best_FN, best_N, least_N = weight_FN, offset_N, np.full(N, np.inf)
+    fit = _Fit(z_TF, count_TN)
+    model, N = fit.nothing(), count_TN.shape[1]
+    best, least_N, alpha_N = model, np.full(N, np.inf), np.full(N, alphas[0])
     for alpha in alphas:
-        weight_FN, offset_N = _minimise(
-            turned_TF, count_TN, weight_FN, offset_N, power_F, alpha, mean_N
-        )
-        whole_FN = axes_FF @ weight_FN
-        rate_TN = Poisson(whole_FN, offset_N, least, most_N)(val_TF)
+        model = fit(model, np.full(N, alpha))
+        rate_TN = model(val_TF)
         loss_N = (rate_TN - val_TN * np.log(rate_TN)).mean(axis=0)
         better_N = loss_N < least_N
-        best_FN = np.where(better_N, whole_FN, best_FN)
-        best_N, least_N = np.where(better_N, offset_N, best_N), np.minimum(loss_N, least_N)
+        best = best.with_units(better_N, model)
+        least_N, alpha_N = np.minimum(loss_N, least_N), np.where(better_N, alpha, alpha_N)
         if not better_N.any():
             break
-    return Poisson(best_FN.astype(z_TF.dtype), best_N.astype(z_TF.dtype), least, most_N)
+    if refit:
+        whole = _Fit(np.concatenate([z_TF, val_TF]), np.concatenate([count_TN, val_TN]))
+        best = whole(best, alpha_N)
+    return best.of_type(z_TF.dtype)
+
+
+class _Fit:
+    """Ridge Poisson regression of some bins."""
+
+    def __init__(self, z_TF: NDArray, count_TN: NDArray) -> None:
+        T = len(z_TF)
+        self._count_TN, self._least = count_TN, 0.5 / T
+        self._mean_N = np.maximum(count_TN.mean(axis=0, dtype=np.float64), self._least)
+        self._most_N = np.maximum(count_TN.max(axis=0), self._least)
+        # In the axes of the features' covariance the curvature is nearly diagonal: few steps
+        # suffice.
+        power_F, self._axes_FF = np.linalg.eigh(z_TF.T @ z_TF / T)
+        self._turned_TF, self._power_F = z_TF @ self._axes_FF, np.maximum(power_F, 0.0)
+
+    def nothing(self) -> Poisson:
+        """The mean rate of every unit."""
+        weight_FN = np.zeros((len(self._axes_FF), len(self._mean_N)))
+        return Poisson(weight_FN, np.log(self._mean_N), self._least, self._most_N)
+
+    def __call__(self, first: Poisson, alpha_N: NDArray[np.float64]) -> Poisson:
+        """With these penalties, from a first guess."""
+        weight_FN, offset_N = _minimise(
+            self._turned_TF,
+            self._count_TN,
+            self._axes_FF.T @ first.weight_FN,
+            first.offset_N,
+            self._power_F,
+            alpha_N,
+            self._mean_N,
+        )
+        return Poisson(self._axes_FF @ weight_FN, offset_N, self._least, self._most_N)
 
 
 def _minimise(
@@ -232,14 +281,15 @@ def _minimise(
     weight_FN: NDArray,
     offset_N: NDArray,
     power_F: NDArray,
-    alpha: float,
+    alpha_N: NDArray,
     mean_N: NDArray,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Weights and offsets of the least penalised loss, from a first guess of them."""
     T, F = z_TF.shape
-    curvature_FN = np.concatenate([power_F + alpha, [1.0]])[:, None] * mean_N
+    N = len(mean_N)
+    curvature_FN = np.concatenate([power_F[:, None] + alpha_N, np.ones((1, N))]) * mean_N
     scale_FN = 1.0 / np.sqrt(curvature_FN)
-    penalty_FN = np.concatenate([np.full(F, alpha), [0.0]])[:, None] * mean_N
+    penalty_FN = np.concatenate([np.tile(alpha_N, (F, 1)), np.zeros((1, N))]) * mean_N
     highest = 5.0  # beyond it the exponential goes on as a line, lest a long step overflow
 
     def loss(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
@@ -268,11 +318,18 @@ def _fit_and_predict(
     val: NDArray[np.int64],
     features: Features,
 ) -> NDArray[np.float64]:
-    """Fit on training bins, choose on validation bins, predict bins in any order."""
+    """Fit on training bins, choose on validation bins, predict bins in any order.
+
+    Where there is no validation split, training's last fifth chooses, and then all of it is fitted.
+    """
     width = features(train[:1]).shape[1]
     train, val = (part[:: -(-len(part) * width // MOST_CELLS) or 1] for part in (train, val))
     model = fit_poisson(
-        features(train), _counts(binned, train), features(val), _counts(binned, val)
+        features(train),
+        _counts(binned, train),
+        features(val),
+        _counts(binned, val),
+        refit=chosen_by_training(binned),
     )
     out_SN = np.zeros((len(bins), len(binned.session.unit_ids)))
     order = np.argsort(bins, kind="stable")

@@ -18,7 +18,15 @@ import torch.nn.functional as nnf
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from offline.baselines.linear import BLOCK, Scaler, blocks, column, fitting_bins, softmax
+from offline.baselines.linear import (
+    BLOCK,
+    Scaler,
+    blocks,
+    chosen_by_training,
+    column,
+    fitting_bins,
+    softmax,
+)
 from offline.windows import BinnedSession
 from rt_neds.errors import ConfigError
 
@@ -70,6 +78,9 @@ def gru(
 ) -> dict[str, NDArray[np.float64]]:
     """Train a GRU on the training split and decode behaviours with it.
 
+    Where there is no validation split, training's last fifth says when to end, and then another is
+    trained on all of it for as long.
+
     Parameters
     ----------
     binned : BinnedSession
@@ -105,7 +116,11 @@ def gru(
         features = spikes * len(scaler.mean_F) + shown_TG.shape[1]
         net = _Net(features, max(target.outputs.stop for target in targets))
         starts = _Starts(np.random.default_rng(seed), max(window, WINDOW))
-        net = _train(net, read, targets, fitted, starts)
+        first = copy.deepcopy(net)
+        net, steps = _train(net, read, targets, fitted, starts)
+        if chosen_by_training(binned):
+            fitted = [(np.concatenate(both), both[1]) for both in fitted]
+            net, _ = _train(first, read, targets, fitted, starts, steps)
     out_SO = _carry(net, read, np.asarray(bins))
     predicted = {}
     for name, target in zip(names, targets, strict=True):
@@ -207,14 +222,15 @@ def _train(
     targets: list[Target],
     fitted: list[tuple[NDArray[np.int64], NDArray[np.int64]]],
     starts: _Starts,
-) -> _Net:
-    """The average of the weights that was best on validation."""
+    steps: int | None = None,
+) -> tuple[_Net, int]:
+    """The average of the weights that was best on validation, or after so many steps; and steps."""
     train, val = (_asked(read.binned, [of[which] for of in fitted]) for which in (0, 1))
     train_S, stretches = np.flatnonzero(train.any(axis=1)), _stretches(read, val)
     optimiser = torch.optim.AdamW(net.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     average = copy.deepcopy(net).eval().requires_grad_(False)
-    best, best_loss, worse = copy.deepcopy(average), np.inf, 0
-    for step in range(1, MOST_STEPS + 1):
+    best, best_step, best_loss, worse = copy.deepcopy(average), 0, np.inf, 0
+    for step in range(1, (MOST_STEPS if steps is None else steps) + 1):
         start_B = starts.draw(train_S)
         out_BTO, _ = net(torch.stack([read(a, a + starts.window) for a in start_B.tolist()]))
         at_BT = start_B[:, None] + np.arange(LEAD, starts.window)
@@ -226,7 +242,7 @@ def _train(
         with torch.no_grad():
             for kept, new in zip(average.parameters(), net.parameters(), strict=True):
                 kept.lerp_(new, 1.0 - min(AVERAGE, step / (step + 10)))
-        if step % VALIDATE_EVERY:
+        if step % VALIDATE_EVERY or steps is not None:
             continue
         with torch.no_grad():
             out_SO = torch.cat([average(x_TF[None])[0][0, -len(at) :] for at, x_TF in stretches])
@@ -234,10 +250,10 @@ def _train(
         val_loss = float(_loss(out_SO, at_S, read.binned, targets, val))
         worse = 0 if val_loss < best_loss else worse + 1
         if worse == 0:
-            best, best_loss = copy.deepcopy(average), val_loss
+            best, best_step, best_loss = copy.deepcopy(average), step, val_loss
         elif worse == PATIENCE:
             break
-    return best
+    return (best, best_step) if steps is None else (average, steps)
 
 
 def _asked(binned: BinnedSession, bins_of: list[NDArray[np.int64]]) -> NDArray[np.bool_]:

@@ -107,7 +107,7 @@ def fit_ridge(
     guess_TA = _predict(binned, val, widths, scaler, weights_FA) + offset
     error_A = ((guess_TA - binned.values_TM[val, m].astype(np.float64)[:, None]) ** 2).sum(axis=0)
     best = len(alphas) - 1 - int(error_A[::-1].argmin())  # of equals, the strongest
-    if binned.of_split("val").any():
+    if not chosen_by_training(binned):
         return weights_FA[:, best], offset
     every = np.concatenate([train, val])
     gram_FF, cross_F, offset = _normal_equations(binned, m, widths, scaler, every)
@@ -165,7 +165,7 @@ def logistic(
     """
     m, widths = column(binned, name), history_widths(binned, history_s)
     train, val = fitting_bins(binned, binned.scored_TM[:, m])
-    refit = not binned.of_split("val").any()
+    refit = chosen_by_training(binned)
     every = np.concatenate([train, val]) if refit else train
     if classes is None:
         classes = int(binned.values_TM[binned.scored_TM[:, m], m].max()) + 1
@@ -250,6 +250,11 @@ def fitting_bins(
     if len(val) == 0:
         train, val = np.split(train, [len(train) - max(1, len(train) // 5)])
     return train, val
+
+
+def chosen_by_training(binned: BinnedSession) -> bool:
+    """Whether there is no validation split: then all of training is fitted in the end."""
+    return not binned.of_split("val").any()
 
 
 # -- features ------------------------------------------------------------------------------------

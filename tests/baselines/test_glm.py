@@ -73,6 +73,39 @@ def test_each_unit_gets_its_own_penalty() -> None:
     assert np.abs(fitted.weight_FN[:, 1]).max() < 0.1
 
 
+def test_in_the_end_all_of_it_is_fitted_with_the_penalties_chosen() -> None:
+    """Each unit as if it were fitted by itself, to everything, with its own."""
+    rng = np.random.default_rng(6)
+    z_TF = rng.normal(size=(500, 20))
+    count_TN = rng.poisson(np.exp(np.stack([0.5 * z_TF[:, 0], 0 * z_TF[:, 0]], axis=1)))
+    alphas = (10.0, 0.001)
+    split = z_TF[:300], count_TN[:300], z_TF[300:], count_TN[300:]
+    fitted = fit_poisson(*split, alphas, refit=True)
+    for n, alpha in enumerate((0.001, 10.0)):
+        alone = fit_poisson(z_TF, count_TN[:, [n]], z_TF, count_TN[:, [n]], (alpha,))
+        np.testing.assert_allclose(fitted.weight_FN[:, n], alone.weight_FN[:, 0], atol=2e-3)
+        assert fitted.offset_N[n] == pytest.approx(alone.offset_N[0], abs=2e-3)
+    np.testing.assert_array_equal(fitted.most_N, count_TN.max(axis=0))
+
+
+def test_without_validation_all_of_training_is_fitted_in_the_end(
+    counts_TN: NDArray, walk_TD: NDArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[tuple[int, int, bool]] = []
+    fit = module.fit_poisson
+
+    def counted(z_TF, count_TN, val_TF, val_TN, *, refit):
+        sizes.append((len(z_TF), len(val_TF), refit))
+        return fit(z_TF, count_TN, val_TF, val_TN, refit=refit)
+
+    monkeypatch.setattr(module, "fit_poisson", counted)
+    binned = binned_session(counts_TN, walk_TD[:, 0])
+    encoding(binned, np.arange(2400, 2500))
+    binned.split_T[binned.of_split("val")] = 0
+    encoding(binned, np.arange(2400, 2500))
+    assert sizes == [(1800, 600, False), (1920, 480, True)]
+
+
 def test_encoding_finds_place_cells(walk_TD: NDArray, counts_TN: NDArray) -> None:
     binned = binned_session(counts_TN, walk_TD[:, 0], "x", y=walk_TD[:, 1])
     test = np.flatnonzero(binned.of_split("test"))
@@ -201,9 +234,9 @@ def test_bins_are_thinned_out_where_the_table_would_be_too_large(
 ) -> None:
     binned, shapes, fit = binned_session(counts_TN, walk_TD[:, 0]), [], module.fit_poisson
 
-    def noted(z_TF: NDArray, *rest: NDArray) -> module.Poisson:
+    def noted(z_TF: NDArray, *rest: NDArray, refit: bool) -> module.Poisson:
         shapes.append(z_TF.shape)
-        return fit(z_TF, *rest)
+        return fit(z_TF, *rest, refit=refit)
 
     monkeypatch.setattr(module, "fit_poisson", noted)
     for most in (1800 * 36, 1800 * 36 - 1):  # six units' spikes in six boxcars

@@ -266,6 +266,27 @@ def test_the_best_on_validation_is_used_and_training_ends_when_it_gets_no_better
     assert len(list(said)) == 5
 
 
+def test_without_validation_as_many_steps_are_taken_on_all_of_training_in_the_end(
+    counts_TN: NDArray, speed_T: NDArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binned, train, runs = binned_session(counts_TN, speed_T), module._train, []
+    binned.split_T[binned.of_split("val")] = 0
+
+    def watched(net, read, targets, fitted, starts, steps=None):
+        before = [weights.clone() for weights in net.parameters()]
+        trained, took = train(net, read, targets, fitted, starts, steps)
+        runs.append((len(fitted[0][0]), steps, took, before))
+        return trained, took
+
+    monkeypatch.setattr(module, "_train", watched)
+    test = np.arange(1600, 2000)
+    assert r2(speed_T[test], gru(binned, ["speed"], test)["speed"]) > 0.7
+    (some, _, chosen, first), (every, steps, took, again) = runs
+    assert (some, every) == (1280, 1600)
+    assert 0 < chosen == steps == took <= module.MOST_STEPS
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))  # begun anew
+
+
 def test_of_no_spikes_nothing_of_them_is_read(
     counts_TN: NDArray, speed_T: NDArray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
