@@ -3,8 +3,9 @@
 Each function here does what some lines of PyTorch do that stand beside its use; those lines say
 what is meant, and are what runs elsewhere: on a GPU, in bf16, when not training. In PyTorch each
 operation reads and writes whole arrays that no cache holds; here each is read once and written
-once, forwards and backwards (``docs/decisions/0037``). What is compiled is
-:mod:`rt_neds.model.passes_kernel`, imported when first needed, for numba takes a second.
+once, forwards and backwards (``docs/decisions/0037``). What is compiled is in
+:mod:`rt_neds.model.passes_attention` and :mod:`rt_neds.model.passes_rows`, imported when first
+needed, for numba takes a second.
 
 Results are written over what nobody needs after them: what a linear map gave, and going backwards
 what was kept for that, so a graph goes backwards once. New memory would have to be read first.
@@ -120,10 +121,17 @@ def remembered(
 
 
 @cache
-def _kernel() -> Any:
-    from rt_neds.model import passes_kernel
+def _attention() -> Any:
+    from rt_neds.model import passes_attention
 
-    return passes_kernel
+    return passes_attention
+
+
+@cache
+def _in_rows() -> Any:
+    from rt_neds.model import passes_rows
+
+    return passes_rows
 
 
 def _array(x: Tensor) -> NDArray[Any]:
@@ -154,7 +162,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         qkv, bias, sink_HF, table_2TF, seen_BT, context = inputs
-        qkv, kernel, (B, T, _), (H, F) = qkv.contiguous(), _kernel(), qkv.shape, sink_HF.shape
+        qkv, kernel, (B, T, _), (H, F) = qkv.contiguous(), _attention(), qkv.shape, sink_HF.shape
         share = torch.empty(B * H * kernel.shares_of_head(T, context))
         sunk, mixed = torch.empty(B, H, T), torch.empty(B, T, H, F)
         seen_BP = np.zeros((B, kernel.up(T, kernel.PAIR)), np.bool_)
@@ -173,7 +181,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Gradients:
         _once(ctx)
         qkv, bias, sink_HF, table_2TF, share, sunk = ctx.saved_tensors
-        kernel, (B, T, _), (H, F) = _kernel(), qkv.shape, sink_HF.shape
+        kernel, (B, T, _), (H, F) = _attention(), qkv.shape, sink_HF.shape
         g_qkv = _over(qkv)
         g_bias, g_sink = torch.zeros(3, H, F), torch.zeros(H, F)
         kernel.attend_back(
@@ -193,7 +201,7 @@ class _Add(torch.autograd.Function):
         total, normed = _over(more), torch.empty(x.shape)
         of_rows = torch.empty(2, x.numel() // x.shape[-1])
         ctx.chance = int(torch.randint(1 << 62, ())), round(p * (1 << 32))
-        _kernel().add(
+        _in_rows().add(
             _rows(x), _rows(total), _array(bias), _array(scale), _array(shift),
             np.float32(epsilon), *ctx.chance, _rows(normed), of_rows.numpy(),
         )  # fmt: skip
@@ -206,7 +214,7 @@ class _Add(torch.autograd.Function):
         total, of_rows, scale = ctx.saved_tensors
         g_x, g_more = torch.empty_like(total), torch.empty_like(total)
         g_3D = torch.zeros(3, total.shape[-1])
-        _kernel().add_back(
+        _in_rows().add_back(
             *map(_rows, gradients), _rows(total), of_rows.numpy(), _array(scale), *ctx.chance,
             _rows(g_x), _rows(g_more), g_3D.numpy(),
         )  # fmt: skip
@@ -218,7 +226,7 @@ class _Curve(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, bias, name = inputs
         slope, out = _over(x), torch.empty(x.shape)
-        getattr(_kernel(), name)(_rows(slope), _array(bias), _rows(out))
+        getattr(_in_rows(), name)(_rows(slope), _array(bias), _rows(out))
         ctx.save_for_backward(slope)
         return out
 
@@ -228,7 +236,7 @@ class _Curve(torch.autograd.Function):
         _once(ctx)
         (slope,) = ctx.saved_tensors
         g_x, g_bias = _over(slope), torch.zeros(slope.shape[-1])
-        _kernel().curve_back(_rows(gradients[0]), _rows(g_x), g_bias.numpy())
+        _in_rows().curve_back(_rows(gradients[0]), _rows(g_x), g_bias.numpy())
         return g_x, g_bias, None
 
 
@@ -238,7 +246,7 @@ class _Remember(torch.autograd.Function):
         gates, gate_bias, values, value_bias, seen_BT, near_BT, longest = inputs
         keep, value, held = _over(gates), _over(values), torch.empty(gates.shape)
         ctx.longest = np.float32(longest)
-        _kernel().remember(
+        _in_rows().remember(
             keep.numpy(), _array(gate_bias), value.numpy(), _array(value_bias),
             _array(seen_BT), _array(near_BT), ctx.longest, held.numpy(),
         )  # fmt: skip
@@ -251,7 +259,7 @@ class _Remember(torch.autograd.Function):
         _once(ctx)
         keep, value, seen_BT, near_BT, held = ctx.saved_tensors
         g_gate, g_value, g_biases = _over(keep), _over(value), torch.zeros(2, keep.shape[-1])
-        _kernel().remember_back(
+        _in_rows().remember_back(
             _array(gradients[0]), g_gate.numpy(), g_value.numpy(), _array(seen_BT),
             _array(near_BT), ctx.longest, held.numpy(), g_biases.numpy(),
         )  # fmt: skip
