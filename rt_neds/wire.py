@@ -364,7 +364,7 @@ def _parse(decoder: msgspec.msgpack.Decoder[T], header: bytes, limit: int = MAX_
         raise WireError(f"a header of {len(header)} bytes; at most {limit} were expected")
     try:
         return decoder.decode(header)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # msgspec's own, and of text that is not UTF-8
         raise WireError(f"a header that breaks the protocol: {error}") from None
 
 

@@ -199,6 +199,14 @@ def test_what_is_not_a_map_is_refused(bytes_):
         wire.unpack_spikes(bytes_, b"", 0)
 
 
+@pytest.mark.parametrize("text", [b"\xff", b"\xe7\x69"])
+def test_text_that_is_none_is_refused(text):
+    raw = msgpack.packb({"v": 1, "epoch": 0, "sample": 0}) + msgpack.packb("kind")
+    raw = bytes([raw[0] + 1]) + raw[1:] + bytes([0xA0 + len(text)]) + text
+    with pytest.raises(WireError, match="utf-8"):
+        wire.unpack_event(raw)
+
+
 def test_a_map_has_keys_of_text_and_no_more_bytes_than_are_allowed():
     with pytest.raises(WireError, match="string keys"):
         wire.unpack_map(msgpack.packb({b"n": 1}))
