@@ -33,7 +33,8 @@ from rt_neds.openephys_wire import (
     reply_to,
 )
 from rt_neds.session import Session
-from rt_neds.stream.sender import LINGER_MS, bind
+from rt_neds.stream.sender import LINGER_MS
+from rt_neds.stream.sockets import bind
 from rt_neds.stream.watermark import TAIL
 
 BLOCK = 1024

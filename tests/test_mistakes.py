@@ -15,7 +15,7 @@ from rt_neds.cli import main
 from rt_neds.config import load_config, parse_config
 from rt_neds.errors import ConfigError, SessionError, StreamError
 from rt_neds.result import write_json
-from rt_neds.stream.sender import check_port
+from rt_neds.stream.sockets import check_port
 from tests.making import stopped_at_eight, tiny_config, write_session
 
 BEHAVIOUR = {

@@ -56,10 +56,12 @@ class Waiting:
     def __init__(self, messages):
         self.messages = messages
 
-    def poll(self, timeout_ms):
-        return len(self.messages)
+    def set(self, option, value):
+        pass
 
     def recv_multipart(self):
+        if not self.messages:
+            raise zmq.Again
         return self.messages.pop(0)
 
     def close(self):

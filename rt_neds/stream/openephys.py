@@ -36,6 +36,7 @@ from rt_neds.openephys_wire import (
 from rt_neds.stream.acquisitions import Acquisitions
 from rt_neds.stream.openephys_heartbeat import Heartbeat
 from rt_neds.stream.receiver import Announcement
+from rt_neds.stream.sockets import next_message
 from rt_neds.stream.watermark import Span, Watermark
 
 QUEUE = 20_000
@@ -188,13 +189,12 @@ class OpenEphysSource:
             if self._ready:
                 return self._ready.popleft()
             wait_ms = max(0, (deadline - now) // 1_000_000)
-            if not self.socket.poll(min(wait_ms, 20)):
-                now = monotonic_ns()
+            frames = next_message(self.socket, min(wait_ms, 20))
+            now = monotonic_ns()
+            if frames is None:
                 if self._pass_silence(now) or now < deadline:
                     continue
                 return None
-            frames = self.socket.recv_multipart()
-            now = monotonic_ns()
             self.take(frames, now)
         return None
 

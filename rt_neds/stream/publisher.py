@@ -12,7 +12,7 @@ import zmq
 from rt_neds.clock import monotonic_ns
 from rt_neds.errors import StreamError, WireError
 from rt_neds.frames import DecodedFrame
-from rt_neds.stream.sender import bind, check_port
+from rt_neds.stream.sockets import bind, check_port, next_message
 from rt_neds.wire import (
     MAX_HEADER_BYTES,
     pack_decoded,
@@ -133,8 +133,7 @@ class DecodedListener:
     def read(self, timeout_ms: int) -> DecodedFrame | Note | None:
         """The next message, or None if none came in time."""
         ends_ns = monotonic_ns() + timeout_ms * 1_000_000
-        while self._socket.poll(timeout_ms):
-            frames = self._socket.recv_multipart()
+        while (frames := next_message(self._socket, timeout_ms)) is not None:
             # Topics are heard by how they begin: imec1 is sent what is for imec10, too.
             kind = self._kinds.get(frames[0])
             if kind is not None and (message := self._unpack(kind, frames)) is not None:

@@ -10,7 +10,8 @@ from rt_neds.clock import monotonic_ns
 from rt_neds.errors import StreamError
 from rt_neds.frames import SPIKE_DTYPE
 from rt_neds.stream.receiver import QUEUE
-from rt_neds.stream.sender import Sender, check_port
+from rt_neds.stream.sender import Sender
+from rt_neds.stream.sockets import check_port
 from rt_neds.wire import MAX_SPIKES
 
 

@@ -13,7 +13,7 @@ from rt_neds.clock import monotonic_ns, same_rate
 from rt_neds.errors import StreamError, WireError
 from rt_neds.frames import SPIKE_DTYPE, SpikeBatch
 from rt_neds.stream.live import LiveBehaviours
-from rt_neds.stream.sender import check_port
+from rt_neds.stream.sockets import check_port, next_message
 from rt_neds.wire import (
     MAX_SPIKES,
     follows,
@@ -117,10 +117,10 @@ class Receiver:
     def read(self, timeout_ms: int) -> SpikeBatch | None:
         """The next batch, or None if none came in time. The only place where the loop waits."""
         for _ in range(BESIDE):
-            if self._ready or not self.socket.poll(timeout_ms):
+            if self._ready or (frames := next_message(self.socket, timeout_ms)) is None:
                 break
             announced = self.announced
-            self.take(self.socket.recv_multipart(), monotonic_ns())
+            self.take(frames, monotonic_ns())
             if self.announced is not announced:
                 return None  # spikes returned together with another announcement would be lost
             timeout_ms = 0  # what comes beside the spikes must not make the wait longer

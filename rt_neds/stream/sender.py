@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import zmq
 
-from rt_neds.errors import StreamError
 from rt_neds.frames import SpikeBatch
+from rt_neds.stream.sockets import bind
 from rt_neds.wire import (
     BehaviourBatch,
     TaskEvent,
@@ -93,26 +93,3 @@ class Sender:
         """
         self._socket.close()
         self._context.term()
-
-
-def check_port(endpoint: str) -> None:
-    """StreamError for a port that is none: ZeroMQ would take what is left of it in 16 bits."""
-    port = endpoint.rpartition(":")[2]
-    if port.isdigit() and not 0 < int(port) < 1 << 16:
-        raise StreamError(f"{endpoint}: port {port}; 1 to 65535 was expected")
-
-
-def bind(socket: zmq.Socket, endpoint: str) -> None:
-    """Bind a socket, or say in one line why not."""
-    check_port(endpoint)
-    try:
-        socket.bind(endpoint)
-    except zmq.ZMQError as error:
-        socket.close(linger=0)
-        if error.errno == zmq.EADDRINUSE:
-            raise StreamError(
-                f"{endpoint} is in use; stop what holds that port or choose another address"
-            ) from None
-        raise StreamError(
-            f"cannot bind {endpoint} ({error}); expected something like tcp://127.0.0.1:5570"
-        ) from None
