@@ -212,7 +212,7 @@ def unpack_source(header: bytes) -> tuple[str, float, list[str]]:
     if not MIN_RATE <= said.rate <= MAX_RATE:
         raise WireError(f"rate {said.rate!r}; samples per second were expected")
     if len(set(said.units)) != len(said.units):
-        raise WireError("unit ids must be strings, each once")
+        raise WireError("a unit id occurs twice; each once was expected")
     return said.session, said.rate, said.units
 
 
@@ -300,7 +300,9 @@ def unpack_event(header: bytes) -> TaskEvent:
     said = _parse(_EVENT, header)
     _check_version(said.v)
     if not 0 <= said.sample < MAX_SAMPLE:
-        raise WireError(f"event {said.kind!r} at sample {said.sample}; a name was expected")
+        raise WireError(
+            f"event {said.kind!r} at sample {said.sample}; a sample of the probe was expected"
+        )
     return TaskEvent(said.epoch, said.sample, said.kind, said.value)
 
 

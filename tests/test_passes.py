@@ -354,3 +354,12 @@ def test_a_network_that_does_not_train_needs_no_compiler():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stdout.strip() == "False"
+
+
+def test_what_two_files_of_passes_each_have_is_the_same():
+    from inspect import getsource
+
+    from rt_neds.model import passes_attention, passes_rows
+
+    assert getsource(passes_attention._exp2.py_func) == getsource(passes_rows._exp2.py_func)
+    assert passes_attention._EXP2 == passes_rows._EXP2

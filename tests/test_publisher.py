@@ -125,6 +125,12 @@ def test_what_was_published_before_closing_still_comes():
     listener.close()
 
 
+def test_a_wait_need_not_be_a_whole_number_of_milliseconds():
+    listener = DecodedListener(f"tcp://127.0.0.1:{free_port()}", "p")
+    assert listener.read(1.5) is None
+    listener.close()
+
+
 def test_messages_of_others_make_no_wait_longer(monkeypatch):
     now, waits = [0], []
     monkeypatch.setattr("rt_neds.stream.publisher.monotonic_ns", lambda: now[0])

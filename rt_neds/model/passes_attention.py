@@ -175,7 +175,7 @@ _EXP2 = tuple(np.float32(math.log(2) ** k / math.factorial(k)) for k in range(7)
 
 @plain
 def _exp2(x):  # type: ignore[no-untyped-def]
-    """As in the other passes: 2**x for x <= 0, to two parts in 1e7; at least 2**-126."""
+    """2**x for x <= 0, to two parts in 1e7; at least 2**-126."""
     x = x if x > np.float32(-126) else np.float32(-126)
     # Adding 1.5 * 2**23 leaves no bits for a fraction: what comes back is the nearest integer.
     n = (x + np.float32(12582912)) - np.float32(12582912)

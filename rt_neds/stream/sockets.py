@@ -13,7 +13,7 @@ def next_message(socket: zmq.Socket, timeout_ms: int) -> list[bytes] | None:
     Woken inside the one call that takes it: to wait for the socket first and take from it then
     costs some microseconds more, of code that has left the caches meanwhile.
     """
-    socket.set(zmq.RCVTIMEO, timeout_ms)
+    socket.set(zmq.RCVTIMEO, int(timeout_ms))
     try:
         return socket.recv_multipart()
     except zmq.Again:
