@@ -10,7 +10,7 @@ Shape suffix: X trials or windows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -35,13 +35,16 @@ Left = dict[str, list[str]]
 
 
 def regressions_validated(
-    model: NEDS, subjects: list[Subject], validate: Callable[[], Validation]
+    model: NEDS,
+    subjects: list[Subject],
+    processes: Processes,
+    validate: Callable[[], Validation],
 ) -> Validation:
     """What each session's own regression, alone, is worth on the validation split."""
     heard = {subject.id: subject.present for subject in subjects if subject.hear is not None}
     if not heard:
         return Validation({}, {})
-    with regressions_alone(model, subjects):
+    with regressions_alone(model, processes.own(subjects)):
         val = validate()
 
     def only(found: dict[str, dict[str, T]]) -> dict[str, dict[str, T]]:
@@ -104,7 +107,7 @@ def as_kept(now: Validation, alone: Validation, left: Left) -> Scores:
     }
 
 
-def leave_to_regression(model: NEDS, subjects: list[Subject], left: Left) -> None:
+def leave_to_regression(model: NEDS, subjects: Sequence[Subject], left: Left) -> None:
     """Decode by each session's own regression what is left to it."""
     for subject in subjects:
         for name in left.get(subject.id, ()):
@@ -112,7 +115,7 @@ def leave_to_regression(model: NEDS, subjects: list[Subject], left: Left) -> Non
 
 
 @contextmanager
-def regressions_alone(model: NEDS, subjects: list[Subject]) -> Iterator[None]:
+def regressions_alone(model: NEDS, subjects: Sequence[Subject]) -> Iterator[None]:
     """Meanwhile sessions are decoded by nothing but their own regressions."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if _out(name)}
     for subject in subjects:

@@ -5,7 +5,7 @@ Shape suffixes: T bins, K boxcar widths, N units, F features (widths x units).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -47,7 +47,7 @@ def build(config: TrainConfig, subjects: list[Subject]) -> NEDS:
 
 
 def fit_linear(
-    model: NEDS, subjects: list[Subject], known: Mapping[str, Collection[str]] | None = None
+    model: NEDS, subjects: Sequence[Subject], known: Mapping[str, Collection[str]] | None = None
 ) -> None:
     """Fit each session's linear decoder to its training split, in place.
 

@@ -10,7 +10,7 @@ Shape suffixes: S scored bins, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ MOST = 20.0
 
 
 def calibrate(
-    model: NEDS, subjects: list[Subject], window: int, device: torch.device | str = "cpu"
+    model: NEDS, subjects: Sequence[Subject], window: int, device: torch.device | str = "cpu"
 ) -> dict[str, dict[str, float]]:
     """Divide the logits of each session's categorical behaviours by a temperature, in place.
 
@@ -36,7 +36,7 @@ def calibrate(
     ----------
     model : NEDS
         As it is to be kept.
-    subjects : list of Subject
+    subjects : sequence of Subject
         Where one has no validation split, nothing is changed.
     window : int
         Bins that a network sees together which sees the future too.

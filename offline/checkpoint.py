@@ -16,10 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from offline.processes import Processes
 from rt_neds.errors import ConfigError
 
 NAME = "checkpoint.safetensors"
-"""One file, because two could be of two steps: the numbers are JSON in its metadata."""
+"""The numbers are JSON in its metadata; with one process it is the only file."""
+NUMBERS = ("step", "best_score", "best_step", "best_val", "config")
+OF_SESSION = ".sessions."
+"""In the names of what belongs to a session."""
 
 
 @dataclass
@@ -52,6 +56,7 @@ class Best:
 
 def save_checkpoint(
     folder: Path,
+    processes: Processes,
     *,
     model: nn.Module,
     averaged: nn.Module,
@@ -62,9 +67,13 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint; the older one stays readable until the new one is whole.
 
+    Each process writes what it keeps; the first one's file, written last, names the others'.
+
     Parameters
     ----------
     folder : path
+    processes : Processes
+        All must come here together.
     model, averaged : module
     optimiser : AdamW
     best : Best
@@ -73,29 +82,60 @@ def save_checkpoint(
         The run's, as JSON.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    tensors = _states(model, averaged, best.weights) | _moments(model, optimiser)
+    if not processes.first:
+        tensors = {name: tensor for name, tensor in tensors.items() if OF_SESSION in name}
+        _write(folder / _part_name(step, processes.number), tensors, {})
+    processes.wait()
+    if not processes.first:
+        return
     numbers = {
         "step": step,
         "best_score": best.score,
         "best_step": best.step,
         "best_val": best.val,
         "config": config,
+        "parts": [_part_name(step, number) for number in range(1, processes.count)],
     }
-    tensors: dict[str, Tensor] = {}
-    for prefix, state in (
-        ("model", model.state_dict()),
-        ("averaged", averaged.state_dict()),
-        ("best", best.weights),
-    ):
-        tensors.update({f"{prefix}.{name}": tensor for name, tensor in state.items()})
-    for index, moments in optimiser.state_dict()["state"].items():
-        tensors.update({f"optimiser.{index}.{name}": value for name, value in moments.items()})
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    part = folder / (NAME + ".part")
+    _write(folder / NAME, tensors, {"numbers": json.dumps(numbers)})
+    for path in folder.glob(_part_name("*", "*")):
+        if path.name not in numbers["parts"]:
+            path.unlink()
+
+
+def _part_name(step: int | str, number: int | str) -> str:
+    return f"step-{step}-process-{number}.safetensors"
+
+
+def _states(model: nn.Module, averaged: nn.Module, best: dict[str, Tensor]) -> dict[str, Tensor]:
+    states = {"model": model.state_dict(), "averaged": averaged.state_dict(), "best": best}
+    return {f"{of}.{name}": t for of, state in states.items() for name, t in state.items()}
+
+
+def _moments(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """By name of parameter and of moment; the optimiser knows parameters by their places in it."""
+    moments, names = optimiser.state_dict()["state"], _names(model, optimiser)
+    return {
+        f"optimiser.{names[place]}.{key}": value
+        for place, of in moments.items()
+        for key, value in of.items()
+    }
+
+
+def _names(model: nn.Module, optimiser: torch.optim.Optimizer) -> list[str]:
+    """Names of the optimiser's parameters, in its order."""
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [name_of[id(p)] for group in optimiser.param_groups for p in group["params"]]
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    part = path.with_name(path.name + ".part")
+    kept = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items() if t.numel()}
     try:
-        save_file(tensors, part, {"numbers": json.dumps(numbers)})
+        save_file(kept, part, metadata)
     except SafetensorError as error:  # which is all that it says of a full disk
         raise OSError(errno.EIO, str(error), str(part)) from None
-    part.replace(folder / NAME)
+    part.replace(path)
 
 
 def load_checkpoint(
@@ -106,7 +146,7 @@ def load_checkpoint(
     optimiser: torch.optim.Optimizer,
     config: Any,
 ) -> tuple[int, Best]:
-    """Put everything back where :func:`save_checkpoint` found it.
+    """Put everything back where :func:`save_checkpoint` found it, whoever keeps it now.
 
     Returns
     -------
@@ -118,15 +158,25 @@ def load_checkpoint(
     ConfigError
         If there is no checkpoint in the folder, or it is of another configuration.
     """
-    if not (folder / NAME).is_file():
+    path = folder / NAME
+    if not path.is_file():
         raise ConfigError(f"no checkpoint in {folder}; leave out --resume to begin anew")
+    state, names = model.state_dict(), _names(model, optimiser)
+    here = {name for name, tensor in state.items() if tensor.numel()}
+    tensors: dict[str, Tensor] = {}
     try:
-        with safe_open(folder / NAME, "pt") as file:
+        with safe_open(path, "pt") as file:
             numbers = json.loads(file.metadata()["numbers"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+        for of_some in (path, *(folder / name for name in numbers["parts"])):
+            with safe_open(of_some, "pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    of, _, rest = name.partition(".")
+                    if (rest.rpartition(".")[0] if of == "optimiser" else rest) in here:
+                        tensors[name] = file.get_tensor(name)
+        numbers = {name: numbers[name] for name in NUMBERS}
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise ConfigError(
-            f"{folder / NAME} is damaged ({error}); leave out --resume to begin anew"
+            f"{path} is damaged ({error}); leave out --resume to begin anew"
         ) from None
     # As text, in which order counts: the weights are known by the places of what they are of.
     if json.dumps(numbers["config"]) != json.dumps(config):
@@ -135,21 +185,20 @@ def load_checkpoint(
             "behaviours, classes or sessions in another order; resume with the same"
         )
 
-    def part(prefix: str) -> dict[str, Tensor]:
-        start = prefix + "."
-        return {
-            name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)
-        }
+    def part(of: str) -> dict[str, Tensor]:
+        """What is kept elsewhere stays as empty as it is."""
+        return {n: tensors[f"{of}.{n}"] if n in here else empty for n, empty in state.items()}
 
     model.load_state_dict(part("model"))
     averaged.load_state_dict(part("averaged"))
     moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in part("optimiser").items():
-        index, _, key = name.partition(".")
-        moments.setdefault(int(index), {})[key] = tensor
+    for name, tensor in tensors.items():
+        if name.startswith("optimiser."):
+            parameter, _, key = name.removeprefix("optimiser.").rpartition(".")
+            moments.setdefault(names.index(parameter), {})[key] = tensor
     optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
-    names = ("best_score", "best_step", "best_val")
-    return numbers["step"], Best(part("best"), *(numbers[name] for name in names))
+    best = Best(part("best"), *(numbers[name] for name in ("best_score", "best_step", "best_val")))
+    return numbers["step"], best
 
 
 def open_log(out: Path, step: int | None, first: bool) -> TextIO:

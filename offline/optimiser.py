@@ -21,9 +21,9 @@ def learning_rate(step: int, settings: TrainingConfig) -> float:
 
 
 def make_optimiser(model: NEDS, settings: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW over two groups: the trunk, and what belongs to sessions."""
+    """AdamW over two groups: the trunk, and what belongs to the sessions that are kept here."""
     of_trunk = trunk(model)
-    of_sessions = [p for name, p in model.named_parameters() if name not in of_trunk]
+    of_sessions = [p for name, p in model.named_parameters() if name not in of_trunk and p.numel()]
     return torch.optim.AdamW(
         [{"params": list(of_trunk.values())}, {"params": of_sessions}],
         lr=settings.learning_rate,

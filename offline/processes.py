@@ -3,7 +3,8 @@
 ``torchrun`` starts them and says in the environment who is who. All draw the same windows, each
 bins and trains on its own share of them, and gradients are summed; so a run gives the same losses
 however many processes it is spread over. Which sessions a step is of is known to all: only their
-parameters and the shared ones travel.
+parameters and the shared ones travel. What belongs to a session is kept by one process
+(:mod:`offline.shards`), which also validates it.
 
 Shape suffixes: X sessions, K scores.
 """
@@ -14,6 +15,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,8 @@ from torch import Tensor, nn
 
 from offline.config import TrainingConfig
 from rt_neds.errors import ConfigError, DeviceError
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(hours=6)
 """How long a process waits for the others, which may be putting sessions into the cache."""
@@ -47,6 +51,10 @@ class Processes:
         """Whether this is the one that writes."""
         return self.number == 0
 
+    def own(self, of_sessions: Sequence[T]) -> Sequence[T]:
+        """What falls to this process of something that there is of each session."""
+        return of_sessions[self.number :: self.count]
+
     def wait(self) -> None:
         """Until all have come here."""
         if self.count > 1:
@@ -56,6 +64,12 @@ class Processes:
         """Over all processes; in place."""
         if self.count > 1:
             dist.all_reduce(tensor)
+        return tensor
+
+    def tell(self, tensor: Tensor, teller: int) -> Tensor:
+        """All others get what the teller has; in place, of equal shape in all."""
+        if self.count > 1:
+            dist.broadcast(tensor, teller)
         return tensor
 
     @torch.no_grad()

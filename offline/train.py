@@ -40,6 +40,7 @@ from offline.memory import keep_freed
 from offline.optimiser import make_optimiser, set_rates
 from offline.processes import Processes, join, leave
 from offline.progress import progress
+from offline.shards import Shards
 from offline.silence import longest_silences
 from offline.validation import Scores, Validation, mean_score, refuse_nonfinite, validate
 from rt_neds.bundle import BundleSession, save_bundle
@@ -111,10 +112,12 @@ def train(
         refuse_other_units(init, {subject.id: subject.units for subject in subjects})
         keep_scales(subjects, init, config)
         known = begin_at_bundle(model, init, config)
-    fit_linear(model, subjects[processes.number :: processes.count], known)
+    fit_linear(model, processes.own(subjects), known)
     processes.wait()  # what the others fitted is on disk
     fit_linear(model, subjects, known)
     model = model.to(processes.device)
+    parameters = sum(p.numel() for p in model.parameters())
+    shards = Shards(model, processes)
     average = RunningAverage(model)
     optimiser = make_optimiser(model, settings)
     state: dict[str, Any] = {"model": model, "averaged": average.mean, "optimiser": optimiser}
@@ -126,7 +129,10 @@ def train(
     if resume:
         step, best = load_checkpoint(out / "checkpoint", **state)
     alone = regressions_validated(
-        average.mean, subjects, lambda: validate_all(average.mean, subjects, config, processes)
+        average.mean,
+        subjects,
+        processes,
+        lambda: validate_all(average.mean, subjects, config, processes),
     )
     with (
         open_log(out, step if resume else None, processes.first) as log,
@@ -154,7 +160,8 @@ def train(
                 subjects, config, rng, processes.device, processes.number, processes.count
             )
             average.before(drawn.sessions)
-            losses = train_step(model, optimiser, drawn, config, processes)
+            with shards.borrowed(model, drawn.sessions):
+                losses = train_step(model, optimiser, drawn, config, processes)
             average.after(drawn.sessions, min(settings.average, (1 + step) / (10 + step)))
             step += 1
             _note(log, {"step": step, "session": drawn.sessions, "loss": losses})
@@ -163,13 +170,12 @@ def train(
                 continue
             average.settle()
             judge()
-            if processes.first:
-                save_checkpoint(out / "checkpoint", **state, best=best, step=step)
-    summary = finish(average.mean, best, alone, subjects, config, out, processes)
+            save_checkpoint(out / "checkpoint", processes, **state, best=best, step=step)
+    summary = finish(average.mean, best, alone, subjects, config, out, shards, processes)
     return {
         **summary,
         "seconds": round(time.monotonic() - started, 1),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameters,
     }
 
 
@@ -187,7 +193,7 @@ def open_sessions(
         If a session cannot be used, or none of them has some behaviour.
     """
     cache = Path(config.data.cache) if config.data.cache else out / "cache"
-    for path in paths[processes.number :: processes.count]:
+    for path in processes.own(paths):
         kept(path, config, cache)
     processes.wait()
     subjects = [kept(path, config, cache) for path in paths]
@@ -239,6 +245,7 @@ def finish(
     subjects: list[Subject],
     config: TrainConfig,
     out: Path,
+    shards: Shards,
     processes: Processes,
 ) -> dict[str, Any]:
     """Make the best weights a bundle: what was not shown to be learned left to regression."""
@@ -246,8 +253,11 @@ def finish(
     round_weights(model)  # as the bundle will have it: that is what is judged and calibrated
     now = validate_all(model, subjects, config, processes)
     left = left_to_regression(now, alone, subjects, processes)
-    leave_to_regression(model, subjects, left)
-    temperature = calibrate(model, subjects, config.data.window_bins, processes.device)
+    own = processes.own(subjects)
+    leave_to_regression(model, own, left)
+    found = calibrate(model, own, config.data.window_bins, processes.device)
+    found = processes.gather(found, [subject.id for subject in subjects], [*config.behaviour])
+    shards.gather(model)
     summary = {
         "bundle": str(out / "bundle"),
         "steps": config.training.steps,
@@ -255,7 +265,7 @@ def finish(
         "best_score": best.score,
         "val": best.val,
         "by_regression": {session: names for session, names in left.items() if names},
-        "temperature": temperature,
+        "temperature": {session: of for session, of in found.items() if of},
     }
     if processes.first:
         told = {name: summary[name] for name in BUNDLED}
@@ -313,9 +323,7 @@ def validate_all(
     model: NEDS, subjects: list[Subject], config: TrainConfig, processes: Processes
 ) -> Validation:
     """Scores of each session on the validation split; the processes share the sessions."""
-    own = validate(
-        model, subjects[processes.number :: processes.count], config, "val", processes.device
-    )
+    own = validate(model, processes.own(subjects), config, "val", processes.device)
     names = [*config.behaviour, *SCHEMES, AHEAD]
     scores = processes.gather(own.scores, [subject.id for subject in subjects], names)
     return Validation(scores, own.losses)

@@ -10,6 +10,7 @@ N units, C numbers of an output.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -65,7 +66,11 @@ class Validation:
 
 
 def validate(
-    model: NEDS, subjects: list[Subject], config: TrainConfig, split: Split, device: torch.device
+    model: NEDS,
+    subjects: Sequence[Subject],
+    config: TrainConfig,
+    split: Split,
+    device: torch.device,
 ) -> Validation:
     """Score each session on a split."""
     found = Validation({}, {})

@@ -522,7 +522,7 @@ def test_a_network_must_be_shown_to_decode_better_than_regression(begun):
 
     here = Processes(torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    regression = regressions_validated(model, [subject], validated)
+    regression = regressions_validated(model, [subject], here, validated)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     both = {"tiny": ["speed", "choice"]}
     now = validated()
@@ -530,7 +530,7 @@ def test_a_network_must_be_shown_to_decode_better_than_regression(begun):
     fits = subject.hear()
     outs = {key: -tensor for key, tensor in fits.outs.items()}  # what was likely is unlikely
     worse = dataclasses.replace(subject, hear=lambda: dataclasses.replace(fits, outs=outs))
-    spoilt = regressions_validated(model, [worse], validated)
+    spoilt = regressions_validated(model, [worse], here, validated)
     assert left_to_regression(now, spoilt, [subject], here) == {"tiny": []}
     assert left_to_regression(spoilt, regression, [subject], here) == both
     kept = as_kept(spoilt, regression, {"tiny": ["speed"]})["tiny"]

@@ -1,5 +1,6 @@
 """A run gives the same losses however its windows are parted: in turns, in processes, or not."""
 
+import copy
 import json
 import math
 import multiprocessing
@@ -10,12 +11,17 @@ import sys
 import pytest
 import torch
 
+from offline.average import touched
+from offline.optimiser import make_optimiser
 from offline.processes import join, leave
+from offline.shards import Shards
 from offline.train import train
-from rt_neds.bundle import load_spec
+from offline.windows import behaviours_of
+from rt_neds.bundle import build_model, load_spec
 from rt_neds.cli import main
 from rt_neds.errors import ConfigError, DeviceError
-from tests.making import tiny_config, write_session
+from rt_neds.model.neds import NEDS
+from tests.making import stopped_at_eight, tiny_config, write_session
 
 
 def config(linear=False, **training):
@@ -48,29 +54,38 @@ def same(run, other):
         assert val[0][session] == pytest.approx(val_other[0][session], rel=1e-3, abs=1e-3)
 
 
-def one_of(number, count, port, sessions, out, settings):
+def same_weights(run, other):
+    ours, theirs = (
+        build_model(of / "bundle", load_spec(of / "bundle")).state_dict() for of in (run, other)
+    )
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-2, atol=1e-3, msg=name)
+
+
+def one_of(number, count, port, work):
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(number), WORLD_SIZE=str(count)
     )
-    train(config(**settings), sessions, out)
+    work()
     leave()
 
 
-def together(count, sessions, out, **settings):
-    """Train in several processes, as ``torchrun`` would start them."""
+def in_processes(count, work):
+    """Do the same in several processes, as ``torchrun`` would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    started = [
-        context.Process(target=one_of, args=(n, count, port, sessions, out, settings))
-        for n in range(count)
-    ]
+    started = [context.Process(target=one_of, args=(n, count, port, work)) for n in range(count)]
     for process in started:
         process.start()
     for process in started:
         process.join(120)
         assert process.exitcode == 0
+
+
+def together(count, sessions, out, resume=False, **settings):
+    in_processes(count, lambda: train(config(**settings), sessions, out, resume=resume))
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +111,85 @@ def test_two_processes_are_one(alone, tmp_path):
     together(2, sessions, tmp_path, accumulate=2)
     same(run, tmp_path)
     assert [s.id for s in load_spec(tmp_path / "bundle").sessions] == ["a", "b", "c"]
+    same_weights(run, tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked here")
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (3, 2)])
+def test_a_run_goes_on_in_another_number_of_processes(alone, tmp_path, monkeypatch, before, after):
+    sessions, _ = alone
+    settings = {"steps": 12, "batch": 6, "validate_every": 3}
+    train(config(**settings), sessions, tmp_path / "one")
+
+    def interrupted():
+        with stopped_at_eight(monkeypatch):
+            train(config(**settings), sessions, tmp_path / "parted")
+
+    in_processes(before, interrupted)
+    files = {path.name for path in (tmp_path / "parted" / "checkpoint").iterdir()}
+    assert files == {
+        "checkpoint.safetensors",
+        *(f"step-6-process-{n}.safetensors" for n in range(1, before)),
+    }
+    together(after, sessions, tmp_path / "parted", resume=True, **settings)
+    (losses, val), (losses_one, val_one) = (logged(tmp_path / n) for n in ("parted", "one"))
+    assert [of["total"] for of in losses] == pytest.approx([of["total"] for of in losses_one])
+    assert len(losses) == 12
+    for scores, scores_one in zip(val, val_one, strict=True):
+        for session, of in scores.items():
+            assert of == pytest.approx(scores_one[session], rel=1e-3, abs=1e-3)
+    same_weights(tmp_path / "one", tmp_path / "parted")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked here")
+def test_a_missing_part_of_a_checkpoint_is_told(alone, tmp_path):
+    sessions, _ = alone
+    together(2, sessions, tmp_path)
+    (tmp_path / "checkpoint" / "step-5-process-1.safetensors").unlink()
+    with pytest.raises(ConfigError, match="is damaged.*step-5-process-1"):
+        train(config(), sessions, tmp_path, resume=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked here")
+def test_each_process_keeps_its_own_sessions_and_borrows_the_others(alone):
+    def work():
+        processes = join(config().training)
+        torch.manual_seed(0)
+        units = {"a": 5, "b": 6, "c": 7}
+        model = NEDS(config().model, behaviours_of(config().behaviour), units)
+        whole = copy.deepcopy(model)
+        shards = Shards(model, processes)
+        mine = processes.own(["a", "b", "c"])
+        assert mine == [["a", "c"], ["b"]][processes.number]
+
+        def held():
+            return [s for s in units if any(p.numel() for p in model.parts(s).parameters())]
+
+        assert held() == mine
+        optimiser = make_optimiser(model, config().training)
+        optimised = sum(p.numel() for group in optimiser.param_groups for p in group["params"])
+        assert optimised == sum(p.numel() for p in model.parameters())
+        kept = sum(p.numel() for s in mine for p in whole.parts(s).parameters())
+        assert optimised == kept + sum(p.numel() for p in touched(whole, []))
+        with shards.borrowed(model, ["b", "c"]):
+            for session in ("b", "c"):
+                ours, theirs = (of.parts(session).state_dict() for of in (model, whole))
+                for name, tensor in theirs.items():
+                    assert torch.equal(ours[name], tensor)
+            for p in model.parts("b").parameters():
+                p.grad = torch.ones_like(p)
+                p.data.add_(1.0 + processes.number)
+        assert held() == mine
+        assert all((p.grad is None) == ("b" not in mine) for p in model.parts("b").parameters())
+        shards.gather(model)
+        assert held() == (mine if processes.number else ["a", "b", "c"])
+        for s in held():
+            for ours, theirs in zip(
+                model.parts(s).parameters(), whole.parts(s).parameters(), strict=True
+            ):
+                assert torch.equal(ours, theirs + 2.0 * (s == "b"))
+
+    in_processes(2, work)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked here")

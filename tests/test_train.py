@@ -143,8 +143,8 @@ def test_a_checkpoint_is_wholly_of_one_step_whenever_writing_it_was_interrupted(
 
     def save(step):
         torch.nn.init.constant_(model.weight, float(step))
-        best = Best({"weight": torch.tensor([float(step)])}, step=step)
-        save_checkpoint(tmp_path, **state, best=best, step=step)
+        best = Best({n: tensor.clone() for n, tensor in model.state_dict().items()}, step=step)
+        save_checkpoint(tmp_path, Processes(torch.device("cpu")), **state, best=best, step=step)
 
     def resumed():
         step, best = load_checkpoint(tmp_path, **state)

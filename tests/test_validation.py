@@ -39,10 +39,11 @@ def test_a_behaviour_that_does_not_change_is_not_scored(tmp_path, kind, constant
 
     assert set(validated().scores["tiny"]) == {"speed", "choice"}
     subject.binned.values_TM[subject.binned.of_split("val"), 1] = constant
-    now, alone = validated(), regressions_validated(model, [subject], validated)
+    here = Processes(torch.device("cpu"))
+    now, alone = validated(), regressions_validated(model, [subject], here, validated)
     assert set(now.scores["tiny"]) == set(now.losses["tiny"]) == {"choice"}
     assert mean_score(now.scores) == now.scores["tiny"]["choice"]
-    left = left_to_regression(now, alone, [subject], Processes(torch.device("cpu")))
+    left = left_to_regression(now, alone, [subject], here)
     assert "speed" in left["tiny"]  # nothing shows that the network learned it
     assert set(as_kept(now, alone, left)["tiny"]) == {"choice"}
 

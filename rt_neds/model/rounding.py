@@ -33,8 +33,10 @@ def rounded_weights(model: NEDS, session: str | None = None) -> Iterator[tuple[s
     """Names and matrices, shape (E, I), of what is rounded: of all sessions, or of one."""
     only = "" if session is None else f"sessions.{model.session_ids.index(session)}."
     for name, parameter in model.named_parameters():
-        of_trunk = name.startswith(TRUNK) and name.endswith(".weight") and parameter.dim() == 2
-        if of_trunk or (name.endswith(READ_IN) and name.startswith(only)):
+        of_trunk = name.startswith(TRUNK) and name.endswith(".weight")
+        of_session = name.endswith(READ_IN) and name.startswith(only)
+        # Of one dimension are scales of norms, and what another process keeps of a session.
+        if (of_trunk or of_session) and parameter.dim() == 2:
             yield name, parameter
 
 
