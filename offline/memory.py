@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 ENOUGH = 1 << 30
@@ -14,9 +15,19 @@ def keep_freed() -> None:
     The GNU library gives it back to the system, and when it gets it again every page of it comes
     with a fault: 6 % of a step of the base size. Other libraries are left as they are.
     """
+    if mallopt := _of_the_library("mallopt"):
+        mallopt(M_TRIM_THRESHOLD, ENOUGH)
+        mallopt(M_MMAP_THRESHOLD, ENOUGH)
+
+
+def give_back_freed() -> None:
+    """Give back what lies unused between arrays, when what comes next wants other sizes."""
+    if malloc_trim := _of_the_library("malloc_trim"):
+        malloc_trim(0)
+
+
+def _of_the_library(name: str) -> Callable[..., int] | None:
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        return getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):
-        return
-    mallopt(M_TRIM_THRESHOLD, ENOUGH)
-    mallopt(M_MMAP_THRESHOLD, ENOUGH)
+        return None

@@ -36,7 +36,7 @@ from offline.config import TrainConfig
 from offline.expectation import expectation_of
 from offline.finetune import begin_at_bundle, keep_scales, refuse_other_units
 from offline.losses import loss_of, spikes_loss
-from offline.memory import keep_freed
+from offline.memory import give_back_freed, keep_freed
 from offline.optimiser import make_optimiser, set_rates
 from offline.processes import Processes, join, leave
 from offline.progress import progress
@@ -140,6 +140,7 @@ def train(
     ):
 
         def judge() -> None:
+            give_back_freed()
             now = validate_all(average.mean, subjects, config, processes)
             val = as_kept(now, alone, left_to_regression(now, alone, subjects, processes))
             refuse_nonfinite(val, step)
