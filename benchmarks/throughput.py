@@ -31,6 +31,7 @@ from offline.average import RunningAverage
 from offline.batches import draw_step, prepare
 from offline.beginning import build
 from offline.config import TrainConfig
+from offline.denormals import flushed
 from offline.memory import keep_freed
 from offline.optimiser import make_optimiser
 from offline.processes import Processes
@@ -77,7 +78,8 @@ def ours(session: Path, modalities: int) -> Callable[[], None]:
     def step() -> None:
         drawn = draw_step([subject], config, rng, alone.device)
         average.before(drawn.sessions)
-        train_step(model, optimiser, drawn, config, alone)
+        with flushed():
+            train_step(model, optimiser, drawn, config, alone)
         average.after(drawn.sessions, 0.99)
 
     return step

@@ -33,6 +33,7 @@ from offline.cache import kept
 from offline.calibration import calibrate
 from offline.checkpoint import Best, load_checkpoint, open_log, save_checkpoint
 from offline.config import TrainConfig
+from offline.denormals import flushed
 from offline.expectation import expectation_of
 from offline.finetune import begin_at_bundle, keep_scales, refuse_other_units
 from offline.losses import loss_of, spikes_loss
@@ -161,7 +162,7 @@ def train(
                 subjects, config, rng, processes.device, processes.number, processes.count
             )
             average.before(drawn.sessions)
-            with shards.borrowed(model, drawn.sessions):
+            with shards.borrowed(model, drawn.sessions), flushed():
                 losses = train_step(model, optimiser, drawn, config, processes)
             average.after(drawn.sessions, min(settings.average, (1 + step) / (10 + step)))
             step += 1

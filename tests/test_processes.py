@@ -115,6 +115,17 @@ def test_two_processes_are_one(alone, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked here")
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_process_may_keep_no_session(alone, tmp_path, monkeypatch, linear):
+    monkeypatch.setattr("rt_neds.model.neds.ALONE", 0.0)
+    sessions, _ = alone
+    for out, count in (("one", 1), ("two", 2)):
+        together(count, sessions[:1], tmp_path / out, linear=linear)
+    same(tmp_path / "one", tmp_path / "two")
+    same_weights(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked here")
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (3, 2)])
 def test_a_run_goes_on_in_another_number_of_processes(alone, tmp_path, monkeypatch, before, after):
     sessions, _ = alone
@@ -199,6 +210,7 @@ def test_processes_share_the_fitting_of_regressions(alone, tmp_path, monkeypatch
     train(config(linear=True), sessions, tmp_path / "one")
     together(2, sessions, tmp_path / "two", linear=True)
     same(tmp_path / "one", tmp_path / "two")
+    same_weights(tmp_path / "one", tmp_path / "two")
     assert len(list((tmp_path / "two" / "cache").glob("*/linear-*.safetensors"))) == 3
 
 
