@@ -53,7 +53,8 @@ PROCESSES = (1, 2, 4)
 NETWORK = {
     "model": {"dim": 256, "layers": 5, "heads": 8},
     "training": {
-        "batch": 16, "sessions": 8, "steps": 100, "validate_every": 100, "threads": 1, "device": "cpu",
+        "batch": 16, "sessions": 8, "steps": 100, "validate_every": 100, "threads": 1,
+        "device": "cpu",
     },
 }  # fmt: skip
 
