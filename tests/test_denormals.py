@@ -25,12 +25,17 @@ def can():
 
 def test_they_count_as_zero_inside_and_not_outside(can):
     assert product(2.0**-40) != 0.0
-    with pytest.raises(KeyError), flushed():
+    with flushed():
         assert product(2.0**-40) == 0.0
         assert product(2.0**-20) == SMALL * 2.0**-20  # what is normal stays
-        raise KeyError
     assert product(2.0**-40) != 0.0
     assert np.float32(SMALL) * np.float32(2.0**-40) != 0.0
+
+
+def test_they_are_there_again_after_an_error(can):
+    with pytest.raises(KeyError), flushed():
+        raise KeyError
+    assert product(2.0**-40) != 0.0
 
 
 def test_who_has_them_flushed_keeps_them_so(can):
