@@ -102,6 +102,7 @@ def assemble(
     """
     import torch
 
+    from rt_neds.awake import Awake
     from rt_neds.stream.binner import Binner
     from rt_neds.stream.decoder import schema_outputs
     from rt_neds.stream.kept import Past
@@ -173,6 +174,7 @@ def assemble(
             kept.silence(session) if kept is not None else None,
         ),
         live=source.live if config.live else None,
+        awake=Awake(config.realtime),
     )
 
 

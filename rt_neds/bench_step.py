@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rt_neds.awake import awake
 from rt_neds.bench_input import random_bundle
 from rt_neds.errors import ConfigError
 from rt_neds.result import machine
@@ -155,18 +156,22 @@ class Fetched:
 def paced(
     steps: dict[str, Any], counts_TN: Any, bins: int, period_s: float
 ) -> dict[str, list[float]]:
-    """One step per bin, by turns, the caches gone cold in between, but for :class:`Fetched`."""
+    """One step per bin, by turns, the caches gone cold in between, but for :class:`Fetched`.
+
+    Cores are held awake, as in ``serve``.
+    """
     took: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(bins):
-        for name, step in steps.items():
-            if isinstance(step, Fetched):
-                time.sleep(max(0.0, period_s - FETCHED_S))
-                step.fetch()
-                time.sleep(FETCHED_S)
-            else:
-                time.sleep(period_s)
-            counts_1N = counts_TN[i % len(counts_TN)][None]
-            took[name] += timed(lambda _, s=step, c=counts_1N: s.steps(c, (True,)), 1)
+    with awake():
+        for i in range(bins):
+            for name, step in steps.items():
+                if isinstance(step, Fetched):
+                    time.sleep(max(0.0, period_s - FETCHED_S))
+                    step.fetch()
+                    time.sleep(FETCHED_S)
+                else:
+                    time.sleep(period_s)
+                counts_1N = counts_TN[i % len(counts_TN)][None]
+                took[name] += timed(lambda _, s=step, c=counts_1N: s.steps(c, (True,)), 1)
     return took
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from rt_neds.awake import DEVICE, awake, is_virtual, may_be_held
 from rt_neds.bench_step import paced, percentiles, served_step, timed
 from rt_neds.bundle import load_spec
 from rt_neds.errors import ConfigError
@@ -57,7 +58,7 @@ def processor(about: dict[str, Any], proc: Path = Path("/proc")) -> Iterator[Fin
     found = f"{about['cpu']}, {cores} cores" + (f", load {load[0]:.1f}" if load else "")
     do = "end other programs: serve wants a core of its own beside the acquisition's"
     yield Finding(what="processor", found=found, good=not busy, do=do if busy else "")
-    if "hypervisor" in (_read(proc / "cpuinfo") or ""):
+    if is_virtual(proc / "cpuinfo"):
         stolen, up = stolen_ms(proc), (_read(proc / "uptime") or "").split()
         found = "yes"
         if stolen is not None and up:
@@ -102,7 +103,9 @@ def governor(sys: Path = Path("/sys")) -> Finding:
     return Finding(what="CPU governor", found=", ".join(names), good=good, do=do)
 
 
-def idle_states(sys: Path = Path("/sys")) -> Finding:
+def idle_states(
+    sys: Path = Path("/sys"), device: Path = DEVICE, proc: Path = Path("/proc")
+) -> Finding:
     """How deep cores sleep until the next message: waking takes time, and caches may be empty."""
     deepest, name = -1, ""
     for file in sorted(sys.glob("devices/system/cpu/cpu[0-9]*/cpuidle/state[0-9]*/latency")):
@@ -111,9 +114,12 @@ def idle_states(sys: Path = Path("/sys")) -> Finding:
             deepest, name = int(latency), _read(file.parent / "name") or file.parent.name
     if deepest < 0:
         return Finding(what="idle states", found=NOT_TOLD)
-    good = deepest <= WAKING_US
-    do = f"sudo cpupower idle-set -D {WAKING_US + 1} before an experiment: it costs power"
     found = f"{name} is the deepest, {deepest} us to wake from"
+    if may_be_held(device):
+        return Finding(what="idle states", found=f"{found}; serve keeps cores from it")
+    good = deepest <= WAKING_US and not is_virtual(proc / "cpuinfo")
+    rule = f'KERNEL=="cpu_dma_latency", OWNER="{_user()}"'
+    do = f"let serve keep cores awake, which costs power: a udev rule {rule}, and boot again"
     return Finding(what="idle states", found=found, good=good, do="" if good else do)
 
 
@@ -173,7 +179,7 @@ def _read(file: Path) -> str | None:
 def lateness_us(seconds: float) -> dict[str, float]:
     """How late a sleep of one millisecond ends, at the priority that serve gets."""
     late = []
-    with quiet_machine(True):
+    with quiet_machine(True), awake():
         for _ in range(max(1, round(seconds / TICK_S))):
             due = time.perf_counter_ns() + round(TICK_S * 1e9)
             time.sleep(TICK_S)

@@ -65,7 +65,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     slip_ms : float
         A lasting jump of the sample clock against the host clock by more is a slip.
     realtime : bool
-        Ask the system for real-time priority; going without it is no error.
+        Ask the system for real-time priority, and to keep cores awake while the stream runs in
+        real time; going without is no error.
     control : bool
         Publish zeros without decoding, to learn the latency of machine and transport alone.
     hang_ms : float

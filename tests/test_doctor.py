@@ -38,7 +38,12 @@ def test_every_core_must_be_at_its_full_speed(tmp_path):
 
 
 def test_no_core_may_sleep_so_deep_that_waking_takes_long(tmp_path):
-    assert doctor.idle_states(tmp_path).found == doctor.NOT_TOLD
+    device = tmp_path / "cpu_dma_latency"
+
+    def found():
+        return doctor.idle_states(tmp_path, device, tmp_path)
+
+    assert found().found == doctor.NOT_TOLD
     states = {"cpu0": [("POLL", 0, 0), ("C1", 2, 0), ("C6", 133, 1)], "cpu1": [("C1E", 20, 0)]}
 
     def write_states():
@@ -49,15 +54,22 @@ def test_no_core_may_sleep_so_deep_that_waking_takes_long(tmp_path):
                     write(tmp_path, f"{state}/{file}", str(value))
 
     write_states()
-    finding = doctor.idle_states(tmp_path)
+    finding = found()
     assert finding.good
     assert finding.found == "C1E is the deepest, 20 us to wake from"
+    write(tmp_path, "cpuinfo", "flags : fpu hypervisor sse")
+    assert not found().good  # whatever is told
+    write(tmp_path, "cpuinfo", "flags : fpu sse")
     states["cpu0"][2] = ("C6", 133, 0)
     write_states()
-    finding = doctor.idle_states(tmp_path)
+    finding = found()
     assert not finding.good
     assert "C6" in finding.found
-    assert "idle-set -D 21" in finding.do
+    assert 'KERNEL=="cpu_dma_latency", OWNER=' in finding.do
+    device.write_bytes(b"")
+    finding = found()
+    assert finding.good
+    assert finding.found == "C6 is the deepest, 133 us to wake from; serve keeps cores from it"
 
 
 @pytest.mark.parametrize(("load", "good"), [(0.5, True), (3.5, False), (None, True)])

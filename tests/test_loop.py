@@ -1,5 +1,6 @@
 """The loop in one process, between two lists: every flag is where it belongs."""
 
+import itertools
 from types import SimpleNamespace
 
 import msgspec
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from rt_neds.assemble import assemble, unit_map
+from rt_neds.awake import Awake
 from rt_neds.bundle import build_model, load_spec
 from rt_neds.clock import ClockFit
 from rt_neds.errors import StreamError
@@ -370,6 +372,60 @@ def test_once_a_second_it_says_whether_the_source_waits_streams_or_is_silent(run
     told = [fields["source"] for kind, fields in sink.notes if kind == "status"]
     assert told == ["waiting", "streaming", "streaming", "silent"]
     assert [kind for kind, _ in sink.notes] == ["schema", "status"] * 4
+
+
+def test_cores_are_held_awake_while_a_stream_runs_in_real_time(run, monkeypatch):
+    now, told = {"ns": 0}, []
+    monkeypatch.setattr("rt_neds.stream.loop.monotonic_ns", lambda: now["ns"])
+    monkeypatch.setattr("rt_neds.awake.Awake.hold", lambda self, hold: told.append(hold))
+
+    def read(self, timeout_ms):
+        if not self.items:
+            return None
+        now["ns"] = self.items[0].received_ns
+        return self.items.pop(0)
+
+    monkeypatch.setattr(ListSource, "read", read)
+    _, loop = run(silence(0, 400))
+    assert told[0] is False  # nobody knows yet
+    assert told[-2:] == [True, False]  # and then it ended
+    assert sum(a != b for a, b in itertools.pairwise(told)) == 2
+    loop._source.items = silence(400, 100)
+    while loop._source.items:
+        loop.turn(0)
+    assert told[-1] is True
+    now["ns"] += 2000 * MS
+    loop.turn(0)
+    assert told[-1] is False
+
+
+def test_cores_may_sleep_where_the_stream_is_not_in_real_time(run, monkeypatch):
+    now, told = {"ns": 0}, []
+    monkeypatch.setattr("rt_neds.stream.loop.monotonic_ns", lambda: now["ns"])
+    monkeypatch.setattr("rt_neds.awake.Awake.hold", lambda self, hold: told.append(hold))
+
+    def read(self, timeout_ms):
+        now["ns"] += 20 * MS
+        return self.items.pop(0)
+
+    monkeypatch.setattr(ListSource, "read", read)
+    run(silence(0, 400, at_ns=lambda k: k * 7 * MS))
+    assert len(told) > 5
+    assert not any(told)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_whether_cores_may_be_held_awake_is_said_by_the_configuration(run, monkeypatch, wanted):
+    asked = []
+    real = Awake.__init__
+
+    def init(self, may=True, device=None):
+        asked.append(may)
+        real(self, False)
+
+    monkeypatch.setattr("rt_neds.awake.Awake.__init__", init)
+    run([], realtime=wanted)
+    assert asked == [wanted]
 
 
 def test_a_source_that_changes_units_ends_the_run(tiny):

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from rt_neds.awake import Awake
 from rt_neds.clock import monotonic_ns
 from rt_neds.frames import BinnedFrame, DecodedFrame, SpikeBatch
 from rt_neds.stream.binner import CHUNK, Binner
@@ -71,6 +72,8 @@ class Loop:
         Notices units that fall silent.
     live : LiveBehaviours, optional
         What the source observes beside the spikes.
+    awake : Awake, optional
+        Holds cores awake while the stream runs in real time.
     """
 
     def __init__(
@@ -88,12 +91,13 @@ class Loop:
         units: Mapping[str, int] | None = None,
         silent: FallenSilent | None = None,
         live: LiveBehaviours | None = None,
+        awake: Awake | None = None,
     ) -> None:
         self._source, self._binner, self._decoder = source, binner, decoder
         self._validity, self._sink, self._schema = validity, sink, schema
         self._probe, self._model = probe, model
         self._assumed, self._units = assumed, dict(units or {})
-        self._silent, self._live = silent, live
+        self._silent, self._live, self._awake = silent, live, awake or Awake(wanted=False)
         self._heard: Announcement | None = None
         self._closed: list[tuple[BinnedFrame, int]] = []  # with their flags; not yet decoded
         self._behind = self.due = self.soon = False
@@ -114,8 +118,13 @@ class Loop:
         while not stop():
             if not self.turn(WAIT_MS):
                 return "source changed"
-        self._decode()
+        self.end()
         return "stopped"
+
+    def end(self) -> None:
+        """Decode what waits; nothing else will come."""
+        self._decode()
+        self._awake.hold(False)
 
     def go_on_from(self, before: Loop) -> None:
         """Go on where a loop ended whose source has renamed or renumbered its units.
@@ -166,7 +175,7 @@ class Loop:
         if announced is not self._heard:  # to compare hundreds of units takes long
             self._heard = announced
             if announced is not None and announced != self._assumed:
-                self._decode()
+                self.end()
                 return False
         self.soon = False
         if batch is not None:
@@ -241,8 +250,10 @@ class Loop:
         if now < self._next_note_ns:
             return
         self._next_note_ns = now + NOTE_NS
+        status = self.status(now)
+        self._awake.hold(status["realtime"] and status["source"] == "streaming")
         self._sink.note("schema", self._schema)
-        self._sink.note("status", self.status(now))
+        self._sink.note("status", status)
 
     def status(self, now: int) -> dict[str, Any]:
         """Counters since the start and the state of the source."""
@@ -323,7 +334,7 @@ def run_together(
         for loop in loops:
             loop.note_if_due()
     for loop in loops:
-        loop._decode()
+        loop.end()
     return None
 
 
