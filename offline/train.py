@@ -43,7 +43,7 @@ from offline.processes import Processes, join, leave
 from offline.progress import progress
 from offline.shards import Shards
 from offline.silence import longest_silences
-from offline.validation import Scores, Validation, mean_score, refuse_nonfinite, validate
+from offline.validation import Scores, Validation, in_words, mean_score, refuse_nonfinite, validate
 from rt_neds.bundle import BundleSession, save_bundle
 from rt_neds.config import load_config
 from rt_neds.errors import ConfigError
@@ -424,11 +424,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     if int(os.environ.get("RANK", "0")) > 0:  # all have the same result; the first one tells it
         return None
     if not args.quiet:
-        scores = ", ".join(
-            f"{name} {score:.3f}"
-            for of_session in summary["val"].values()
-            for name, score in of_session.items()
-        )
+        scores = in_words(summary["val"])
         print(
             f"{summary['bundle']}: {summary['parameters'] / 1e6:.2f} M parameters, "
             f"{summary['steps']} steps in {summary['seconds']} s; "

@@ -91,6 +91,14 @@ def mean_score(val: Scores) -> float:
     return float(np.mean(scores)) if scores else 0.0
 
 
+def in_words(val: Scores) -> str:
+    """One line: each score of a session, or the median of each over several."""
+    names = list(dict.fromkeys(name for of in val.values() for name in of))
+    of_name = {name: [of[name] for of in val.values() if name in of] for name in names}
+    over = f" (medians of {len(val)} sessions)" if len(val) > 1 and names else ""
+    return ", ".join(f"{name} {np.median(s):.3f}" for name, s in of_name.items()) + over
+
+
 def refuse_nonfinite(val: Scores, step: int) -> None:
     """ConfigError for a score that is no number: no step could be chosen by it."""
     for session, of in val.items():

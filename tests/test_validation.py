@@ -14,7 +14,7 @@ from offline.config import TrainConfig
 from offline.masking import draw_masks
 from offline.predict import decode_spans
 from offline.processes import Processes
-from offline.validation import mean_score, null_rates, refuse_nonfinite, validate
+from offline.validation import in_words, mean_score, null_rates, refuse_nonfinite, validate
 from rt_neds.config import parse_config
 from rt_neds.errors import ConfigError
 from rt_neds.model.neds import AHEAD, SCHEMES, SPIKES
@@ -258,3 +258,12 @@ def test_mean_rates_are_of_recorded_bins(tmp_path):
     subject = prepare(path, tiny_config(data={"split": "x"}))
     spikes = len(data.records_S[data.records_S["sample"] < 40 * data.rate])
     assert subject.rate_N.sum() == pytest.approx(spikes / (20 * 40))
+
+
+def test_what_a_run_says_of_its_scores_is_one_line_however_many_sessions_it_had():
+    one = {"a": {"wheel": 0.25, "choice": -0.5}}
+    assert in_words(one) == "wheel 0.250, choice -0.500"
+    # One session whose wheel hardly moved in validation does not say what the others did.
+    many = one | {"b": {"wheel": 0.75}, "c": {"wheel": -1e6, "choice": 0.5}}
+    assert in_words(many) == "wheel 0.250, choice 0.000 (medians of 3 sessions)"
+    assert in_words({"a": {}, "b": {}}) == ""
