@@ -106,12 +106,13 @@ class Past:
 
     def change(self, frame: BinnedFrame) -> None:
         """From this bin on it is being changed: until it is complete it is nobody's."""
-        if frame.first_of_run and not frame.known:
-            self._head["first_bin"] = frame.bin
-        self._head["next_bin"] = -1
+        head = self._head
+        head["next_bin"] = -1
+        if frame.first_of_run:
+            head["past_of"], head["width"], head["epoch"] = self._number, self._width, frame.epoch
+            if not frame.known:
+                head["first_bin"] = frame.bin
 
     def complete(self, frame: BinnedFrame) -> None:
         """It is what it should be after this bin."""
-        head = self._head
-        head["past_of"], head["width"], head["epoch"] = self._number, self._width, frame.epoch
-        head["next_bin"] = frame.bin + 1
+        self._head["next_bin"] = frame.bin + 1
