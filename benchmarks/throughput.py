@@ -2,10 +2,11 @@
 
 Windows of 100 bins, 5 layers of width 256, batch 16, float32, dropout 0.4. Ours is the whole step
 of the trainer: drawing and binning windows, masks, forward, losses, backward, AdamW, running
-average. The original's is its trainer's, too (masks, tokenizers, encoder, heads, losses, backward,
-AdamW), but for loading and padding a batch; it is left out unless a checkout of it is named, and
-needs its packages (einops, transformers). *Products* are the matrix products of our layers alone,
-forwards and backwards: what no float32 training of this network on this core can do without.
+average; beside it the same with ``precision = "bf16"``. The original's is its trainer's, too
+(masks, tokenizers, encoder, heads, losses, backward, AdamW), but for loading and padding a batch;
+it is left out unless a checkout of it is named, and needs its packages (einops, transformers).
+*Products* are the matrix products of our layers alone, forwards and backwards: what no float32
+training of this network on this core can do without.
 
 Each has a process of its own, as it has in use, and all take turns.
 
@@ -49,7 +50,7 @@ STEPS = 12
 """To a turn: for seconds, as a training is alone with caches, memory and the clock of its core."""
 
 
-def ours(session: Path, modalities: int) -> Callable[[], None]:
+def ours(session: Path, modalities: int, precision: str) -> Callable[[], None]:
     """One step of the trainer, all of it."""
     schemes = {"decoding": 1.0}
     if modalities > 1:
@@ -65,7 +66,7 @@ def ours(session: Path, modalities: int) -> Callable[[], None]:
                 "dropout": 0.4,
             },
             "masking": {"schemes": schemes, "unit_dropout": 0.0},
-            "training": {"batch": BATCH, "threads": 1},
+            "training": {"batch": BATCH, "threads": 1, "precision": precision},
         },
         TrainConfig,
         "throughput",
@@ -158,9 +159,9 @@ def products() -> Callable[[], None]:
 def take_turns(ends: Connection, name: str, case: str, session: Path, checkout: Path) -> None:
     """In a process of its own: some steps, timed, whenever it is asked."""
     torch.set_num_threads(1)
-    if name == "ours":
+    if name.startswith("ours"):
         keep_freed()  # as training does
-        step = ours(session, CASES[case])
+        step = ours(session, CASES[case], "bf16" if name.endswith("bf16") else "fp32")
     else:
         step = products() if name == "products" else original(checkout, CASES[case])
     while True:
@@ -196,7 +197,7 @@ def main() -> None:
     parser.add_argument("--original", type=Path, help="a checkout of the original NEDS")
     parser.add_argument("--rounds", type=int, default=6, help=f"turns of {STEPS} steps")
     args = parser.parse_args()
-    names = ["ours", "products"] + ["original"] * bool(args.original)
+    names = ["ours", "ours_bf16", "products"] + ["original"] * bool(args.original)
     results: dict = {"machine": machine(), "cases": {}}
     with tempfile.TemporaryDirectory() as folder:
         session = Path(folder) / "s.h5"
@@ -204,9 +205,10 @@ def main() -> None:
         for case in CASES:
             seconds = seconds_of(case, names, args.rounds, session, args.original)
             entry = {f"{n}_windows_per_s": BATCH / float(np.median(s)) for n, s in seconds.items()}
-            for other in sorted(set(names) - {"ours"}):
-                ratio_R = np.divide(seconds[other], seconds["ours"])
-                entry[f"ours_over_{other}"] = float(np.median(ratio_R))
+            pairs = [(one, other) for one in names[:2] for other in names if one != other]
+            for one, other in pairs:
+                ratio_R = np.divide(seconds[other], seconds[one])
+                entry[f"{one}_over_{other}"] = float(np.median(ratio_R))
             results["cases"][case] = entry
             print(case, entry, flush=True)
     path = RESULTS / "throughput.json"

@@ -39,6 +39,7 @@ from offline.finetune import begin_at_bundle, keep_scales, refuse_other_units
 from offline.losses import loss_of, spikes_loss
 from offline.memory import give_back_freed, keep_freed
 from offline.optimiser import make_optimiser, set_rates
+from offline.precision import bf16_products
 from offline.processes import Processes, join, leave
 from offline.progress import progress
 from offline.shards import Shards
@@ -299,15 +300,15 @@ def train_step(
     model.train()
     optimiser.zero_grad(set_to_none=True)
     losses_K = torch.zeros(len(step.asked), device=processes.device)
-    for batch in step.batches:
-        with torch.autocast(
-            processes.device.type, torch.bfloat16, enabled=config.training.precision == "bf16"
-        ):
-            losses = batch_losses(model, batch, config)
-        if losses:
-            torch.stack(list(losses.values())).sum().backward()
-        for name, loss in losses.items():
-            losses_K[step.asked.index(name)] += loss.detach()
+    kind, bf16 = processes.device.type, config.training.precision == "bf16"
+    with bf16_products(bf16 and kind == "cpu"):
+        for batch in step.batches:
+            with torch.autocast(kind, torch.bfloat16, enabled=bf16 and kind != "cpu"):
+                losses = batch_losses(model, batch, config)
+            if losses:
+                torch.stack(list(losses.values())).sum().backward()
+            for name, loss in losses.items():
+                losses_K[step.asked.index(name)] += loss.detach()
     processes.sum(losses_K)
     total = losses_K.sum().item()
     if not math.isfinite(total):

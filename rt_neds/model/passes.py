@@ -1,7 +1,7 @@
 """Training on a CPU in few passes: what a layer does between its matrix products.
 
 Each function here does what some lines of PyTorch do that stand beside its use; those lines say
-what is meant, and are what runs elsewhere: on a GPU, in bf16, when not training. In PyTorch each
+what is meant, and are what runs elsewhere: on a GPU, when not training. In PyTorch each
 operation reads and writes whole arrays that no cache holds; here each is read once and written
 once, forwards and backwards (``docs/decisions/0037``). What is compiled is in
 :mod:`rt_neds.model.passes_attention` and :mod:`rt_neds.model.passes_rows`, imported when first

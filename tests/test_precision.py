@@ -1,0 +1,58 @@
+"""With ``precision = "bf16"`` a CPU multiplies in bfloat16 while it trains, and at no other time."""
+
+import pytest
+import torch
+
+from offline import train as module
+from offline.precision import bf16_products
+from tests.making import tiny_config, write_session
+
+
+@pytest.fixture
+def factors():
+    torch.manual_seed(0)
+    return torch.randn(64, 512), torch.randn(512, 96)
+
+
+def test_factors_are_rounded_and_sums_are_not(factors):
+    x, y = factors
+    exact = x.double() @ y.double()
+    of_rounded = x.bfloat16().double() @ y.bfloat16().double()
+    with bf16_products(True):
+        product = x @ y
+    assert product.dtype == torch.float32
+    if torch.equal(product, x @ y):
+        pytest.skip("this processor multiplies no bfloat16")
+    assert (product - of_rounded).abs().max() < 1e-4 < (product - exact).abs().max()
+
+
+def test_not_wanted_they_are_as_ever(factors):
+    x, y = factors
+    with bf16_products(False):
+        assert torch.equal(x @ y, x.clone() @ y)
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_after_an_error_they_are_as_before(factors):
+    x, y = factors
+    before = x @ y
+    with pytest.raises(KeyError), bf16_products(True):
+        raise KeyError
+    assert torch.equal(x @ y, before)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(("precision", "inside"), [("bf16", "medium"), ("fp32", "highest")])
+def test_steps_have_them_and_validation_has_not(precision, inside, tmp_path, monkeypatch):
+    seen = {"batch_losses": set(), "validate": set()}
+    for name, of in seen.items():
+
+        def call(*args, real=getattr(module, name), of=of, **kwargs):
+            of.add(torch.get_float32_matmul_precision())
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+    session = str(write_session(tmp_path / "s.h5", seconds=20))
+    config = tiny_config(training={"steps": 2, "precision": precision})
+    module.train(config, [session], tmp_path / "run")
+    assert seen == {"batch_losses": {inside}, "validate": {"highest"}}
