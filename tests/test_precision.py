@@ -1,4 +1,4 @@
-"""With ``precision = "bf16"`` a CPU multiplies in bfloat16 while it trains, and at no other time."""
+"""With ``precision = "bf16"`` a CPU multiplies in bfloat16 in training steps, and nowhere else."""
 
 import pytest
 import torch
@@ -44,14 +44,19 @@ def test_after_an_error_they_are_as_before(factors):
 
 @pytest.mark.parametrize(("precision", "inside"), [("bf16", "medium"), ("fp32", "highest")])
 def test_steps_have_them_and_validation_has_not(precision, inside, tmp_path, monkeypatch):
-    seen = {"batch_losses": set(), "validate": set()}
-    for name, of in seen.items():
+    seen = {}
 
-        def call(*args, real=getattr(module, name), of=of, **kwargs):
-            of.add(torch.get_float32_matmul_precision())
+    def watched(name):
+        real = getattr(module, name)
+
+        def call(*args, **kwargs):
+            seen.setdefault(name, set()).add(torch.get_float32_matmul_precision())
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(module, name, call)
+        return call
+
+    for name in ("batch_losses", "validate"):
+        monkeypatch.setattr(module, name, watched(name))
     session = str(write_session(tmp_path / "s.h5", seconds=20))
     config = tiny_config(training={"steps": 2, "precision": precision})
     module.train(config, [session], tmp_path / "run")
