@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offline.alone import (
     as_kept,
@@ -317,9 +317,16 @@ def train_step(
         )
     used = touched(model, step.sessions)
     processes.sum_gradients(used)
-    torch.nn.utils.clip_grad_norm_(used, config.training.clip)
+    _clip(used, config.training.clip)
     optimiser.step()
     return {"total": total, **dict(zip(step.asked, losses_K.tolist(), strict=True))}
+
+
+def _clip(parameters: list[nn.Parameter], largest: float) -> None:
+    """Shorten the gradient if it is longer; one that is not is not written again."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if norm > largest:
+        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
 
 
 def validate_all(
