@@ -363,6 +363,11 @@ def _split_intervals(session: Session, data: DataConfig) -> list[NDArray[np.int6
     if data.split == "trials":
         return _trial_folds(session, data)
     named = [f"{data.split}_{name}_domain" for name in SPLITS]
+    if not session.has(named[0]):
+        raise SessionError(
+            f'{session.path}: data.split = "{data.split}" stands for a split that the file itself '
+            f"names ({named[0]} and so on), and it names none so; set data.split to time or trials"
+        )
     if not session.has(named[-1]):  # pretraining has nothing to test: its files name no such domain
         return [*map(session.intervals, named[:-1]), np.zeros((0, 2), np.int64)]
     return [session.intervals(name) for name in named]

@@ -26,6 +26,7 @@ from rt_neds.model.rounding import by_scale, from_bytes, rounded_weights, to_byt
 
 FORMAT = 6
 JSON_NAME, WEIGHTS_NAME = "bundle.json", "model.safetensors"
+NAMED = 5  # sessions that a message names: a bundle can have hundreds
 SCALE = ".scale"
 """After the name of a matrix whose weights are multiples of scales: the scale of each row."""
 
@@ -88,9 +89,16 @@ class BundleSpec(msgspec.Struct, frozen=True, kw_only=True):
         if session_id is None and len(known) == 1:
             return next(iter(known.values()))
         if session_id not in known:
+            others = len(known) - NAMED
+            told = ", ".join(list(known)[:NAMED]) + (f" and {others} more" if others > 0 else "")
+            if session_id is None:
+                raise BundleError(
+                    f"a bundle of several sessions, {told}, and none is named; "
+                    "say which it is, with --session or session = in the probe's table"
+                )
             raise BundleError(
-                f"session {session_id or '(none named)'} with a bundle of {', '.join(known)}; "
-                "name one of them, or fine-tune the bundle on this session"
+                f"session {session_id} with a bundle of {told}; name one of them, or fine-tune "
+                "the bundle on this session (train --init)"
             )
         return known[session_id]
 

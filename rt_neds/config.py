@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -56,6 +56,7 @@ def parse_config(table: dict[str, Any], kind: type[T], where: str) -> T:
         return msgspec.convert(table, kind)
     except (msgspec.ValidationError, ValueError) as error:
         said = _of_one_table(table, kind) or _in_our_words(error)
+        said += _choices(kind, said.partition(":")[0].split("."))
         raise ConfigError(f"{where}: {said}; correct that value") from None
 
 
@@ -149,6 +150,17 @@ def _in_our_words(error: Exception, table: str = "") -> str:
     text, _, path = str(error).partition(" - at `$")
     key = (table + path.rstrip("`")).lstrip(".")
     return f"{key}: {text}" if key else text
+
+
+def _choices(hint: Any, path: list[str]) -> str:
+    """What a key may be, if that is one of a few words: msgspec does not say."""
+    if not path:
+        return f" (it may be {', '.join(get_args(hint))})" if get_origin(hint) is Literal else ""
+    for struct, is_table_of_structs in _structs_in(hint):
+        inner, hints = path[is_table_of_structs:], typing.get_type_hints(struct)
+        if inner and inner[0] in hints:
+            return _choices(hints[inner[0]], inner[1:])
+    return ""
 
 
 def _structs_in(hint: Any) -> list[tuple[type, bool]]:

@@ -36,6 +36,11 @@ TINY = {
 }
 
 
+def multiplies_bf16() -> bool:
+    """Whether this processor multiplies bfloat16, by PyTorch's own word."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def tiny_config(**sections) -> TrainConfig:
     """TINY, with whole keys of sections replaced."""
     table = {name: {**section, **sections.get(name, {})} for name, section in TINY.items()}

@@ -204,5 +204,14 @@ def test_sessions_are_chosen_by_id(bundle):
     two = [spec.session(), msgspec.structs.replace(spec.session(), id="second")]
     several = msgspec.structs.replace(spec, sessions=two)
     assert several.session("second").id == "second"
-    with pytest.raises(BundleError, match=r"\(none named\) with a bundle of tiny, second"):
+    with pytest.raises(BundleError, match=r"sessions, tiny, second, and none .* --session"):
         several.session()
+
+
+def test_of_a_bundle_of_hundreds_of_sessions_some_are_named(bundle):
+    spec = load_spec(bundle)
+    many = [msgspec.structs.replace(spec.session(), id=f"s{i}") for i in range(400)]
+    with pytest.raises(BundleError, match=r"s0, s1, s2, s3, s4 and 395 more, and none is named"):
+        msgspec.structs.replace(spec, sessions=many).session()
+    with pytest.raises(BundleError, match=r"session x with .* s4 and 395 more; .*train --init"):
+        msgspec.structs.replace(spec, sessions=many).session("x")

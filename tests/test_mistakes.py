@@ -40,6 +40,8 @@ def choice(**changes):
         ("training.weight_decay=-1", "weight_decay >= 0"),
         ("training.clip=-1", "clip > 0"),
         ("training.seed=-1", "0 <= seed"),
+        ("training.precision=fp16", "precision: Invalid enum value 'fp16' (it may be fp32, bf16)"),
+        ("behaviour.a={source='w.x', kind='word'}", "(it may be continuous, poisson, cat"),
         ("model.dropout=1.0", "0 <= dropout < 1"),
         ("masking.schemes={decoding=nan}", "masking.schemes.decoding is nan"),
         ("behaviour.a.source=trials.choice", 'trials.choice: one value a trial; kind = "cat'),

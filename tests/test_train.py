@@ -275,7 +275,7 @@ def test_two_sessions_of_equal_unit_counts_train_together(tmp_path):
     model = build_model(tmp_path / "run" / "bundle", spec)
     a, b = (parts.spikes_in.linear.weight for parts in model.sessions)
     assert not torch.equal(a, b)
-    with pytest.raises(BundleError, match="none named"):
+    with pytest.raises(BundleError, match="none is named"):
         spec.session()
     with pytest.raises(ConfigError, match="given twice"):
         train(tiny_config(), [paths[0], paths[0]], tmp_path / "run2")

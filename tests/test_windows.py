@@ -333,7 +333,7 @@ def test_missing_behaviours_and_splits(tmp_path):
     only = {"speed": BehaviourConfig(source="wheel.wheel_speed")}
     with pytest.raises(SessionError, match="has none of speed"):
         bin_session(session, config.data, only, require=False)
-    with pytest.raises(SessionError, match="no blocked_train_domain"):
+    with pytest.raises(SessionError, match="stands for a split that the file itself names"):
         bin_session(session, DataConfig(split="blocked"), config.behaviour, require=False)
 
 
