@@ -29,6 +29,7 @@ from rt_neds.model.rounding import is_rounded
 from rt_neds.stream.binner import CHUNK
 from rt_neds.stream.fused_arrays import (
     F4,
+    LINE,
     dark_of,
     f8,
     head_of,
@@ -42,16 +43,8 @@ from rt_neds.stream.fused_arrays import (
     trunk_blocks,
     zeros,
 )
-from rt_neds.stream.fused_kernel import (
-    LANES,
-    LIVE,
-    PANEL,
-    STREAM,
-    TRUNK,
-    fetch,
-    fused_step,
-    place,
-)
+from rt_neds.stream.fused_kernel import LIVE, STREAM, TRUNK, fetch, fused_step
+from rt_neds.stream.fused_products import LANES, PANEL, cut_words, place
 from rt_neds.stream.live_tokens import LiveTokens
 
 READ = ("read_in", "keys_LHX", "values_LHX")
@@ -87,6 +80,7 @@ class _Trunk:
             "G": round_up(c.widen * c.dim),
             "R": round_up(rows, LANES),
             "X": D + round_up(said, LANES) + PANEL,
+            "W": round_up(cut_words(max(1, c.widen) * c.dim), LINE),
             "query_scale": math.log2(math.e) / math.sqrt(width),  # softmax is of powers of two
             "epsilon": model.norm.eps,
             "longest": model.memory.longest if model.memory is not None else 0,
@@ -102,6 +96,7 @@ class _Trunk:
             "qkv_T3D": zeros(T, 3 * D),
             "wide_TG": zeros(T, sizes["G"]),
             "scores_1R": zeros(1, sizes["R"]),
+            "cut_TW": zeros(T, sizes["W"]),
         }
         addresses = {name: array.ctypes.data for name, array in self._arrays.items()}
         self._record_1 = np.zeros(1, TRUNK)

@@ -23,7 +23,7 @@ from rt_neds.model.config import ModelConfig
 from rt_neds.model.neds import SCHEMES
 from rt_neds.model.rounding import to_bytes
 from rt_neds.stream.binner import CHUNK
-from rt_neds.stream.fused_kernel import LANES, PAIR, PANEL
+from rt_neds.stream.fused_products import DOT_PANEL, DOTS, HALF, LANES, PAIR, PANEL
 
 F4 = NDArray[np.float32]
 F8 = NDArray[np.float64]
@@ -91,14 +91,25 @@ def _panels(packed: bool, *maps: tuple[F8, F8]) -> Iterator[F4]:
         )
         maps = tuple((whole_EI.numpy(), bias_E) for whole_EI, _, bias_E in split)
     rows_IE = np.concatenate([rows_of(*one) for one in maps], axis=1).astype(np.float32)
-    for panel in range(0, rows_IE.shape[1], PANEL):
-        rows_IP = np.ascontiguousarray(rows_IE[:, panel : panel + PANEL])
+    most = DOT_PANEL if packed and DOTS else PANEL
+    for panel in range(0, rows_IE.shape[1], most):
+        rows_IP = np.ascontiguousarray(rows_IE[:, panel : panel + most])
         yield rows_IP[0]
         if packed:
-            yield scale_E[panel : panel + PANEL].astype(np.float32)
-            yield rows_IP[1:].astype(np.int8).view(np.float32).ravel()
+            yield scale_E[panel : panel + most].astype(np.float32)
+            yield from _bytes(rows_IP[1:].astype(np.int8))
         else:
             yield rows_IP[1:].ravel()
+
+
+def _bytes(whole_IP: NDArray[np.int8]) -> Iterator[F4]:
+    """One-byte weights of a panel, as words, in the order they are multiplied in."""
+    if DOTS:
+        fours = -(-len(whole_IP) // 4)
+        padded_IP = np.pad(whole_IP, ((0, 4 * fours - len(whole_IP)), (0, 0)))
+        yield (-(HALF >> 16) * padded_IP.sum(axis=0, dtype=np.int32)).view(np.float32)
+        whole_IP = np.ascontiguousarray(padded_IP.reshape(fours, 4, -1).swapaxes(1, 2))
+    yield whole_IP.view(np.float32).ravel()
 
 
 def _norm(norm: nn.LayerNorm) -> F4:
