@@ -149,7 +149,7 @@ def _read_in(stream, packed, D, dim, said, sums_KN, token_E):  # type: ignore[no
     sums_I, words = sums_KN.reshape(sums_KN.size), (D >> 2 * packed) + U
     found_I, root_I = _integers(stream.found_I, inputs), _floats(stream.root_I, 1, inputs)[0]
     factor_I = _floats(stream.factor_I, 1, inputs)[0]
-    found = 0
+    found = np.int64(0)
     for i in range(sums_I.size):
         found_I[found], root_I[found] = i, np.sqrt(sums_I[i]) * factor_I[i]
         found += sums_I[i] != 0
@@ -322,20 +322,21 @@ def _step(streams_P, trunk):  # type: ignore[no-untyped-def]
     work_4TX = numba.carray(_to_floats(trunk.work_4TX), (4, most, trunk.X))
     cut_TW = _floats(trunk.cut_TW, most, trunk.W)
     x_TD, normed_TD, more_TD, mixed_TD = work_4TX[0], work_4TX[1], work_4TX[2], work_4TX[3]
-    T = first = 0
+    # Not plain numbers: of those the compiler makes a copy of whatever is called with them.
+    T = first = at = zero = np.int64(0)
     for stream in streams_P:
         T = _enter(
             stream, T, packed, D, E, dim, history_K, frequency_F, observed_T, turn_T2F, normed_TD,
             said_TU,
         )  # fmt: skip
-    at = linear(weights, 0, packed, D, dim, T, normed_TD, 0, 0, x_TD, 0, 0, cut_TW)
-    at = linear(weights, at, 0, D, said, T, normed_TD, 0, D, more_TD, 0, 0, cut_TW)
+    at = linear(weights, at, packed, D, dim, T, normed_TD, zero, x_TD, cut_TW)
+    at = linear(weights, at, zero, D, said, T, normed_TD, D, more_TD, cut_TW)
     for stream in streams_P:
         first = _begin(stream, first, x_TD, D)
     keys_X, values_X = R * (1 + width), V * (1 + rows)
     for layer in range(layers):
         at = add_and_norm(weights, at, x_TD, more_TD, normed_TD, T, dim, D, epsilon)
-        at = linear(weights, at, packed, 3 * D, dim, T, normed_TD, 0, 0, qkv_T3D, 0, 0, cut_TW)
+        at = linear(weights, at, packed, 3 * D, dim, T, normed_TD, zero, qkv_T3D, cut_TW)
         rotate(qkv_T3D, 0, T, heads, turn_T2F, query_scale)
         rotate(qkv_T3D, D, T, heads, turn_T2F, one)
         first = 0
@@ -349,14 +350,14 @@ def _step(streams_P, trunk):  # type: ignore[no-untyped-def]
                 width, rows, context,
             )  # fmt: skip
             first += bins
-        at = linear(weights, at, packed, D, dim, T, mixed_TD, 0, 0, more_TD, 0, 0, cut_TW)
+        at = linear(weights, at, packed, D, dim, T, mixed_TD, zero, more_TD, cut_TW)
         at = add_and_norm(weights, at, x_TD, more_TD, normed_TD, T, dim, D, epsilon)
-        at = linear(weights, at, packed, G, dim, T, normed_TD, 0, 0, wide_TG, 0, 0, cut_TW)
+        at = linear(weights, at, packed, G, dim, T, normed_TD, zero, wide_TG, cut_TW)
         gelu(wide_TG, T, widened)
-        at = linear(weights, at, packed, D, widened, T, wide_TG, 0, 0, more_TD, 0, 0, cut_TW)
+        at = linear(weights, at, packed, D, widened, T, wide_TG, zero, more_TD, cut_TW)
     if longest > 0:  # there is a memory
         at = add_and_norm(weights, at, x_TD, more_TD, normed_TD, T, dim, D, epsilon)
-        at = linear(weights, at, packed, 2 * D, dim, T, normed_TD, 0, 0, qkv_T3D, 0, 0, cut_TW)
+        at = linear(weights, at, packed, 2 * D, dim, T, normed_TD, zero, qkv_T3D, cut_TW)
         first = 0
         for stream in streams_P:
             memory_D, dark_1 = _floats(stream.memory_D, 1, D)[0], _integers(stream.dark_1, 1)
@@ -365,7 +366,7 @@ def _step(streams_P, trunk):  # type: ignore[no-untyped-def]
                 mixed_TD,
             )  # fmt: skip
             first += stream.bins
-        at = linear(weights, at, packed, D, dim, T, mixed_TD, 0, 0, more_TD, 0, 0, cut_TW)
+        at = linear(weights, at, packed, D, dim, T, mixed_TD, zero, more_TD, cut_TW)
     add_and_norm(weights, at, x_TD, more_TD, normed_TD, T, dim, D, epsilon)
     first = 0
     for stream in streams_P:

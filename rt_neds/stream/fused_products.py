@@ -290,7 +290,7 @@ def place(output, i, outputs, inputs):  # type: ignore[no-untyped-def]
 
 @plain
 def mix(weights, outputs, inputs, x, x_row, x_column, y, y_row, y_column):  # type: ignore[no-untyped-def]
-    """As :func:`linear` for one row and the whole of the weights, of any number of vectors."""
+    """Map a row of ``x``, from a column on, to one of ``y``; the weights are in float32."""
     at, x_at = 0, x_row * x.shape[1] + x_column
     for panel in range(0, outputs, PANEL):
         width, y_at = min(PANEL, outputs - panel), y_row * y.shape[1] + y_column + panel
@@ -299,16 +299,16 @@ def mix(weights, outputs, inputs, x, x_row, x_column, y, y_row, y_column):  # ty
 
 
 @plain
-def linear(weights, at, packed, outputs, inputs, tokens, x, x_row, x_column, y, y_row, y_column, cut_TW):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Map so many rows of ``x`` to rows of ``y``, from a row and column on; return where it ends.
+def linear(weights, at, packed, outputs, inputs, tokens, x, x_column, y, cut_TW):  # type: ignore[no-untyped-def]
+    """Map the first rows of ``x``, from a column on, to those of ``y``; return where it ends.
 
     The map begins at ``weights[at]``: for each panel its bias, then, of packed weights, their
     scales, then its weights input by input.
     """
     if packed and DOTS:
         for t in range(tokens):
-            _cut(x[x_row + t, x_column : x_column + inputs], cut_TW[t])
-        return _dotted(weights, at, outputs, inputs, tokens, cut_TW, y, y_row, y_column)
+            _cut(x[t, x_column : x_column + inputs], cut_TW[t])
+        return _dotted(weights, at, outputs, inputs, tokens, cut_TW, y)
     x_stride, y_stride, tiles = x.shape[1], y.shape[1], (tokens + TILE - 1) // TILE
     for panel in range(0, outputs, PANEL):
         width = min(PANEL, outputs - panel)
@@ -318,18 +318,17 @@ def linear(weights, at, packed, outputs, inputs, tokens, x, x_row, x_column, y, 
             vectors = min(most, width - part) // LANES
             for tile in range(tiles):
                 m, end = tokens * tile // tiles, tokens * (tile + 1) // tiles
-                x_at = (x_row + m) * x_stride + x_column
-                y_at = (y_row + m) * y_stride + y_column + panel + part
                 _some(
                     packed, end - m, vectors, weights, at + part, w_at + (part >> 2 * packed),
-                    stride, inputs, x, x_at, x_stride, y, y_at, y_stride,
+                    stride, inputs, x, m * x_stride + x_column, x_stride,
+                    y, m * y_stride + panel + part, y_stride,
                 )  # fmt: skip
         at = w_at + stride * inputs
     return at
 
 
 @plain
-def _dotted(weights, at, outputs, inputs, tokens, cut_TW, y, y_row, y_column):  # type: ignore[no-untyped-def]
+def _dotted(weights, at, outputs, inputs, tokens, cut_TW, y):  # type: ignore[no-untyped-def]
     """:func:`linear` by dot products, of tokens that are cut into bytes."""
     x_stride, y_stride, fours = cut_TW.shape[1], y.shape[1], (inputs + 3) // 4
     tiles = (tokens + DOT_TILE - 1) // DOT_TILE
@@ -343,8 +342,7 @@ def _dotted(weights, at, outputs, inputs, tokens, cut_TW, y, y_row, y_column):  
                 m, end = tokens * tile // tiles, tokens * (tile + 1) // tiles
                 _some(
                     1, end - m, vectors, weights, at + part, w_at + part, width, fours,
-                    cut_TW, m * x_stride, x_stride,
-                    y, (y_row + m) * y_stride + y_column + panel + part, y_stride,
+                    cut_TW, m * x_stride, x_stride, y, m * y_stride + panel + part, y_stride,
                 )  # fmt: skip
         at = w_at + width * fours
     return at
