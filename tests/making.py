@@ -37,8 +37,11 @@ TINY = {
 
 
 def multiplies_bf16() -> bool:
-    """Whether this processor multiplies bfloat16, by PyTorch's own word."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether this processor has matrix units for bfloat16 (AMX), by PyTorch's own word.
+
+    Others that multiply it (AVX-512 BF16) are only asked to by PyTorch for some shapes.
+    """
+    return torch.cpu._is_amx_tile_supported()
 
 
 def tiny_config(**sections) -> TrainConfig:

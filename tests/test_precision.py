@@ -22,7 +22,7 @@ def test_factors_are_rounded_and_sums_are_not(factors):
         product = x @ y
     assert product.dtype == torch.float32
     if not multiplies_bf16():
-        pytest.skip("this processor multiplies no bfloat16")
+        pytest.skip("this processor has no matrix units for bfloat16")
     assert (product - of_rounded).abs().max() < 1e-4 < (product - exact).abs().max()
 
 
