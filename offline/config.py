@@ -218,8 +218,8 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
     accumulate : int
         Parts a process does its windows of a step in, to save memory; it changes nothing else.
     precision : {"fp32", "bf16"}
-        ``bf16``: products of matrices in bfloat16. Weights, sums and validation stay float32. Where
-        a CPU has no such products nothing changes.
+        ``bf16``: products of matrices in bfloat16. Weights, sums and validation stay float32. On a
+        CPU for which PyTorch has no such products that is float32, and ``train`` says so.
     learning_rate : float
         Highest of the one-cycle schedule.
     warmup : float

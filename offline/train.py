@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,7 @@ from offline.finetune import begin_at_bundle, keep_scales, refuse_other_units
 from offline.losses import loss_of, spikes_loss
 from offline.memory import give_back_freed, keep_freed
 from offline.optimiser import make_optimiser, set_rates
-from offline.precision import bf16_products
+from offline.precision import bf16_products, rounds_factors
 from offline.processes import Processes, join, leave
 from offline.progress import progress
 from offline.shards import Shards
@@ -423,13 +424,17 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     config = load_config(args.config, TrainConfig, args.set)
     if (bundle := Path(args.out) / "bundle").exists() and not args.resume:
         raise ConfigError(f"{bundle} is there already; name another --out, or add --resume")
+    first, on_cpu = int(os.environ.get("RANK", "0")) == 0, not torch.cuda.is_available()
+    if config.training.precision == "bf16" and on_cpu and not rounds_factors() and first:
+        told = 'precision = "bf16": PyTorch multiplies in float32 on this processor all the same'
+        print(told, file=sys.stderr)
     try:
         summary = train(
             config, args.sessions, args.out, init=args.init, resume=args.resume, quiet=args.quiet
         )
     finally:
         leave()
-    if int(os.environ.get("RANK", "0")) > 0:  # all have the same result; the first one tells it
+    if not first:  # all have the same result; the first one tells it
         return None
     if not args.quiet:
         scores = in_words(summary["val"])

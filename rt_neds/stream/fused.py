@@ -80,7 +80,7 @@ class _Trunk:
             "G": round_up(c.widen * c.dim),
             "R": round_up(rows, LANES),
             "X": D + round_up(said, LANES) + PANEL,
-            "W": round_up(cut_words(max(1, c.widen) * c.dim), LINE),
+            "W": round_up(cut_words(c.widen * c.dim), LINE),
             "query_scale": math.log2(math.e) / math.sqrt(width),  # softmax is of powers of two
             "epsilon": model.norm.eps,
             "longest": model.memory.longest if model.memory is not None else 0,
